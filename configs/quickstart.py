@@ -1,0 +1,31 @@
+"""What `bash launch/quickstart.sh` runs: the shipped model, made smaller.
+
+  python -m recursive_tx.demo.corpus --output=runs/text
+  python -m recursive_tx compare --config=configs/quickstart.py --workdir=DIR
+
+Minutes on two cores, so the budget is small: enough for the order of the
+models to show, not for what longer uptraining would reach.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common, demo
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  """`text` is the directory that demo.corpus wrote."""
+  args = common.parse(arg, text='runs/text', loops=2, rank='16')
+  layers = demo.MODEL['layers_per_loop']
+  config = common.base(dict(
+      demo.MODEL, loops=args.loops, layers_per_loop=layers // args.loops,
+      rank=args.rank))
+  config.init_from = config.teacher = 'recursive_tx/demo'
+  config.data.tasks.python = demo.text(args.text)
+  config.data.update(batch=8, seq_len=256)
+  config.losses.next_token = (0.0,)
+  config.losses.distill = (1.0,)
+  config.optim.update(steps=60, lr=1e-3, warmup=6)
+  config.eval.update(every=20, max_tokens=16384)
+  config.log.update(every=2, tensorboard=False)
+  config.checkpoint.every = 1000
+  return config

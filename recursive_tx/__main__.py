@@ -1,0 +1,54 @@
+"""python -m recursive_tx VERB ...: one module of `cli/` per verb."""
+
+import importlib
+import os
+import sys
+
+from absl import flags
+
+from recursive_tx import config
+
+VERBS = {
+    'convert': 'make a pretrained model recursive, or relaxed recursive',
+    'train': 'pretrain, or uptrain with distillation',
+    'compare': 'a model reduced, looped and relaxed, uptrained alike',
+    'evaluate': 'held-out loss and bits per byte of every loop',
+    'generate': 'continue a prompt',
+    'export': 'write a stock Hugging Face model, loops unrolled',
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs a verb. Returns the exit status: 0 only on success."""
+  argv = sys.argv[1:] if argv is None else argv
+  if not argv or argv[0] in ('-h', '--help', 'help'):
+    print('usage: python -m recursive_tx VERB --help\n')
+    for verb, what in VERBS.items():
+      print(f'  {verb:10}{what}')
+    return 0 if argv else 1
+  # TensorFlow only feeds text here; what it says at start-up is noise.
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+  debug = '--debug' in argv
+  verb, *words = [word for word in argv if word != '--debug']
+  try:
+    config.one_of('verb', verb, VERBS)
+    module = importlib.import_module(f'recursive_tx.cli.{verb}')
+    if '--help' in words or '-h' in words:
+      print(f'{module.__doc__}\n\nflags (and --debug, for a traceback):\n'
+            f'{flags.FLAGS.module_help(module)}')
+      return 0
+    module.main(flags.FLAGS([verb, *words]))
+  except (ValueError, flags.Error) as error:
+    if debug:
+      raise
+    print(f'{verb}: {error}', file=sys.stderr)
+    return 1
+  except KeyboardInterrupt:
+    print(f'{verb}: interrupted', file=sys.stderr)
+    return 130
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,38 @@
+"""compare: a model reduced, looped and relaxed, uptrained alike, in a table.
+
+  python -m recursive_tx compare --config=configs/quickstart.py --workdir=DIR
+"""
+
+import pathlib
+
+from absl import flags
+
+from recursive_tx import compare, engine, sampling, saved
+from recursive_tx import tokenizer as tokenizer_lib
+from recursive_tx.cli import arguments, configs
+
+_CONFIG = configs.define()
+_WORKDIR = flags.DEFINE_string(
+    'workdir', None, "Gets each model's run, table.json and curves.png.")
+_PROMPT = flags.DEFINE_string(
+    'prompt', 'def read_', 'What the relaxed model continues at the end.')
+
+
+def main(argv: list[str]) -> None:
+  """Runs the verb."""
+  arguments.check(argv, config=_CONFIG.value, workdir=_WORKDIR.value)
+  config = configs.typed(_CONFIG.value)
+  folder = pathlib.Path(_WORKDIR.value)
+  rows = compare.compare(config, str(folder))
+  print('\n' + compare.table(rows))
+  print(f'\n{folder}/table.json, {folder}/curves.png')
+  cfg, variables = saved.restore(folder / 'relaxed' / 'model')
+  tokenizer = tokenizer_lib.load(folder / 'relaxed' / 'model')
+  prompt = tokenizer.encode(_PROMPT.value)
+  start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+  new, = engine.generate(
+      cfg, variables, [start + prompt], max_new_tokens=150,
+      sampler=sampling.Sampler(temperature=0.7, top_p=0.95),
+      eos_id=tokenizer.eos_id)
+  print(f'\nThe relaxed model continues {_PROMPT.value!r}:\n')
+  print(tokenizer.decode(prompt + new))

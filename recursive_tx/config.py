@@ -1,0 +1,258 @@
+"""The alphabet, and what a model computes (ModelConfig) and how (Run).
+
+A capital letter names a dimension everywhere: in einsum strings, as a suffix
+of array names, in checkpoint rules, as a size in ModelConfig, as a logical
+mesh axis.
+
+  B batch     T query time   S key time
+  V vocabulary  D model      F MLP hidden
+  N heads     K key heads    G query heads per key head   H head
+  R rank      L loops
+
+This module knows nothing of arrays, families or files.
+"""
+
+import dataclasses
+import difflib
+import re
+
+# Every linear of a layer, by the einsum that applies it. The middle operand
+# is the kernel; its letters shared with the first are summed over.
+KERNELS = {
+    'q': 'BTD,DNH->BTNH',
+    'k': 'BTD,DKH->BTKH',
+    'v': 'BTD,DKH->BTKH',
+    'o': 'BTNH,NHD->BTD',
+    'gate': 'BTD,DF->BTF',
+    'up': 'BTD,DF->BTF',
+    'down': 'BTF,FD->BTD',
+}
+# Names a rank specification may use for several kernels at once.
+GROUPS = {'attn': ('q', 'k', 'v', 'o'), 'mlp': ('gate', 'up', 'down')}
+
+NORMS = ('rms', 'rms+1', 'layer')
+ACTS = ('silu', 'gelu', 'gelu_tanh', 'relu')
+DTYPES = ('float32', 'bfloat16')
+REMATS = ('none', 'full', 'dots')
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """What the model computes; nothing of how it is executed.
+
+  Virtual layers number `prelude`, then `loop * layers_per_loop + layer`, then
+  `coda`. A vanilla model is one loop.
+
+  Attributes:
+    V, D, F, N, K, H: sizes, see the alphabet above.
+    layers_per_loop: layers in the shared block.
+    loops: how often the block runs.
+    prelude, coda: unshared layers before and after the loops.
+    rank: adapter rank: a number, 'full', or per kernel such as
+      'q64+k32+v32+o64+mlp128'; capped at min(in, out) per kernel.
+    loop_norms: each loop has its own norm scales and biases (if loops > 1);
+      False is the paper's tying.
+    norm: 'rms', 'rms+1' (the scale is stored minus one), or 'layer'.
+    norm_eps: added to the mean square (or variance).
+    act: the MLP's activation.
+    gated: act(gate) * up rather than act(up).
+    parallel: attention and MLP read the same residual stream.
+    attention_bias, mlp_bias: biases on q, k, v, o and on the MLP's linears.
+    rope_theta: base of the rotary wavelengths.
+    rope_fraction: share of H that is rotated, from its start.
+    rope_scaling: () none; (factor,) linear; (factor, low_freq_factor,
+      high_freq_factor, original_length) Llama 3's.
+    window: keys a query sees, itself included; 0 is all.
+    embed_scale: embeddings are multiplied by sqrt(D).
+    tied: the head is the embedding.
+  """
+  V: int
+  D: int
+  F: int
+  N: int
+  K: int
+  H: int
+  layers_per_loop: int
+  loops: int = 1
+  prelude: int = 0
+  coda: int = 0
+  rank: str = '0'
+  loop_norms: bool = True
+  norm: str = 'rms'
+  norm_eps: float = 1e-6
+  act: str = 'silu'
+  gated: bool = True
+  parallel: bool = False
+  attention_bias: bool = False
+  mlp_bias: bool = False
+  rope_theta: float = 10_000.0
+  rope_fraction: float = 1.0
+  rope_scaling: tuple[float, ...] = ()
+  window: int = 0
+  embed_scale: bool = False
+  tied: bool = True
+
+  def __post_init__(self):
+    object.__setattr__(self, 'rank', str(self.rank))
+    if isinstance(self.rope_scaling, list):  # As JSON reads it back.
+      object.__setattr__(self, 'rope_scaling', tuple(self.rope_scaling))
+    _check(self)
+    parse_rank(self.rank)  # Raises where the specification is bad.
+
+  @property
+  def num_layers(self) -> int:
+    """Layers a token passes through."""
+    return self.prelude + self.loops * self.layers_per_loop + self.coda
+
+  @property
+  def has_loop_vectors(self) -> bool:
+    """Whether norms and biases live in the adapters, one set per loop."""
+    return self.loop_norms and self.loops > 1
+
+  @property
+  def kernels(self) -> dict[str, str]:
+    """Einsum of each linear this model has."""
+    return {k: v for k, v in KERNELS.items() if self.gated or k != 'gate'}
+
+  @property
+  def ranks(self) -> dict[str, int]:
+    """Rank of each kernel's adapter, capped at min(in, out); 0 is none."""
+    wanted = parse_rank(self.rank)
+    caps = {k: min(self.in_out(k)) for k in self.kernels}
+    return {k: min(cap, wanted.get(k, 0)) for k, cap in caps.items()}
+
+  def shape(self, letters: str) -> tuple[int, ...]:
+    """Sizes of the dimensions that `letters` name."""
+    return tuple(getattr(self, letter) for letter in letters)
+
+  def in_out(self, kernel: str) -> tuple[int, int]:
+    """Rows and columns of a kernel seen as a matrix."""
+    rows, columns = 1, 1
+    for letter in split(KERNELS[kernel])[0]:
+      rows *= getattr(self, letter)
+    for letter in split(KERNELS[kernel])[1]:
+      columns *= getattr(self, letter)
+    return rows, columns
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """How a model is executed. No field changes a result beyond rounding.
+
+  Attributes:
+    dtype: compute dtype of activations and matmuls; parameters keep theirs.
+    remat: what the backward pass recomputes: 'none', 'full' (all of a layer)
+      or 'dots' (all but matmul results).
+    unroll: unroll the loops and layers instead of looping on the device:
+      faster on CPU, slower to compile.
+    attention: 'plain' holds all [T, S] scores; 'blocks' those of one block of
+      queries at a time, unless new tokens meet a cache; 'auto' chooses.
+  """
+  dtype: str = 'float32'
+  remat: str = 'none'
+  unroll: bool = False
+  attention: str = 'auto'
+
+  def __post_init__(self):
+    one_of('run.dtype', self.dtype, DTYPES)
+    one_of('run.remat', self.remat, REMATS)
+    one_of('run.attention', self.attention, ('auto', 'plain', 'blocks'))
+
+
+def split(spec: str) -> tuple[str, str]:
+  """Letters of a linear's kernel that are summed over, and those that stay.
+
+  Args:
+    spec: an einsum such as 'BTD,DNH->BTNH'.
+
+  Returns:
+    ('D', 'NH') for it: the kernel's letters are always the one then the other.
+  """
+  inputs, kernel = spec.split('->')[0].split(',')
+  inner = ''.join(c for c in kernel if c in inputs)
+  return inner, kernel[len(inner):]
+
+
+def parse_rank(rank: str) -> dict[str, int]:
+  """Wanted rank by kernel name, before capping.
+
+  Args:
+    rank: '64', 'full', or parts such as 'q64+mlp128', where 'attn' and 'mlp'
+      name groups; a kernel that is not named has none.
+
+  Raises:
+    ValueError: a part is not a kernel's name and a number, or names it twice.
+  """
+  way_out = "a number, 'full', or parts like 'q64+k32+v32+o64+mlp128'"
+  if rank == 'full':
+    return dict.fromkeys(KERNELS, 1 << 62)
+  if rank.isascii() and rank.isdecimal():
+    return dict.fromkeys(KERNELS, int(rank))
+  wanted = {}
+  for part in rank.split('+'):
+    match = re.fullmatch(r'([a-z]+)(\d+)', part)
+    if not match:
+      raise ValueError(f'rank={rank!r}: {part!r} is not a rank; give {way_out}')
+    name, number = match.groups()
+    one_of(f'rank={rank!r}: kernel', name, (*KERNELS, *GROUPS))
+    for kernel in GROUPS.get(name, (name,)):
+      if kernel in wanted:
+        raise ValueError(f'rank={rank!r}: {kernel!r} is named twice')
+      wanted[kernel] = int(number)
+  return wanted
+
+
+def one_of(what: str, value: str, known) -> None:
+  """Raises ValueError, naming the nearest, unless `value` is in `known`."""
+  if value not in known:
+    raise ValueError(
+        f'{what} {value!r} is not known{nearest(value, known)}; '
+        f'expected one of {", ".join(known)}')
+
+
+def nearest(value: str, known) -> str:
+  """', did you mean X?' where something in `known` resembles `value`."""
+  close = difflib.get_close_matches(str(value), list(known), n=1)
+  return f', did you mean {close[0]!r}?' if close else ''
+
+
+def _check(cfg: ModelConfig) -> None:
+  for field in dataclasses.fields(cfg):
+    value = getattr(cfg, field.name)
+    if not _is_a(value, field.type):
+      kind = getattr(field.type, '__name__', field.type)
+      raise ValueError(f'model.{field.name}={value!r}; expected {kind}')
+    least = 0 if field.name in ('prelude', 'coda', 'window') else 1
+    if field.type is int and value < least:
+      raise ValueError(
+          f'model.{field.name}={value}: expected at least {least}')
+  if cfg.norm_eps < 0 or cfg.rope_theta <= 0 or min(
+      (1.0, *cfg.rope_scaling)) <= 0:
+    raise ValueError(
+        f'model.norm_eps={cfg.norm_eps}, rope_theta={cfg.rope_theta} and '
+        f'rope_scaling={cfg.rope_scaling} must be positive')
+  one_of('model.norm', cfg.norm, NORMS)
+  one_of('model.act', cfg.act, ACTS)
+  if cfg.N % cfg.K:
+    raise ValueError(
+        f'model.N={cfg.N} heads do not share model.K={cfg.K} key heads '
+        f'evenly; K must divide N')
+  if not 0 < cfg.rope_fraction <= 1 or int(cfg.H * cfg.rope_fraction) % 2:
+    raise ValueError(
+        f'model.rope_fraction={cfg.rope_fraction} of H={cfg.H} must be an '
+        f'even number of dimensions, at most H')
+  if len(cfg.rope_scaling) not in (0, 1, 4):
+    raise ValueError(
+        f'model.rope_scaling={cfg.rope_scaling} must have 0, 1 (linear) or '
+        f'4 (Llama 3) numbers')
+
+
+def _is_a(value, kind) -> bool:
+  """Whether a value has a field's type; an int is a float, a bool no int."""
+  if kind is float:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+  if kind is int:
+    return isinstance(value, int) and not isinstance(value, bool)
+  if kind in (bool, str):
+    return isinstance(value, kind)
+  return isinstance(value, tuple) and all(_is_a(x, float) for x in value)

@@ -1,0 +1,182 @@
+"""What a data stream is made of, checked where it is written down.
+
+Frozen and hashable. It knows no tokenizer and opens no file.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import re
+
+KINDS = ('text', 'jsonl', 'tfds')
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """One source of documents.
+
+  Attributes:
+    name: letters, digits, `_`, `.`; unique among a config's tasks.
+    kind: 'text', 'jsonl' or 'tfds'.
+    train: globs (`**` included) of the files to train on; for 'tfds' one
+      split, 'train[1%:]'.
+    heldout: likewise, held out and taken off `train` where both match a
+      file. Empty holds out `DataConfig.heldout_fraction` of the documents, by
+      a hash of their text, so that a repeated document stays on one side.
+      'tfds' must name a split.
+    document: what a document is. 'file', 'record', or for 'text' the line
+      that separates documents, such as '<|endoftext|>'. Empty: a file of
+      'text', a record of the others.
+    key: the field that holds a record's text.
+    dataset: for 'tfds' the dataset's name, 'c4/en:3.1.0', already prepared.
+    weight: relative rate in the mixture. As everywhere in SeqIO the rate is
+      of examples: documents, or pieces of `seq_len` tokens of longer ones.
+  """
+
+  name: str
+  kind: str
+  train: tuple[str, ...]
+  heldout: tuple[str, ...] = ()
+  document: str = ''
+  key: str = 'text'
+  dataset: str = ''
+  weight: float = 1.0
+
+  def __post_init__(self):
+    where = f'data task {self.name!r}'
+    if not isinstance(self.name, str) or not re.fullmatch(
+        r'[\w.]+', self.name
+    ):
+      raise ValueError(
+          f'{where}: a name is letters, digits, _ and . only; rename it'
+      )
+    if self.kind not in KINDS:
+      raise ValueError(
+          f'{where}: unknown kind {self.kind!r}, expected one of '
+          f'{", ".join(KINDS)}'
+      )
+    for field in ('train', 'heldout'):
+      value = _strings(getattr(self, field), f'{where}: {field}')
+      object.__setattr__(self, field, value)
+    for field in ('document', 'key', 'dataset'):
+      if not isinstance(getattr(self, field), str):
+        raise ValueError(
+            f'{where}: {field} is {getattr(self, field)!r}, expected a string'
+        )
+    if not self.document:
+      unit = 'file' if self.kind == 'text' else 'record'
+      object.__setattr__(self, 'document', unit)
+    _check_number(self.weight, f'{where}: weight', above=0.0)
+    self._check_kind(where)
+
+  def _check_kind(self, where: str) -> None:
+    if not self.train:
+      raise ValueError(f'{where}: train is empty; name files or a split')
+    if (self.kind == 'text') == (self.document == 'record'):
+      raise ValueError(
+          f"{where}: kind 'text' takes document='file' or a separator line, "
+          f"the others document='record'; got {self.document!r} with "
+          f'{self.kind!r}'
+      )
+    if '\n' in self.document or '\r' in self.document:
+      raise ValueError(
+          f'{where}: document={self.document!r} is more than one line; a '
+          'separator is one whole line, without its end'
+      )
+    if (self.kind == 'tfds') != bool(self.dataset):
+      raise ValueError(
+          f"{where}: dataset={self.dataset!r} with kind {self.kind!r}; kind "
+          "'tfds' needs the dataset's name and no other kind takes one"
+      )
+    if self.kind == 'tfds' and not len(self.train) == len(self.heldout) == 1:
+      raise ValueError(
+          f"{where}: kind 'tfds' takes one split to train on and one held "
+          f"out, such as train='train[1%:]', heldout='train[:1%]'; got "
+          f'{self.train} and {self.heldout}'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """A mixture of tasks and the shape of its batches.
+
+  Attributes:
+    tasks: the mixture.
+    seq_len: T, tokens in a row.
+    batch: B, rows in the global batch, of all processes together; a
+      multiple of `shards`.
+    shards: independent pipelines; row i comes from shard i % shards. Part of
+      what the stream is: another number is another stream. A process runs
+      every shard it has a row of, so with many processes shards = batch
+      makes no row twice.
+    seed: of all shuffling and mixing of the training stream.
+    shuffle: pieces in each shard's shuffle buffer, saved with every position;
+      what comes first is shuffled already, in blocks of documents.
+    heldout_fraction: of the documents, for tasks that name no held-out files.
+  """
+
+  tasks: tuple[Task, ...]
+  seq_len: int
+  batch: int
+  shards: int = 8
+  seed: int = 0
+  shuffle: int = 256
+  heldout_fraction: float = 0.01
+
+  def __post_init__(self):
+    if not isinstance(self.tasks, Sequence) or not all(
+        isinstance(task, Task) for task in self.tasks
+    ):
+      raise ValueError(
+          f'data.tasks is {self.tasks!r}, expected a sequence of data.Task'
+      )
+    object.__setattr__(self, 'tasks', tuple(self.tasks))
+    names = [task.name for task in self.tasks]
+    if not names or len(set(names)) < len(names):
+      raise ValueError(
+          f'data.tasks are named {names}: there must be one at least, and no '
+          'name twice'
+      )
+    for field, least in (
+        ('seq_len', 1),
+        ('batch', 1),
+        ('shards', 1),
+        ('seed', 0),
+        ('shuffle', 1),
+    ):
+      value = getattr(self, field)
+      if type(value) is not int or value < least:
+        raise ValueError(
+            f'data.{field} is {value!r}, expected a whole number of at least '
+            f'{least}'
+        )
+    _check_number(
+        self.heldout_fraction, 'data.heldout_fraction', above=0.0, most=0.5
+    )
+    if self.batch % self.shards:
+      fits = [n for n in range(1, self.batch + 1) if not self.batch % n]
+      raise ValueError(
+          f'data.batch {self.batch} is not a multiple of data.shards '
+          f'{self.shards}; choose shards among {fits}, or another batch'
+      )
+
+
+def _strings(value: object, where: str) -> tuple[str, ...]:
+  """A string or a sequence of strings as a tuple; '' is none."""
+  if isinstance(value, str):
+    value = (value,) if value else ()
+  if not isinstance(value, Sequence) or not all(
+      isinstance(part, str) and part for part in value
+  ):
+    raise ValueError(f'{where} is {value!r}, expected strings')
+  return tuple(value)
+
+
+def _check_number(
+    value: object, where: str, *, above: float, most: float = float('inf')
+) -> None:
+  is_number = isinstance(value, int | float) and not isinstance(value, bool)
+  if not is_number or not above < value <= most or value == float('inf'):
+    limit = '' if most == float('inf') else f' and at most {most}'
+    raise ValueError(
+        f'{where} is {value!r}, expected a number above {above}{limit}'
+    )

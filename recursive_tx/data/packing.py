@@ -1,0 +1,112 @@
+"""Pieces of documents into rows of T slots, and rows into batches.
+
+A piece is a run of token ids of one document, at least 2 and at most T + 1
+of them: the last T are predicted from the first T. Nothing here looks at the
+value of an id: 0 is a token like any other, and only segment 0 is padding.
+NumPy only; it does not know where pieces come from.
+"""
+
+import collections
+from collections.abc import Sequence
+
+import numpy as np
+
+# The rows a shard keeps open. Pieces of any length up to T = 2048, equally
+# likely, fill 93 % of the slots with 8 rows, 97 % with 32, 98 % with 64;
+# short documents fill 98 % with any of them.
+_OPEN_ROWS = 64
+
+Row = list[np.ndarray]
+
+
+def split(ids: np.ndarray, T: int) -> Row:
+  """Cuts a document into consecutive pieces of at most T predictions.
+
+  Neighbours share one id, the last target of the one and the first input of
+  the next, so that every id but the document's first is a target once.
+  """
+  return [ids[i : i + T + 1] for i in range(0, len(ids) - 1, T)]
+
+
+class Packer:
+  """Best fit of pieces into a few open rows; `ready` holds finished rows.
+
+  What comes out depends on the pieces alone, and `save` gives everything
+  that is still inside.
+  """
+
+  def __init__(self, T: int):
+    self._T = T
+    self._open: list[Row] = []
+    self._room: list[int] = []
+    self.ready: collections.deque[Row] = collections.deque()
+
+  def add(self, piece: np.ndarray) -> None:
+    """Puts the piece in the fullest row that has room for it."""
+    size = len(piece) - 1
+    assert 0 < size <= self._T, (size, self._T)
+    fits = [(room, i) for i, room in enumerate(self._room) if room >= size]
+    if not fits:
+      if len(self._open) == _OPEN_ROWS:
+        self._close(self._room.index(min(self._room)))
+      self._open.append([])
+      self._room.append(self._T)
+      fits = [(self._T, len(self._open) - 1)]
+    room, i = min(fits)
+    self._open[i].append(piece)
+    self._room[i] = room - size
+    if room == size:
+      self._close(i)
+
+  def flush(self) -> None:
+    """Finishes the open rows, however empty."""
+    while self._open:
+      self._close(0)
+
+  def save(self) -> dict[str, np.ndarray]:
+    """Every id inside: int32 arrays, of ids, ids a piece, pieces a row."""
+    rows = [*self.ready, *self._open]
+    pieces = [piece for row in rows for piece in row]
+    return {
+        'ids': np.concatenate([*pieces, np.zeros(0, np.int32)]).astype('<i4'),
+        'pieces': np.array([len(piece) for piece in pieces], '<i4'),
+        'rows': np.array([len(row) for row in rows], '<i4'),
+        'ready': np.array([len(self.ready)], '<i4'),
+    }
+
+  def restore(self, saved: dict[str, np.ndarray]) -> None:
+    """Becomes what `save` was called on."""
+    pieces = iter(np.split(saved['ids'], np.cumsum(saved['pieces'])[:-1]))
+    rows = [[next(pieces) for _ in range(n)] for n in saved['rows']]
+    ready = int(saved['ready'][0])
+    self.ready = collections.deque(rows[:ready])
+    self._open = rows[ready:]
+    self._room = [
+        self._T - sum(len(piece) - 1 for piece in row) for row in self._open
+    ]
+
+  def _close(self, i: int) -> None:
+    self.ready.append(self._open.pop(i))
+    del self._room[i]
+
+
+def batch(rows: Sequence[Row], T: int) -> dict[str, np.ndarray]:
+  """Rows as arrays [B, T]: four of int32, `weight_BT` of float32.
+
+  Segments count from 1 in each row and positions from 0 in each segment.
+  Unused slots are 0 everywhere, and their weight is 0.
+  """
+  B = len(rows)
+  names = ('token_BT', 'target_BT', 'segment_BT', 'position_BT')
+  out = {name: np.zeros((B, T), np.int32) for name in names}
+  for b, row in enumerate(rows):
+    start = 0
+    for segment, piece in enumerate(row, 1):
+      slots = slice(start, start + len(piece) - 1)
+      out['token_BT'][b, slots] = piece[:-1]
+      out['target_BT'][b, slots] = piece[1:]
+      out['segment_BT'][b, slots] = segment
+      out['position_BT'][b, slots] = np.arange(len(piece) - 1)
+      start = slots.stop
+  out['weight_BT'] = (out['segment_BT'] > 0).astype(np.float32)
+  return out

@@ -1,0 +1,306 @@
+"""The training stream and the held-out set.
+
+A stream is a function of its config, tokenizer and step, never of the
+processes that read it. It imports TensorFlow only where a pipeline is built.
+"""
+
+from collections.abc import Iterable
+import dataclasses
+import io
+import json
+import pathlib
+import tempfile
+import weakref
+import zipfile
+
+import numpy as np
+
+from recursive_tx.data import packing
+from recursive_tx.data.config import DataConfig
+from recursive_tx.tokenizer import Tokenizer
+
+_VERSION = 1
+
+
+class Stream:
+  """Endless batches of packed documents; an iterator.
+
+  Row i of the global batch comes from shard i % shards; each shard has a
+  pipeline and a packer of its own, and a position of its own.
+  """
+
+  def __init__(
+      self,
+      config: DataConfig,
+      tokenizer: Tokenizer,
+      *,
+      rows: Iterable[int] | None = None,
+  ):
+    """Opens the pipelines of the shards that are needed.
+
+    Args:
+      config: what is read.
+      tokenizer: makes the ids.
+      rows: which rows of the global batch this process holds, in the order
+        it wants them; None is all of them.
+
+    Raises:
+      ValueError: a fault in the config, its files, or the first 64 MiB that
+        is in them.
+    """
+    from recursive_tx.data import pipeline
+
+    self._config = config
+    self._rows = list(range(config.batch) if rows is None else rows)
+    for row in self._rows:
+      if not 0 <= row < config.batch:
+        raise ValueError(
+            f'row {row} is outside the global batch of {config.batch} rows'
+        )
+    tasks, self._documents = pipeline.build_tasks(config, tokenizer, 'train')
+    self._origin = _origin(config, tokenizer, self._documents)
+    self._step = 0
+    self._iterators = {}
+    self._packers = {}
+    # A pipeline's threads call Python. If they still run when the interpreter
+    # goes down, it waits for them and they for it: end them before.
+    weakref.finalize(self, self._iterators.clear)
+    for shard in sorted({row % config.shards for row in self._rows}):
+      dataset = pipeline.shard_dataset(tasks, config, shard)
+      self._iterators[shard] = iter(dataset)
+      self._packers[shard] = packing.Packer(config.seq_len)
+
+  def __iter__(self) -> 'Stream':
+    return self
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    """The next batch.
+
+    Returns:
+      `token_BT`, `target_BT`, `segment_BT`, `position_BT` int32 and
+      `weight_BT` float32, B being the number of rows held: weight 1 where
+      the target is a token, 0 on padding, which alone is in segment 0.
+
+    Raises:
+      ValueError: a fault in the data, naming the file.
+    """
+    shards = self._config.shards
+    each = self._config.batch // shards
+    made = {shard: self._take(shard, each) for shard in self._packers}
+    self._step += 1
+    rows = [made[row % shards][row // shards] for row in self._rows]
+    return packing.batch(rows, self._config.seq_len)
+
+  def save(self) -> bytes:
+    """The position after the last batch returned; a zip, no pickle in it."""
+    import tensorflow as tf
+
+    file = io.BytesIO()
+    with zipfile.ZipFile(
+        file, 'w', zipfile.ZIP_DEFLATED, compresslevel=1
+    ) as archive:
+      head = {'version': _VERSION, 'step': self._step, 'origin': self._origin}
+      archive.writestr('position.json', json.dumps(head))
+      for shard, iterator in self._iterators.items():
+        for name, array in self._packers[shard].save().items():
+          archive.writestr(f'{shard}/{name}', array.tobytes())
+        with tempfile.TemporaryDirectory() as directory:
+          path = f'{directory}/iterator'
+          tf.train.Checkpoint(iterator=iterator).write(path)
+          for part in sorted(pathlib.Path(directory).iterdir()):
+            archive.write(part, f'{shard}/{part.name}')
+    return file.getvalue()
+
+  def restore(self, *positions: bytes) -> None:
+    """Continues as the stream that was saved would have, without replaying.
+
+    Args:
+      *positions: what `save` gave, of every process if the rows are now
+        divided among processes in another way.
+
+    Raises:
+      ValueError: not a position; of another config, tokenizer or files; of
+        different steps; or without a shard that this stream needs.
+    """
+    steps, archives = set(), {}
+    for position in positions:
+      archive = _open(position)
+      head = json.loads(archive.read('position.json'))
+      _check_origin(head, self._origin)
+      steps.add(head['step'])
+      for name in archive.namelist():
+        archives[name.split('/')[0]] = archive
+    if len(steps) != 1:
+      raise ValueError(
+          f'the positions are of steps {sorted(steps)}, expected one step; '
+          'give those that were saved together'
+      )
+    missing = [n for n in self._packers if str(n) not in archives]
+    if missing:
+      raise ValueError(
+          f'the position lacks shards {missing} of {self._config.shards}; '
+          'give the positions of all processes that saved it'
+      )
+    for shard in self._packers:
+      self._restore_shard(shard, archives[str(shard)])
+    self._step = steps.pop()
+
+  def _restore_shard(self, shard: int, archive: zipfile.ZipFile) -> None:
+    import tensorflow as tf
+
+    packer = self._packers[shard]
+    packer.restore({
+        name: np.frombuffer(archive.read(f'{shard}/{name}'), '<i4')
+        for name in packer.save()
+    })
+    with tempfile.TemporaryDirectory() as directory:
+      for name in archive.namelist():
+        if name.startswith(f'{shard}/iterator'):
+          part = pathlib.Path(directory, name.split('/')[1])
+          part.write_bytes(archive.read(name))
+      checkpoint = tf.train.Checkpoint(iterator=self._iterators[shard])
+      checkpoint.read(f'{directory}/iterator').assert_consumed()
+
+  def _take(self, shard: int, count: int) -> list[packing.Row]:
+    """The shard's next `count` rows."""
+    packer = self._packers[shard]
+    while len(packer.ready) < count:
+      pieces = next(self._iterators[shard], None)
+      _raise_faults(self._documents)
+      if pieces is None:
+        raise ValueError(
+            f'shard {shard} of data.shards={self._config.shards} has no '
+            'documents: lower data.shards'
+        )
+      values = pieces.values.numpy()
+      for piece in np.split(values, pieces.row_splits.numpy()[1:-1]):
+        packer.add(piece)
+    return [packer.ready.popleft() for _ in range(count)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Heldout:
+  """A fixed set of whole documents that are never trained on.
+
+  Attributes:
+    batches: as a stream's, all [batch, seq_len], the last one padded.
+    num_bytes: UTF-8 bytes of the documents' texts.
+    num_documents: how many there are.
+  """
+
+  batches: list[dict[str, np.ndarray]]
+  num_bytes: int
+  num_documents: int
+
+
+def heldout(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    max_documents: int | None = None,
+    max_tokens: int | None = None,
+) -> Heldout:
+  """The held-out set: the tasks' documents in turn, up to the limits.
+
+  It depends neither on `config.seed` nor on `shards`, so that runs compare.
+
+  Args:
+    config: the stream's.
+    tokenizer: the stream's.
+    max_documents: no more documents than this.
+    max_tokens: no more predicted tokens than this; documents stay whole, and
+      the first is taken however long it is.
+
+  Raises:
+    ValueError: a limit below 1, no held-out document, or a fault in one.
+  """
+  from recursive_tx.data import pipeline
+
+  for name, limit in (
+      ('max_documents', max_documents),
+      ('max_tokens', max_tokens),
+  ):
+    if limit is not None and limit < 1:
+      raise ValueError(f'{name} is {limit}, expected at least 1 or None')
+  tasks, documents = pipeline.build_tasks(config, tokenizer, 'heldout')
+  sources = [
+      pipeline.heldout_documents(task, config.seq_len) for task in tasks
+  ]
+  packer = packing.Packer(config.seq_len)
+  num_bytes = num_documents = num_tokens = 0
+  try:
+    for pieces, size in _in_turn(sources):
+      _raise_faults(documents)
+      num_tokens += sum(len(piece) - 1 for piece in pieces)
+      if num_documents and num_tokens > (max_tokens or num_tokens):
+        break
+      for piece in pieces:
+        packer.add(piece)
+      num_bytes += size
+      num_documents += 1
+      if num_documents == max_documents:
+        break
+  finally:
+    # For the reason that a stream ends its pipelines.
+    for source in sources:
+      source.close()
+  packer.flush()
+  rows = list(packer.ready)
+  rows += [[]] * (-len(rows) % config.batch)
+  batches = [
+      packing.batch(rows[i : i + config.batch], config.seq_len)
+      for i in range(0, len(rows), config.batch)
+  ]
+  return Heldout(batches, num_bytes, num_documents)
+
+
+def _in_turn(sources: list) -> Iterable:
+  """One of each, again and again, until all are at their end."""
+  while sources:
+    for source in list(sources):
+      item = next(source, None)
+      if item is None:
+        sources.remove(source)
+      else:
+        yield item
+
+
+def _raise_faults(documents: list) -> None:
+  for each in documents:
+    if each.faults:
+      raise each.faults[0]
+
+
+def _origin(config: DataConfig, tokenizer: Tokenizer, documents: list) -> dict:
+  """All that a position depends on, as JSON has it."""
+  origin = dataclasses.asdict(config)
+  origin['tokenizer'] = [tokenizer.digest, tokenizer.bos_id, tokenizer.eos_id]
+  origin['files'] = [each.digest for each in documents]
+  return json.loads(json.dumps(origin))
+
+
+def _open(position: bytes) -> zipfile.ZipFile:
+  try:
+    archive = zipfile.ZipFile(io.BytesIO(position))
+    archive.getinfo('position.json')
+  except (zipfile.BadZipFile, KeyError):
+    raise ValueError(
+        f'{len(position)} bytes that are no position of a data stream; '
+        'use what Stream.save gave'
+    ) from None
+  return archive
+
+
+def _check_origin(head: dict, origin: dict) -> None:
+  if head['version'] != _VERSION:
+    raise ValueError(
+        f'the position has format {head["version"]}, this program reads '
+        f'{_VERSION}; resume with the version that saved it'
+    )
+  for key, value in origin.items():
+    saved = head['origin'].get(key)
+    if saved != value:
+      raise ValueError(
+          f'the position was saved with data.{key}={saved!r}, now it is '
+          f'{value!r}; resume with the former or start afresh'
+      )

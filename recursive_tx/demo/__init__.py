@@ -1,0 +1,4 @@
+"""The small model that ships, so that everything runs offline.
+
+The directory is in Hugging Face layout; README.md says how it was made.
+"""

@@ -1,0 +1,420 @@
+"""A decoder: a scan over loops of a scan over layers.
+
+The outer scan broadcasts the block's parameters (the recursion) and slices
+the adapters (the relaxation); one loop is a vanilla model. Relaxed Recursive
+Transformers, equations 1 to 3. Knows nothing of families or files.
+"""
+
+import functools
+import math
+
+from flax import linen as nn
+import jax
+from jax.nn import initializers
+import jax.numpy as jnp
+
+from recursive_tx import adapters, attention
+from recursive_tx import config as config_lib
+
+_ACTS = {
+    'silu': jax.nn.silu,
+    'gelu': functools.partial(jax.nn.gelu, approximate=False),
+    'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),
+    'relu': jax.nn.relu,
+}
+_REMATS = {
+    'full': jax.checkpoint_policies.nothing_saveable,
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Linear(nn.Module):
+  """One kernel of the alphabet, plus its adapter's `a`, `b` and `bias`."""
+  cfg: config_lib.ModelConfig
+  kernel: str
+
+  @nn.compact
+  def __call__(self, x: jax.Array, adapter: dict) -> jax.Array:
+    spec = self.cfg.kernels[self.kernel]
+    inner, outer = config_lib.split(spec)
+    init = initializers.variance_scaling(
+        1.0, 'fan_in', 'normal', in_axis=tuple(range(len(inner))),
+        out_axis=tuple(range(len(inner), len(inner + outer))))
+    kernel = self.param(
+        'kernel', nn.with_logical_partitioning(init, tuple(inner + outer)),
+        self.cfg.shape(inner + outer)).astype(x.dtype)
+    y = None
+    if 'a' in adapter:
+      a, b = adapter['a'].astype(x.dtype), adapter['b'].astype(x.dtype)
+      rows, columns = self.cfg.in_out(self.kernel)
+      # Adding the product to the kernel costs rows * columns a rank, two thin
+      # matmuls (rows + columns) * tokens.
+      if rows * columns < (rows + columns) * x.shape[0] * x.shape[1]:
+        kernel += jnp.einsum(f'{inner}R,R{outer}->{inner}{outer}', a, b)
+      else:
+        x_letters, y_letters = spec.split(',')[0], spec.split('->')[1]
+        y = jnp.einsum(f'{x_letters},{inner}R->BTR', x, a)
+        y = jnp.einsum(f'BTR,R{outer}->{y_letters}', y, b)
+    base = project(spec, x, kernel)
+    y = base if y is None else base + y
+    return y + adapter['bias'].astype(x.dtype) if 'bias' in adapter else y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project(spec: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """einsum(spec, x, kernel), whose kernel gradient is laid out as the kernel.
+
+  JAX's own rule transposes the incoming gradient and lets XLA fuse that with
+  whatever made it, which took a third of a training step on CPU.
+  """
+  return jnp.einsum(spec, x, kernel)
+
+
+def _project_forward(spec, x, kernel):
+  return jnp.einsum(spec, x, kernel), (x, kernel)
+
+
+def _project_backward(spec, saved, d_y):
+  x, kernel = saved
+  letters, y_letters = spec.split('->')
+  x_letters, kernel_letters = letters.split(',')
+  d_x = jnp.einsum(f'{y_letters},{kernel_letters}->{x_letters}', d_y, kernel)
+  d_kernel = jnp.einsum(f'{x_letters},{y_letters}->{kernel_letters}', x, d_y)
+  return d_x, d_kernel
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
+def normalize(
+    cfg: config_lib.ModelConfig, x: jax.Array, leaves: dict
+) -> jax.Array:
+  """Norm over the last dimension, in fp32; `leaves` holds scale (and bias)."""
+  dtype = x.dtype
+  x = x.astype(jnp.float32)
+  scale = leaves['scale'].astype(jnp.float32)
+  if cfg.norm == 'layer':
+    x -= jnp.mean(x, axis=-1, keepdims=True)
+  x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + cfg.norm_eps)
+  x *= 1 + scale if cfg.norm == 'rms+1' else scale
+  if cfg.norm == 'layer':
+    x += leaves['bias'].astype(jnp.float32)
+  return x.astype(dtype)
+
+
+def rope_tables(
+    cfg: config_lib.ModelConfig, position_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Cosine and sine of each rotated pair's angle, [B, T, 1, pairs], fp32."""
+  pairs = int(cfg.H * cfg.rope_fraction) // 2
+  frequency = cfg.rope_theta ** -(jnp.arange(pairs, dtype=jnp.float32) / pairs)
+  if len(cfg.rope_scaling) == 1:
+    frequency /= cfg.rope_scaling[0]
+  if len(cfg.rope_scaling) == 4:
+    # Llama 3: long wavelengths are stretched by `factor`, short ones are
+    # kept, those between are interpolated.
+    factor, low, high, length = cfg.rope_scaling
+    turns = length * frequency / (2 * math.pi)
+    keep = jnp.clip((turns - low) / (high - low), 0, 1)
+    frequency *= keep + (1 - keep) / factor
+  angle = position_BT[..., None, None].astype(jnp.float32) * frequency
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """Turns pairs (i, i + pairs) of the first 2 * pairs dimensions of H."""
+  cos, sin = rope
+  pairs = cos.shape[-1]
+  x = x_BTNH.astype(jnp.float32)
+  one, two, rest = jnp.split(x, (pairs, 2 * pairs), axis=-1)
+  turned = [one * cos - two * sin, two * cos + one * sin, rest]
+  return jnp.concatenate(turned, axis=-1).astype(x_BTNH.dtype)
+
+
+class Attention(nn.Module):
+  """Grouped-query attention with rotary positions and an optional cache."""
+  cfg: config_lib.ModelConfig
+  run: config_lib.Run
+
+  @nn.compact
+  def __call__(self, x_BTD, adapter, context, cache):
+    def linear(name, x):
+      return Linear(self.cfg, name, name=name)(
+            x, adapter.get(name, {}))
+    q_BTNH = rotate(linear('q', x_BTD), context['rope'])
+    k_BSKH = rotate(linear('k', x_BTD), context['rope'])
+    v_BSKH = linear('v', x_BTD)
+    if cache is not None:
+      # A token's slot is its position, whatever was there before.
+      at = (jnp.arange(x_BTD.shape[0])[:, None], context['position_BT'])
+      k_BSKH = cache['k'].at[at].set(k_BSKH.astype(cache['k'].dtype))
+      v_BSKH = cache['v'].at[at].set(v_BSKH.astype(cache['v'].dtype))
+      cache = {'k': k_BSKH, 'v': v_BSKH}
+    y_BTNH = attention.attend(
+        q_BTNH, k_BSKH, v_BSKH, context['mask_BTS'], window=self.cfg.window,
+        implementation=self.run.attention)
+    return linear('o', y_BTNH), cache
+
+
+class Mlp(nn.Module):
+  """act(gate) * up, or act(up), then down."""
+  cfg: config_lib.ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BTD, adapter):
+    def linear(name, x):
+      return Linear(self.cfg, name, name=name)(
+            x, adapter.get(name, {}))
+    act = _ACTS[self.cfg.act]
+    up_BTF = linear('up', x_BTD)
+    if self.cfg.gated:
+      h_BTF = act(linear('gate', x_BTD)) * up_BTF
+    else:
+      h_BTF = act(up_BTF)
+    h_BTF = nn.with_logical_constraint(h_BTF, ('B', 'T', 'F'))
+    return linear('down', h_BTF)
+
+
+class Layer(nn.Module):
+  """One layer; its norms, biases and factors come in as `adapter`."""
+  cfg: config_lib.ModelConfig
+  run: config_lib.Run
+
+  @nn.compact
+  def __call__(self, x_BTD, adapter, context, cache):
+    cfg = self.cfg
+    attn, cache = Attention(cfg, self.run, name='attn')(
+        normalize(cfg, x_BTD, adapter['attn_norm']), adapter, context, cache)
+    residual_BTD = x_BTD if cfg.parallel else x_BTD + attn
+    mlp = Mlp(cfg, name='mlp')(
+        normalize(cfg, residual_BTD, adapter['mlp_norm']), adapter)
+    y_BTD = residual_BTD + mlp + (attn if cfg.parallel else 0)
+    return nn.with_logical_constraint(y_BTD, ('B', 'T', 'D')), cache
+
+
+class Stack(nn.Module):
+  """A run of layers, looped; the prelude and the coda run once.
+
+  Attributes:
+    layers: how many, each with its own parameters.
+    loops: how often they run, parameters shared.
+    own_vectors: norms and biases are parameters here, shared by the loops;
+      otherwise they come with the adapters.
+  """
+  cfg: config_lib.ModelConfig
+  run: config_lib.Run
+  layers: int
+  loops: int = 1
+  own_vectors: bool = True
+
+  @nn.compact
+  def __call__(self, x_BTD, adapters_L, context, cache_L=None):
+    """Returns x_BTD, each loop's output h_LBTD and the new cache."""
+    if self.own_vectors:
+      vectors = adapters.stacked((('layers', self.layers),))(
+          self.cfg, adapters.vector_table(self.cfg), name='vectors')()
+      shared_L = jax.tree.map(
+          lambda v: jnp.broadcast_to(v, (self.loops, *v.shape)), vectors)
+      adapters_L = adapters.overlay(shared_L, adapters_L)
+    layer = Layer
+    if self.run.remat != 'none':
+      layer = nn.remat(Layer, policy=_REMATS[self.run.remat],
+                       prevent_cse=self.run.unroll)
+
+    if self.run.unroll and not self.is_initializing():
+      return self._unrolled(layer, x_BTD, adapters_L, context, cache_L)
+
+    def loop(stack, x_BTD, adapter, cache):
+      scan = nn.scan(
+          layer, variable_axes={'params': 0}, split_rngs={'params': True},
+          in_axes=(0, nn.broadcast, 0), length=stack.layers,
+          metadata_params={nn.PARTITION_NAME: 'layers'})
+      x_BTD, cache = scan(stack.cfg, stack.run, name='layers')(
+          x_BTD, adapter, context, cache)
+      return x_BTD, (x_BTD, cache)
+
+    loops = nn.scan(
+        loop, variable_broadcast='params', split_rngs={'params': False},
+        in_axes=(0, 0), length=self.loops)
+    x_BTD, (h_LBTD, cache_L) = loops(self, x_BTD, adapters_L, cache_L)
+    return x_BTD, h_LBTD, cache_L
+
+  def _unrolled(self, layer, x_BTD, adapters_L, context, cache_L):
+    """The same without a scan, which would stack what backward needs."""
+    layer = layer(self.cfg, self.run, parent=None)
+    params = _unstack(self.variables['params']['layers'], self.layers)
+    h_LBTD, caches = [], []
+    for adapter, cache in zip(
+        _unstack(adapters_L, self.loops), _unstack(cache_L, self.loops),
+        strict=True):
+      new = []
+      for leaves, values, slots in zip(
+          params, _unstack(adapter, self.layers),
+          _unstack(cache, self.layers), strict=True):
+        x_BTD, slots = layer.apply(
+            {'params': leaves}, x_BTD, values, context, slots)
+        new.append(slots)
+      h_LBTD.append(x_BTD)
+      caches.append(_stack(new))
+    return x_BTD, jnp.stack(h_LBTD), _stack(caches)
+
+
+def _unstack(tree, size: int) -> list:
+  """`size` trees of the leading slices; the gradient is one concatenation."""
+  leaves, structure = jax.tree.flatten(tree)
+  parts = [[part.squeeze(0) for part in jax.lax.split(leaf, (1,) * size)]
+           for leaf in leaves]
+  return [structure.unflatten([part[i] for part in parts])
+          for i in range(size)]
+
+
+def _stack(trees: list):
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+class Decoder(nn.Module):
+  """Tokens to logits."""
+  cfg: config_lib.ModelConfig
+  run: config_lib.Run = config_lib.Run()
+
+  def setup(self):
+    cfg = self.cfg
+    init = nn.with_logical_partitioning(
+        initializers.normal(cfg.D**-0.5), ('V', 'D'))
+    self.embed = Table(cfg, 'embedding', init)
+    self.head = None if cfg.tied else Table(cfg, 'kernel', init)
+    self.norm = adapters.Leaves(cfg, adapters.norm_leaves(cfg))
+    self.adapters = adapters.stacked(
+        (('loops', cfg.loops), ('layers', cfg.layers_per_loop)))(
+            cfg, adapters.adapter_table(cfg))
+    stack = functools.partial(Stack, cfg, self.run)
+    self.prelude = stack(cfg.prelude) if cfg.prelude else None
+    self.block = stack(cfg.layers_per_loop, loops=cfg.loops,
+                       own_vectors=not cfg.has_loop_vectors)
+    self.coda = stack(cfg.coda) if cfg.coda else None
+
+  def __call__(self, token_BT, segment_BT=None, position_BT=None):
+    """Logits of the last loop.
+
+    Args:
+      token_BT: int32 token ids.
+      segment_BT: document of each token; tokens see only their own. None is
+        one document a row.
+      position_BT: place of each token in its document; None counts from 0.
+
+    Returns:
+      logits_BTV, fp32.
+    """
+    context = self._context(token_BT, segment_BT, position_BT)
+    x_BTD = self._enter(token_BT, context)[0]
+    x_BTD = self.block(x_BTD, self.adapters(), context)[0]
+    return self.logits(self._leave(x_BTD, context)[0])
+
+  def hidden(self, token_BT, segment_BT=None, position_BT=None):
+    """What the head multiplies, for every loop: h_LBTD, compute dtype.
+
+    Each loop's output goes through the coda and the final norm, as an exit
+    after that loop would.
+    """
+    context = self._context(token_BT, segment_BT, position_BT)
+    x_BTD = self._enter(token_BT, context)[0]
+    h_LBTD = self.block(x_BTD, self.adapters(), context)[1]
+    return jnp.stack([self._leave(h_BTD, context)[0] for h_BTD in h_LBTD])
+
+  def logits(self, h):
+    """The head: h[..., D] to fp32 logits[..., V]."""
+    table = self.embed() if self.head is None else self.head()
+    return jnp.einsum('...D,VD->...V', h, table.astype(h.dtype),
+                      preferred_element_type=jnp.float32)
+
+  def decode(self, token_BT, position_BT, cache):
+    """Logits of new tokens, whose predecessors' keys are in the cache.
+
+    Args:
+      token_BT: new tokens; rows may be padded on the right, since a later
+        call overwrites what padding leaves in the slots of its positions.
+      position_BT: their positions, below the cache's length.
+      cache: of `init_cache` or an earlier call.
+
+    Returns:
+      logits_BTV, fp32, and the cache with these tokens in it.
+    """
+    context = self._context(token_BT, None, position_BT)
+    slot_1S = jnp.arange(cache['block']['k'].shape[3])[None]
+    context['mask_BTS'] = attention.visible(
+        position_BT, slot_1S, window=self.cfg.window)
+    x_BTD, prelude = self._enter(token_BT, context, cache.get('prelude'))
+    x_BTD, _, block = self.block(x_BTD, self.adapters(), context,
+                                 cache['block'])
+    x_BTD, coda = self._leave(x_BTD, context, cache.get('coda'))
+    new = {'prelude': prelude, 'block': block, 'coda': coda}
+    return self.logits(x_BTD), {k: new[k] for k in cache}
+
+  def _context(self, token_BT, segment_BT, position_BT):
+    """What every layer of one call shares."""
+    place_1T = jnp.arange(token_BT.shape[1])[None]
+    if position_BT is None:
+      position_BT = jnp.broadcast_to(place_1T, token_BT.shape)
+    mask_BTS = attention.visible(
+        place_1T, place_1T, window=self.cfg.window, segment_BT=segment_BT)
+    return {'position_BT': position_BT, 'mask_BTS': mask_BTS,
+            'rope': rope_tables(self.cfg, position_BT)}
+
+  def _enter(self, token_BT, context, cache=None):
+    x_BTD = self.embed()[token_BT].astype(self.run.dtype)
+    x_BTD = nn.with_logical_constraint(x_BTD, ('B', 'T', 'D'))
+    if self.cfg.embed_scale:
+      x_BTD *= jnp.asarray(math.sqrt(self.cfg.D), x_BTD.dtype)
+    if self.prelude is None:
+      return x_BTD, None
+    x_BTD, _, cache = self.prelude(x_BTD, {}, context, cache)
+    return x_BTD, cache
+
+  def _leave(self, x_BTD, context, cache=None):
+    if self.coda is not None:
+      x_BTD, _, cache = self.coda(x_BTD, {}, context, cache)
+    return normalize(self.cfg, x_BTD, self.norm()), cache
+
+
+class Table(nn.Module):
+  """One [V, D] parameter."""
+  cfg: config_lib.ModelConfig
+  leaf: str
+  init: nn.initializers.Initializer
+
+  @nn.compact
+  def __call__(self):
+    return self.param(self.leaf, self.init, self.cfg.shape('VD'))
+
+
+def init_cache(
+    cfg: config_lib.ModelConfig, batch: int, length: int, dtype='float32'
+) -> dict:
+  """Empty keys and values of every virtual layer.
+
+  Returns:
+    {'prelude' | 'block' | 'coda': {'k' | 'v': [loops, layers, batch, length,
+    K, H]}}, without the parts that the model does not have.
+  """
+  parts = {'prelude': (1, cfg.prelude), 'coda': (1, cfg.coda),
+           'block': (cfg.loops, cfg.layers_per_loop)}
+  return {
+      name: {leaf: jnp.zeros((*stack, batch, length, cfg.K, cfg.H), dtype)
+             for leaf in 'kv'}
+      for name, stack in parts.items() if stack[1]}
+
+
+@functools.cache
+def abstract_params(cfg: config_lib.ModelConfig) -> dict:
+  """The parameter tree as boxed ShapeDtypeStructs: nothing is computed."""
+  token_BT = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+  return jax.eval_shape(
+      Decoder(cfg).init, jax.random.key(0), token_BT)['params']
+
+
+def flat_shapes(cfg: config_lib.ModelConfig) -> dict[str, tuple[int, ...]]:
+  """{'block/layers/attn/q/kernel': shape, ...} of every parameter."""
+  leaves = jax.tree_util.tree_leaves_with_path(
+      nn.meta.unbox(abstract_params(cfg)))
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf.shape
+          for path, leaf in leaves}

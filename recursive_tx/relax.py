@@ -1,0 +1,199 @@
+"""relax(): a vanilla model becomes a looped one with adapters.
+
+Says which layers are shared, how the shared block starts, and where each
+residual goes. Relaxed Recursive Transformers, section 2.
+"""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+
+import numpy as np
+
+from recursive_tx import config as config_lib
+from recursive_tx import model, tree, tying
+
+# One layer of a leaf of the vanilla tree, such as 'block/layers/mlp/up/kernel'.
+Read = Callable[[str, int | None], np.ndarray]
+
+
+def relax(
+    cfg: config_lib.ModelConfig, variables: dict, *, loops: int,
+    rank: int | str = 0, init: str = 'average', loop_norms: bool = True,
+    prelude: int = 0, coda: int = 0, lora: str = 'svd', seed: int = 0,
+) -> tuple[config_lib.ModelConfig, dict]:
+  """Makes a vanilla model recursive (rank 0) or relaxed recursive.
+
+  Args:
+    cfg, variables: a vanilla model, as `load_hf` returns it.
+    loops: how often the shared block runs; divides the layers that are left
+      between prelude and coda.
+    rank: of every loop's adapters: an int, 'full', or per kernel such as
+      'q64+k32+v32+o64+mlp128'.
+    init: of the shared block: 'stepwise' (the paper's choice without
+      adapters), 'average' (with them), 'lower' or 'random'.
+    loop_norms: keep each loop's own norm scales and biases, without which no
+      rank restores the original; False is the paper's tying.
+    prelude, coda: first and last layers that stay out of the loops.
+    lora: 'svd' of each layer's residual, or 'zero': start as if tied.
+    seed: of 'random' and of directions without residual.
+
+  Returns:
+    The new config and its variables, fp32 numpy.
+
+  Raises:
+    ValueError: loops that do not divide the layers, or a bad rank or init.
+  """
+  rcfg = target(cfg, loops=loops, rank=rank, init=init, lora=lora,
+                loop_norms=loop_norms, prelude=prelude, coda=coda)
+  params = {}
+  for path, shape in model.flat_shapes(rcfg).items():
+    tree.put(params, path, np.empty(shape, np.float32))
+  def read(path, layer):
+    return np.asarray(
+        tree.get(variables['params'], path)[() if layer is None else layer])
+  for path, at, array in parts(cfg, rcfg, read, init=init, lora=lora,
+                               seed=seed):
+    tree.get(params, path)[at] = array
+  return rcfg, {'params': params}
+
+
+def reduce(
+    cfg: config_lib.ModelConfig, variables: dict, *, loops: int,
+    prelude: int = 0, coda: int = 0,
+) -> tuple[config_lib.ModelConfig, dict]:
+  """The stepwise layers once, without looping: the reduced-size baseline.
+
+  Args:
+    cfg, variables: a vanilla model.
+    loops: the model has as many layers as the block of a recursive one with
+      this many loops.
+    prelude, coda: as for `relax`.
+
+  Returns:
+    A vanilla config and its variables, fp32 numpy.
+  """
+  rcfg, rvars = relax(cfg, variables, loops=loops, init='stepwise',
+                      loop_norms=False, prelude=prelude, coda=coda)
+  return tying.merge(dataclasses.replace(rcfg, loops=1), rvars)
+
+
+def target(
+    cfg: config_lib.ModelConfig, *, loops: int, rank: int | str, init: str,
+    loop_norms: bool, prelude: int, coda: int, lora: str,
+) -> config_lib.ModelConfig:
+  """The config that `relax` makes of a vanilla one; checks its arguments."""
+  config_lib.one_of('init', init, tying.INITS)
+  config_lib.one_of('lora', lora, ('svd', 'zero'))
+  if cfg.loops > 1 or cfg.prelude or cfg.coda or any(cfg.ranks.values()):
+    raise ValueError(
+        f'the model already has loops={cfg.loops}, rank={cfg.rank}; merge it '
+        f'(or export it) before relaxing it anew')
+  middle = cfg.num_layers - prelude - coda
+  if prelude < 0 or coda < 0 or middle < 1:
+    raise ValueError(f'prelude={prelude} and coda={coda} leave {middle} of '
+                     f'{cfg.num_layers} layers to loop; at least 1 must stay')
+  if loops < 1 or middle % loops:
+    fit = [n for n in range(1, middle + 1) if middle % n == 0]
+    raise ValueError(
+        f'loops={loops} does not divide {middle} layers; {fit} do, or take '
+        f'layers out of the loops with prelude and coda')
+  return dataclasses.replace(
+      cfg, loops=loops, layers_per_loop=middle // loops, rank=str(rank),
+      loop_norms=loop_norms, prelude=prelude, coda=coda)
+
+
+def parts(
+    cfg: config_lib.ModelConfig, rcfg: config_lib.ModelConfig, read: Read, *,
+    init: str, lora: str = 'svd', seed: int = 0,
+    energy: dict | None = None,
+) -> Iterator[tuple[str, tuple[int, ...], np.ndarray]]:
+  """Every part of the relaxed model, one layer of one leaf at a time.
+
+  Args:
+    cfg, rcfg: the vanilla config and its `target`.
+    read: gives one layer of a leaf of the vanilla tree.
+    init, lora, seed: as for `relax`.
+    energy: gathers {(kernel, loop): [kept, total]} of the residuals' squared
+      singular values, summed over the block's layers.
+
+  Yields:
+    (path, leading indices, fp32 array) until the whole tree is covered.
+  """
+  after = rcfg.num_layers - rcfg.coda
+  for path in model.flat_shapes(cfg):
+    if not path.startswith('block/'):
+      yield path, (), read(path, None).astype(np.float32)
+      continue
+    leaf = path.removeprefix('block/')
+    for layer in range(rcfg.prelude):
+      yield f'prelude/{leaf}', (layer,), read(path, layer)
+    for layer in range(rcfg.coda):
+      yield f'coda/{leaf}', (layer,), read(path, after + layer)
+    if leaf.startswith('vectors/'):
+      yield from _vector_parts(rcfg, path, read, init)
+    else:
+      yield from _kernel_parts(rcfg, path, read, init, lora, seed, energy)
+
+
+def _vector_parts(rcfg, path, read, init):
+  """Norm scales and biases: each loop's own, or shared by the init's rule."""
+  K = rcfg.layers_per_loop
+  name, leaf = path.split('/')[2:]
+  if rcfg.has_loop_vectors:
+    for loop in range(rcfg.loops):
+      for layer in range(K):
+        yield (f'adapters/{name}/{leaf}', (loop, layer),
+               read(path, rcfg.prelude + loop * K + layer))
+    return
+  for layer, taken in enumerate(_sources(rcfg, init)):
+    originals = [read(path, rcfg.prelude + i) for i in taken]
+    if init == 'random' and not rcfg.loop_norms:
+      neutral = leaf == 'scale' and rcfg.norm != 'rms+1'
+      originals = [np.full_like(originals[0], neutral)]
+    yield path, (layer,), tying.fold(originals)
+
+
+def _kernel_parts(rcfg, path, read, init, lora, seed, energy):
+  """A kernel of the shared block, and its adapters in every loop."""
+  K = rcfg.layers_per_loop
+  name = path.split('/')[3]
+  rank = rcfg.ranks[name]
+  for layer, taken in enumerate(_sources(rcfg, init)):
+    rng = np.random.default_rng([seed, list(rcfg.kernels).index(name), layer])
+    if init == 'random':
+      std = rcfg.in_out(name)[0] ** -0.5
+      shape = read(path, rcfg.prelude).shape
+      shared = rng.normal(0, std, shape).astype(np.float32)
+    else:
+      shared = tying.fold([read(path, rcfg.prelude + i) for i in taken])
+    yield path, (layer,), shared
+    for loop in range(rcfg.loops if rank else 0):
+      original = read(path, rcfg.prelude + loop * K + layer)
+      a, b, kept, total = _adapter(rcfg, name, original, shared, lora, rng)
+      if energy is not None:
+        row = energy.setdefault((name, loop), [0.0, 0.0])
+        row[0] += kept
+        row[1] += total
+      yield f'adapters/{name}/a', (loop, layer), a
+      yield f'adapters/{name}/b', (loop, layer), b
+
+
+def _adapter(rcfg, name, original, shared, lora, rng):
+  """Factors a [*in, R] and b [R, *out], energy kept, energy there was."""
+  inner, outer = config_lib.split(rcfg.kernels[name])
+  rank, matrix = rcfg.ranks[name], rcfg.in_out(name)
+  original = original.astype(np.float32).reshape(matrix)
+  residual = original - shared.reshape(matrix)
+  if lora == 'zero':
+    residual[...] = 0
+  a, b, kept = tying.factor(
+      residual, rank, scale=float(np.linalg.norm(original)), rng=rng)
+  total = float(np.linalg.norm(residual.astype(np.float64))) ** 2
+  return (a.reshape(*rcfg.shape(inner), rank),
+          b.reshape(rank, *rcfg.shape(outer)), kept, total)
+
+
+def _sources(rcfg, init) -> list[list[int]]:
+  rule = 'lower' if init == 'random' else init
+  return tying.sources(rule, loops=rcfg.loops,
+                       layers_per_loop=rcfg.layers_per_loop)

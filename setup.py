@@ -1,0 +1,55 @@
+"""Packaging. constraints.txt pins the set that the tests ran with."""
+
+import pathlib
+
+import setuptools
+
+_README = pathlib.Path(__file__).parent / 'README.md'
+
+setuptools.setup(
+    name='recursive_tx',
+    version='0.1.0',
+    description='Relaxed Recursive Transformers in JAX: fold, relax, uptrain.',
+    long_description=_README.read_text(),
+    long_description_content_type='text/markdown',
+    python_requires='>=3.11',
+    packages=setuptools.find_packages(include=['recursive_tx*']),
+    package_data={'recursive_tx.demo': [
+        '*.json', '*.model', '*.safetensors', 'README.md']},
+    entry_points={'console_scripts': [
+        'recursive-tx = recursive_tx.__main__:main']},
+    install_requires=[
+        'absl-py>=2.1',
+        'chex>=0.1.90',
+        'clu>=0.0.12',
+        'einops>=0.8',
+        'etils>=1.9',
+        'flax>=0.12',
+        'jax>=0.10',
+        'matplotlib>=3.9',
+        'ml-collections>=1.1',
+        'ml-dtypes>=0.5',
+        'numpy>=2.0',
+        'optax>=0.2.8',
+        'orbax-checkpoint>=0.12',
+        'scipy>=1.14',
+        'sentencepiece>=0.2',
+        'seqio>=0.0.20',
+        'tensorboard>=2.19',  # clu.metric_writers needs it and does not say so.
+        'tensorflow>=2.19',
+        'tensorflow-datasets>=4.9.9',
+        'tokenizers>=0.21',
+        'tqdm>=4.66',
+    ],
+    extras_require={
+        'gpu': ['jax[cuda12]'],
+        'tpu': ['jax[tpu]'],
+        'test': [
+            'pytest>=8',
+            'ruff>=0.9',
+            'safetensors>=0.5',
+            'torch>=2.6',
+            'transformers>=5.0',
+        ],
+    },
+)

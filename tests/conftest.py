@@ -1,0 +1,29 @@
+"""What every test shares: JAX stays on the CPU, markers, tiny checkpoints."""
+
+import os
+
+# libtpu locks the machine for one process; only `plan` may load it.
+os.environ['JAX_PLATFORMS'] = 'cpu'
+
+import pytest  # noqa: E402
+import tiny  # noqa: E402
+
+
+def pytest_configure(config):
+  config.addinivalue_line(
+      'markers', 'slow: a full grid or a large case; each has a small sibling '
+      'that is not marked')
+
+
+@pytest.fixture(scope='session')
+def checkpoint(tmp_path_factory):
+  """(directory, transformers model) of a row of tiny.HF, made once each."""
+  made = {}
+
+  def make(name: str, dtype: str = 'float32'):
+    if (name, dtype) not in made:
+      directory = tmp_path_factory.mktemp(f'{name}_{dtype}')
+      made[name, dtype] = directory, tiny.make_hf(directory, name, dtype)
+    return made[name, dtype]
+
+  return make

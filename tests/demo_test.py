@@ -1,0 +1,61 @@
+"""The model that ships: its size, its text, its tokenizer, its quality."""
+
+import pathlib
+
+import pytest
+
+import recursive_tx as rtx
+from recursive_tx import convert, data, evaluate, tokenizer
+from recursive_tx.demo import corpus
+
+DEMO = pathlib.Path(corpus.__file__).parent
+# Of the figures in README.
+KNESER_NEY_BITS_PER_BYTE = 1.7817
+
+
+def test_it_is_small_and_divides_by_2_and_4():
+  cfg, _ = rtx.load_hf(DEMO)
+  assert cfg.num_layers >= 8 and cfg.num_layers % 4 == 0
+  assert cfg.K < cfg.N
+  size = sum(path.stat().st_size for path in DEMO.iterdir() if path.is_file())
+  assert size <= 6e6
+  assert convert.parameters(cfg)['total'] > 2e6
+
+
+def test_held_out_modules_are_never_trained_on():
+  train, heldout = corpus.train_files(), corpus.heldout_files()
+  assert heldout and not set(train) & set(heldout)
+
+
+def test_the_tokenizer_loses_nothing():
+  pieces = tokenizer.load(DEMO)
+  texts = [text for _, text in corpus.documents(corpus.heldout_files())]
+  texts += ['\n\n    x\t=  1  \n', ' leading', 'naïve 東京 \U0001f600\x00']
+  for text in texts:
+    assert pieces.decode(pieces.encode(text)) == text
+
+
+@pytest.mark.slow
+def test_it_beats_kneser_ney_by_a_tenth_on_all_held_out_text(tmp_path):
+  corpus.write(tmp_path)
+  config = data.DataConfig(
+      (data.Task('python', 'jsonl', train=(f'{tmp_path}/train.jsonl',),
+                 heldout=(f'{tmp_path}/heldout.jsonl',)),),
+      seq_len=512, batch=8)
+  cfg, variables = rtx.load_hf(DEMO)
+  result = evaluate.evaluate(
+      cfg, variables, data.heldout(config, tokenizer.load(DEMO)))
+  assert result['loops'][-1]['bits_per_byte'] <= (
+      0.9 * KNESER_NEY_BITS_PER_BYTE)
+
+
+def test_it_knows_its_language(tmp_path):
+  corpus.write(tmp_path)
+  config = data.DataConfig(
+      (data.Task('python', 'jsonl', train=(f'{tmp_path}/train.jsonl',),
+                 heldout=(f'{tmp_path}/heldout.jsonl',)),),
+      seq_len=256, batch=8)
+  cfg, variables = rtx.load_hf(DEMO)
+  heldout = data.heldout(config, tokenizer.load(DEMO), max_tokens=8000)
+  result = evaluate.evaluate(cfg, variables, heldout)
+  assert result['loops'][-1]['bits_per_byte'] < KNESER_NEY_BITS_PER_BYTE

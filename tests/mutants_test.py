@@ -1,0 +1,192 @@
+"""The tests notice bugs: one-line mutants of the core, each of them killed.
+
+A mutant is a copy of the package with one text replaced. The tests named in
+its row pass on an unchanged copy and must fail on the mutant.
+"""
+
+import dataclasses
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import recursive_tx
+
+TESTS = pathlib.Path(__file__).parent
+PACKAGE = pathlib.Path(recursive_tx.__file__).parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+  """A bug that somebody could write.
+
+  Attributes:
+    module: file of the package.
+    old, new: text that occurs once, and what takes its place.
+    killers: tests of which one at least must fail.
+  """
+  module: str
+  old: str
+  new: str
+  killers: tuple[str, ...]
+
+
+_SOURCES = 'tying_test.py::test_average_takes_all_and_lower_the_first'
+_STEPWISE = 'tying_test.py::test_stepwise_takes_the_papers_layers'
+_SVD = 'tying_test.py::test_error_is_that_of_the_cut_singular_values'
+_MERGE = 'tying_test.py::test_merge_computes_the_same'
+_TRIP = 'hf_test.py::test_what_is_written_is_read_back'
+_EXITS = ('model_test.py::'
+          'test_hidden_is_what_an_exit_after_each_loop_computes')
+_STEPS = 'model_test.py::test_step_by_step_equals_the_full_forward'
+_PARITY = 'families_test.py::test_logits_equal_those_of_transformers'
+
+MUTANTS = {
+    'stepwise_rounds_down': Mutant(
+        'tying.py', '[[round(place)] for', '[[int(place)] for', (_STEPWISE,)),
+    'average_of_neighbours': Mutant(
+        'tying.py', '[[loop * K + layer for loop',
+        '[[layer * loops + loop for loop', (_SOURCES,)),
+    'mean_of_two': Mutant(
+        'tying.py', 'total / len(layers)', 'total / 2',
+        ('tying_test.py::test_fold_is_the_mean',)),
+    'values_on_the_wrong_factor': Mutant(
+        'tying.py', 'b[real] = s[real, None] * vectors[:, real].T',
+        'b[real] = vectors[:, real].T', (_SVD,)),
+    'no_start_without_residual': Mutant(
+        'tying.py', 'a = rng.normal(0, 1 / math.sqrt(rows), (rows, rank))',
+        'a = np.zeros((rows, rank))',
+        ('tying_test.py::test_no_residual_starts_as_usual',)),
+    'norms_of_the_layer_repeated': Mutant(
+        'tying.py', 'np.concatenate([v] * cfg.loops)',
+        'np.repeat(v, cfg.loops, axis=0)', (_MERGE,)),
+    'merge_without_prelude': Mutant(
+        'tying.py', "middle = 'prelude' in params", 'middle = 0', (_MERGE,)),
+    'every_layer_the_first': Mutant(
+        'hf.py', 'stack[layer] = source.read(path, layer)',
+        'stack[layer] = first', (_TRIP,)),
+    'fused_part_ignored': Mutant(
+        'hf.py', 'return self._fused[1][part]', 'return self._fused[1][0]',
+        ('hf_test.py::test_leaves_may_be_read_in_any_order',)),
+    'sizes_not_compared': Mutant(
+        'hf.py', 'if found[name] != shape:',
+        'if len(found[name]) != len(shape):',
+        ('hf_test.py::test_a_misshapen_tensor_is_named',)),
+    'any_head_is_tied': Mutant(
+        'hf.py', 'if self.cfg.tied and head in found and embed in found:',
+        'if self.cfg.tied and head in found and embed not in found:',
+        ('hf_test.py::test_a_tied_heads_copy_is_accepted_if_it_is_one',)),
+    'source_overrides_the_model': Mutant(
+        'hf.py', '{**hf, **written}', '{**written, **hf}',
+        ('hf_test.py::test_a_shorter_model_keeps_what_is_not_used',)),
+    'fresh_adapters_add_noise': Mutant(
+        'adapters.py', "'b': ('R' + outer, rank, initializers.zeros)",
+        "'b': ('R' + outer, rank, initializers.normal(std))",
+        ('adapters_test.py::'
+         'test_fresh_adapters_change_nothing_and_differ_by_loop_and_layer',)),
+    'loops_drawn_alike': Mutant(
+        'adapters.py', "split_rngs={'params': True}",
+        "split_rngs={'params': False}",
+        ('adapters_test.py::'
+         'test_fresh_adapters_change_nothing_and_differ_by_loop_and_layer',)),
+    'biases_of_the_other_part': Mutant(
+        'adapters.py', 'if cfg.attention_bias if attention else cfg.mlp_bias:',
+        'if cfg.mlp_bias if attention else cfg.attention_bias:',
+        ('adapters_test.py::'
+         'test_norms_and_biases_live_in_the_loops_or_in_the_block',)),
+    'gemma_starts_at_two': Mutant(
+        'adapters.py', "initializers.zeros if cfg.norm == 'rms+1' else "
+        'initializers.ones', 'initializers.ones',
+        ('adapters_test.py::test_a_norm_starts_neutral',)),
+    'residual_twice': Mutant(
+        'model.py', "kernel += jnp.einsum(f'{inner}R", "kernel += 2 * "
+        "jnp.einsum(f'{inner}R", (_MERGE,)),
+    'thin_residual_twice': Mutant(
+        'model.py', 'y = base if y is None else base + y',
+        'y = base if y is None else base + 2 * y',
+        ('adapters_test.py::'
+         'test_a_pair_of_factors_equals_its_product_in_the_kernel',)),
+    'segments_forgotten': Mutant(
+        'model.py', 'window=self.cfg.window, segment_BT=segment_BT)',
+        'window=self.cfg.window)',
+        ('model_test.py::test_packed_documents_equal_separate_ones',)),
+    'exit_skips_the_coda': Mutant(
+        'model.py', 'self._leave(h_BTD, context)[0] for',
+        'normalize(self.cfg, h_BTD, self.norm()) for', (_EXITS,)),
+    'slots_counted_from_the_call': Mutant(
+        'model.py', "[:, None], context['position_BT'])",
+        "[:, None], context['position_BT'] * 0 + "
+        'jnp.arange(x_BTD.shape[1]))', (_STEPS,)),
+    'rotation_is_a_reflection': Mutant(
+        'model.py', 'two * cos + one * sin', 'two * cos - one * sin',
+        ('model_test.py::test_only_relative_positions_matter',)),
+    'attention_added_twice': Mutant(
+        'model.py', '(attn if cfg.parallel else 0)', 'attn', (_PARITY,)),
+    'short_wavelengths_stretched': Mutant(
+        'model.py', 'frequency *= keep + (1 - keep) / factor',
+        'frequency *= keep / factor + (1 - keep)', (_PARITY,)),
+}
+# Killed in seconds, since nothing is compiled.
+_FAST = 'stepwise_rounds_down'
+
+
+def _copy(directory: pathlib.Path) -> None:
+  """The package and its tests, so that nothing else is imported."""
+  ignore = shutil.ignore_patterns('__pycache__', 'benchmarks')
+  shutil.copytree(PACKAGE, directory / 'recursive_tx', ignore=ignore)
+  shutil.copytree(TESTS, directory / 'tests', ignore=ignore)
+
+
+def _run(directory: pathlib.Path, killers) -> subprocess.CompletedProcess:
+  nodes = [f'tests/{killer}' for killer in sorted(set(killers))]
+  return subprocess.run(
+      [sys.executable, '-m', 'pytest', '-x', '-q', '-m', 'not slow',
+       '-p', 'no:cacheprovider', *nodes],
+      cwd=directory, capture_output=True, text=True, timeout=900,
+      env={**os.environ, 'PYTHONPATH': str(directory)})
+
+
+def _assert_killed(directory: pathlib.Path, name: str) -> None:
+  mutant = MUTANTS[name]
+  _copy(directory)
+  path = directory / 'recursive_tx' / mutant.module
+  text = path.read_text()
+  assert text.count(mutant.old) == 1, 'the mutant has drifted from the code'
+  path.write_text(text.replace(mutant.old, mutant.new))
+  done = _run(directory, mutant.killers)
+  # 1 is failed tests; a mutant that cannot be imported or collected is not
+  # a bug that only a test finds.
+  assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-1000:]
+  assert 'failed' in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize('name', MUTANTS)
+def test_each_mutant_still_fits_the_code(name):
+  mutant = MUTANTS[name]
+  assert (PACKAGE / mutant.module).read_text().count(mutant.old) == 1
+  assert mutant.killers and mutant.old != mutant.new
+
+
+def test_a_quick_mutant_is_killed(tmp_path):
+  _copy(tmp_path)
+  killers = MUTANTS[_FAST].killers
+  assert _run(tmp_path, killers).returncode == 0
+  shutil.rmtree(tmp_path / 'recursive_tx')
+  shutil.rmtree(tmp_path / 'tests')
+  _assert_killed(tmp_path, _FAST)
+
+
+@pytest.mark.slow
+def test_the_killers_pass_without_a_mutant(tmp_path):
+  _copy(tmp_path)
+  done = _run(tmp_path, [k for m in MUTANTS.values() for k in m.killers])
+  assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', MUTANTS)
+def test_every_mutant_is_killed(name, tmp_path):
+  _assert_killed(tmp_path, name)
