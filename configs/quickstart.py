@@ -24,7 +24,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.data.update(batch=8, seq_len=256)
   config.losses.next_token = (0.0,)
   config.losses.distill = (1.0,)
-  config.optim.update(steps=60, lr=1e-3, warmup=6)
+  config.optim.update(steps=100, lr=1e-3, warmup=10)
   config.eval.update(every=20, max_tokens=16384)
   config.log.update(every=2, tensorboard=False)
   config.checkpoint.every = 1000

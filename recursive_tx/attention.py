@@ -34,9 +34,9 @@ def visible(
   distance = query_BT[:, :, None] - key_BS[:, None, :]
   mask = distance >= 0
   if window:
-    mask &= distance < window
+    mask = mask & (distance < window)
   if segment_BT is not None:
-    mask &= segment_BT[:, :, None] == segment_BT[:, None, :]
+    mask = mask & (segment_BT[:, :, None] == segment_BT[:, None, :])
   return mask
 
 

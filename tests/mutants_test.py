@@ -66,8 +66,12 @@ MUTANTS = {
     'merge_without_prelude': Mutant(
         'tying.py', "middle = 'prelude' in params", 'middle = 0', (_MERGE,)),
     'every_layer_the_first': Mutant(
-        'hf.py', 'stack[layer] = source.read(path, layer)',
-        'stack[layer] = first', (_TRIP,)),
+        'hf.py', 'value = source.read(path, layer)',
+        'value = source.read(path, 0)', (_TRIP,)),
+    'kernel_gradient_of_the_wrong_side': Mutant(
+        'model.py', "->{kernel_letters}', small, large)",
+        "->{kernel_letters}', small, 0.5 * large)",
+        ('model_test.py::test_project_has_the_gradients_of_einsum',)),
     'fused_part_ignored': Mutant(
         'hf.py', 'return self._fused[1][part]', 'return self._fused[1][0]',
         ('hf_test.py::test_leaves_may_be_read_in_any_order',)),

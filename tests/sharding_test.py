@@ -95,9 +95,11 @@ if told['devices'] > 1:
   told['hidden'] = spec(cut)
 print(json.dumps(told))
 """
-KINDS = [
+KIND = {'mesh': {'data': 2, 'fsdp': 2, 'tensor': 2}, 'accumulate': 2}
+OTHERS = [
+    {'mesh': {'data': 8, 'fsdp': 1, 'tensor': 1}},
     {'mesh': {'data': 1, 'fsdp': 8, 'tensor': 1}},
-    {'mesh': {'data': 2, 'fsdp': 2, 'tensor': 2}, 'accumulate': 2},
+    {'mesh': {'data': 1, 'fsdp': 2, 'tensor': 4}},
 ]
 
 
@@ -119,21 +121,35 @@ def run_script(devices: int, kinds) -> dict:
 
 @pytest.fixture(scope='module')
 def eight() -> dict:
-  return run_script(8, KINDS)
+  return run_script(8, [KIND])
 
 
-def test_losses_do_not_depend_on_the_mesh(eight):
-  one = run_script(1, [{}])
-  assert (one['devices'], eight['devices']) == (1, 8)
+@pytest.fixture(scope='module')
+def one() -> dict:
+  return run_script(1, [{}])
+
+
+def assert_same_losses(several, one):
+  assert (one['devices'], several['devices']) == (1, 8)
   (expected,) = one['losses'].values()
   # They are losses of a model that learns.
   assert expected[-1]['loss'] != expected[0]['loss']
-  assert len(eight['losses']) == len(KINDS)
-  for found in eight['losses'].values():
+  for found in several['losses'].values():
     for row, other in zip(found, expected, strict=True):
       assert row.keys() == other.keys()
       for key in row:
         np.testing.assert_allclose(row[key], other[key], rtol=2e-4)
+
+
+def test_losses_do_not_depend_on_the_mesh(eight, one):
+  assert_same_losses(eight, one)
+
+
+@pytest.mark.slow
+def test_losses_do_not_depend_on_any_mesh(one):
+  others = run_script(8, OTHERS)
+  assert len(others['losses']) == len(OTHERS)
+  assert_same_losses(others, one)
 
 
 def test_parameters_and_moments_are_cut_by_their_letters(eight):

@@ -57,6 +57,8 @@ def measure(size, rounds, steps) -> list[dict]:
   times = {name: [] for name in steps}
   for _ in range(rounds):
     for name, run in steps.items():
+      # A step of torch leaves threads spinning, which would slow the next.
+      time.sleep(0.5)
       start = time.perf_counter()
       run()
       times[name].append(time.perf_counter() - start)
