@@ -2,7 +2,9 @@
 
 import pathlib
 
+import numpy as np
 import pytest
+import tiny
 
 import recursive_tx as rtx
 from recursive_tx import convert, data, evaluate, tokenizer
@@ -37,25 +39,35 @@ def test_the_tokenizer_loses_nothing():
 
 @pytest.mark.slow
 def test_it_beats_kneser_ney_by_a_tenth_on_all_held_out_text(tmp_path):
-  corpus.write(tmp_path)
-  config = data.DataConfig(
-      (data.Task('python', 'jsonl', train=(f'{tmp_path}/train.jsonl',),
-                 heldout=(f'{tmp_path}/heldout.jsonl',)),),
-      seq_len=512, batch=8)
-  cfg, variables = rtx.load_hf(DEMO)
-  result = evaluate.evaluate(
-      cfg, variables, data.heldout(config, tokenizer.load(DEMO)))
-  assert result['loops'][-1]['bits_per_byte'] <= (
-      0.9 * KNESER_NEY_BITS_PER_BYTE)
+  assert _bits_per_byte(tmp_path, 512) <= 0.9 * KNESER_NEY_BITS_PER_BYTE
 
 
 def test_it_knows_its_language(tmp_path):
-  corpus.write(tmp_path)
-  config = data.DataConfig(
-      (data.Task('python', 'jsonl', train=(f'{tmp_path}/train.jsonl',),
-                 heldout=(f'{tmp_path}/heldout.jsonl',)),),
-      seq_len=256, batch=8)
+  bits = _bits_per_byte(tmp_path, 256, max_tokens=8000)
+  assert bits < KNESER_NEY_BITS_PER_BYTE
+
+
+def test_transformers_opens_it():
+  torch = pytest.importorskip('torch', reason=tiny.TORCH)
+  transformers = pytest.importorskip('transformers', reason=tiny.TORCH)
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+      DEMO, dtype=torch.float32)
+  pieces = tokenizer.load(DEMO)
+  ids = [pieces.bos_id, *pieces.encode('def __init__(self, path):\n')]
+  theirs = transformers.AutoTokenizer.from_pretrained(DEMO)
+  assert theirs('def __init__(self, path):\n')['input_ids'] == ids
   cfg, variables = rtx.load_hf(DEMO)
-  heldout = data.heldout(config, tokenizer.load(DEMO), max_tokens=8000)
+  ours = rtx.Decoder(cfg).apply(variables, np.array([ids], np.int32))
+  assert tiny.distance(ours, tiny.torch_logits(model, np.array([ids]))) < 1e-5
+
+
+def _bits_per_byte(folder, seq_len, max_tokens=None) -> float:
+  corpus.write(folder)
+  config = data.DataConfig(
+      (data.Task('python', 'jsonl', train=(f'{folder}/train.jsonl',),
+                 heldout=(f'{folder}/heldout.jsonl',)),),
+      seq_len=seq_len, batch=8)
+  cfg, variables = rtx.load_hf(DEMO)
+  heldout = data.heldout(config, tokenizer.load(DEMO), max_tokens=max_tokens)
   result = evaluate.evaluate(cfg, variables, heldout)
-  assert result['loops'][-1]['bits_per_byte'] < KNESER_NEY_BITS_PER_BYTE
+  return result['loops'][-1]['bits_per_byte']
