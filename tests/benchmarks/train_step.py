@@ -3,8 +3,10 @@
   python tests/benchmarks/train_step.py [--output=FILE]
 
 Vanilla against `transformers` (Llama, sdpa, AdamW) on the same shapes, and
-recursive against vanilla. Each round times every step once, in turn, so that
-a ratio is of neighbours in time; the table gives medians over the rounds.
+recursive against vanilla. Every step lives in a process of its own, since
+threads of one framework slow the other, and each round runs every step once,
+in turn, so that a ratio is of neighbours in time. The table gives medians over
+the rounds. All processes get large pages for large arrays, as launch/ sets.
 """
 
 import argparse
@@ -12,76 +14,101 @@ import json
 import os
 import pathlib
 import statistics
+import subprocess
+import sys
 import time
-
-os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-THREADS = 2
-
-from flax.linen import meta  # noqa: E402
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-
-import recursive_tx as rtx  # noqa: E402
-from recursive_tx import losses  # noqa: E402
 
 SHAPES = {
     '3 M': dict(V=4096, D=192, F=512, N=6, K=2, H=32, layers_per_loop=6),
     '15 M': dict(V=4096, D=384, F=1024, N=6, K=2, H=64, layers_per_loop=8),
 }
-B, T = 8, 256
+STEPS = ('transformers', 'vanilla', 'recursive, 2 loops', 'relaxed, rank 32')
+B, T, THREADS = 8, 256, 2
+_ENVIRONMENT = {
+    'JAX_PLATFORMS': 'cpu', 'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1',
+    'OMP_NUM_THREADS': str(THREADS)}
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--rounds', type=int, default=15)
   parser.add_argument('--output')
+  parser.add_argument('--serve', nargs=2, help=argparse.SUPPRESS)
   args = parser.parse_args()
+  if args.serve:
+    serve(*args.serve)
+    return
   rows = []
   print(f'batch {B} x {T}, fp32, {THREADS} threads, {args.rounds} rounds')
-  for size, shape in SHAPES.items():
-    half = shape['layers_per_loop'] // 2
-    looped = dict(shape, layers_per_loop=half, loops=2)
-    rows += measure(size, args.rounds, {
-        'transformers': torch_step(shape),
-        'vanilla': step(rtx.ModelConfig(**shape)),
-        'recursive, 2 loops': step(rtx.ModelConfig(**looped)),
-        'relaxed, rank 32': step(rtx.ModelConfig(**looped, rank='32')),
-    })
+  for size in SHAPES:
+    rows += measure(size, args.rounds)
   if args.output:
     pathlib.Path(args.output).write_text(json.dumps(rows, indent=2) + '\n')
 
 
-def measure(size, rounds, steps) -> list[dict]:
-  times = {name: [] for name in steps}
+def measure(size: str, rounds: int) -> list[dict]:
+  """Rows of the table for one size."""
+  servers = {name: subprocess.Popen(
+      [sys.executable, __file__, '--serve', size, name], text=True,
+      env={**os.environ, **_ENVIRONMENT}, stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for name in STEPS}
+  for server in servers.values():
+    assert server.stdout.readline() == 'ready\n'
+  times = {name: [] for name in STEPS}
   for _ in range(rounds):
-    for name, run in steps.items():
-      # A step of torch leaves threads spinning, which would slow the next.
-      time.sleep(0.5)
-      start = time.perf_counter()
-      run()
-      times[name].append(time.perf_counter() - start)
-  rows = []
-  for name in steps:
-    def ratio(other, name=name):
-      pairs = zip(times[name], times[other], strict=True)
-      return statistics.median(mine / its for mine, its in pairs)
-    seconds = statistics.median(times[name])
-    rows.append({
-        'size': size, 'step': name, 'seconds': seconds,
-        'tokens_per_second': B * T / seconds,
-        'time_over_transformers': ratio('transformers'),
-        'time_over_vanilla': ratio('vanilla')})
-    print(f'{size:5} {name:20} {seconds * 1e3:8.1f} ms '
-          f'{B * T / seconds:8,.0f} tokens/s '
-          f'{ratio("transformers"):6.2f} x transformers '
-          f'{ratio("vanilla"):6.2f} x vanilla', flush=True)
-  return rows
+    for name, server in servers.items():
+      # Idle threads of the step before spin for a while.
+      time.sleep(0.3)
+      print(file=server.stdin, flush=True)
+      times[name].append(float(server.stdout.readline()))
+  for server in servers.values():
+    server.stdin.close()
+    server.wait()
+  return [_row(size, name, times) for name in STEPS]
 
 
-def step(cfg: rtx.ModelConfig):
+def _row(size, name, times) -> dict:
+  def ratio(other):
+    pairs = zip(times[name], times[other], strict=True)
+    return statistics.median(mine / its for mine, its in pairs)
+
+  seconds = statistics.median(times[name])
+  print(f'{size:5} {name:20} {seconds * 1e3:8.1f} ms '
+        f'{B * T / seconds:8,.0f} tokens/s '
+        f'{ratio("transformers"):6.2f} x transformers '
+        f'{ratio("vanilla"):6.2f} x vanilla', flush=True)
+  return {'size': size, 'step': name, 'seconds': seconds,
+          'tokens_per_second': B * T / seconds,
+          'time_over_transformers': ratio('transformers'),
+          'time_over_vanilla': ratio('vanilla'), 'times': times[name]}
+
+
+def serve(size: str, name: str) -> None:
+  """Runs a step for every line of stdin, and prints its seconds."""
+  shape = SHAPES[size]
+  looped = dict(shape, layers_per_loop=shape['layers_per_loop'] // 2, loops=2)
+  run = {
+      'transformers': lambda: torch_step(shape),
+      'vanilla': lambda: step(shape),
+      'recursive, 2 loops': lambda: step(looped),
+      'relaxed, rank 32': lambda: step(dict(looped, rank='32')),
+  }[name]()
+  print('ready', flush=True)
+  for _ in sys.stdin:
+    start = time.perf_counter()
+    run()
+    print(time.perf_counter() - start, flush=True)
+
+
+def step(shape: dict):
   """One update of ours: loss, gradients, AdamW, all of it compiled once."""
+  from flax.linen import meta
+  import jax
+  import optax
+
+  import recursive_tx as rtx
+  from recursive_tx import losses
+  cfg = rtx.ModelConfig(**shape)
   decoder = rtx.Decoder(cfg, rtx.Run(unroll=True))
   token_BT = _tokens(cfg.V)
   init = jax.jit(lambda key: meta.unbox(decoder.init(key, token_BT[:, :-1])))
@@ -120,7 +147,7 @@ def torch_step(shape: dict):
       num_key_value_heads=shape['K'], head_dim=shape['H'],
       tie_word_embeddings=True, attn_implementation='sdpa', use_cache=False))
   optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=True)
-  token_BT = torch.tensor(np.array(_tokens(shape['V'])), dtype=torch.long)
+  token_BT = torch.tensor(_tokens(shape['V'])).long()
 
   def run():
     optimizer.zero_grad(set_to_none=True)
@@ -129,15 +156,15 @@ def torch_step(shape: dict):
         logits.reshape(-1, shape['V']), token_BT[:, 1:].reshape(-1))
     loss.backward()
     optimizer.step()
-    return float(loss)
+    return loss.item()
 
   run()
   return run
 
 
-def _tokens(V: int) -> jax.Array:
-  return jnp.asarray(
-      np.random.default_rng(0).integers(0, V, (B, T + 1)), jnp.int32)
+def _tokens(V: int):
+  import numpy as np
+  return np.random.default_rng(0).integers(0, V, (B, T + 1)).astype(np.int32)
 
 
 if __name__ == '__main__':
