@@ -2,13 +2,14 @@
 
 import json
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import tiny
 
 import recursive_tx as rtx
-from recursive_tx import __main__ as cli
 from recursive_tx import compare
 from recursive_tx.demo import corpus
 from recursive_tx.relax import reduce
@@ -50,16 +51,15 @@ def test_reduced_is_the_stepwise_layers_once():
 
 
 @pytest.mark.slow
-def test_the_whole_of_it_through_the_command_line(tmp_path, capsys):
+def test_the_whole_of_it_through_the_command_line(tmp_path):
   corpus.write(tmp_path / 'text')
-  root = pathlib.Path(__file__).parents[1]
-  status = cli.main([
-      'compare', f'--config={root}/configs/quickstart.py:text={tmp_path}/text',
-      f'--workdir={tmp_path}/run', '--config.optim.steps=4',
-      '--config.optim.warmup=1', '--config.eval.max_tokens=2048',
-      f'--config.init_from={root}/recursive_tx/demo',
-      f'--config.teacher={root}/recursive_tx/demo'])
-  assert status == 0
+  done = subprocess.run(
+      [sys.executable, '-m', 'recursive_tx', 'compare',
+       f'--config=configs/quickstart.py:text={tmp_path}/text',
+       f'--workdir={tmp_path}/run', '--config.optim.steps=4',
+       '--config.optim.warmup=1', '--config.eval.max_tokens=2048'],
+      cwd=pathlib.Path(__file__).parents[1], capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
   rows = json.loads((tmp_path / 'run' / 'table.json').read_text())
   assert [row['model'] for row in rows] == list(compare.NAMES)
   original, reduced, recursive, relaxed = rows
@@ -67,4 +67,4 @@ def test_the_whole_of_it_through_the_command_line(tmp_path, capsys):
       original['parameters'])
   for row in (reduced, recursive, relaxed):
     assert original['after'] < row['after'] < row['before']
-  assert "continues 'def read_'" in capsys.readouterr().out
+  assert "continues 'def read_'" in done.stdout

@@ -6,7 +6,9 @@ Vanilla against `transformers` (Llama, sdpa, AdamW) on the same shapes, and
 recursive against vanilla. Every step lives in a process of its own, since
 threads of one framework slow the other, and each round runs every step once,
 in turn, so that a ratio is of neighbours in time. The table gives medians over
-the rounds. All processes get large pages for large arrays, as launch/ sets.
+the rounds, of the clock and of the processor's time (both cores added up),
+which is steadier where a machine is shared. All processes get large pages for
+large arrays, as launch/ sets.
 """
 
 import argparse
@@ -39,7 +41,8 @@ def main() -> None:
     serve(*args.serve)
     return
   rows = []
-  print(f'batch {B} x {T}, fp32, {THREADS} threads, {args.rounds} rounds')
+  print(f'batch {B} x {T}, fp32, {THREADS} threads, {args.rounds} rounds\n'
+        + ' ' * 25 + 'clock, over transformers, vanilla; processor, likewise')
   for size in SHAPES:
     rows += measure(size, args.rounds)
   if args.output:
@@ -60,7 +63,7 @@ def measure(size: str, rounds: int) -> list[dict]:
       # Idle threads of the step before spin for a while.
       time.sleep(0.3)
       print(file=server.stdin, flush=True)
-      times[name].append(float(server.stdout.readline()))
+      times[name].append(json.loads(server.stdout.readline()))
   for server in servers.values():
     server.stdin.close()
     server.wait()
@@ -68,23 +71,24 @@ def measure(size: str, rounds: int) -> list[dict]:
 
 
 def _row(size, name, times) -> dict:
-  def ratio(other):
-    pairs = zip(times[name], times[other], strict=True)
-    return statistics.median(mine / its for mine, its in pairs)
-
-  seconds = statistics.median(times[name])
-  print(f'{size:5} {name:20} {seconds * 1e3:8.1f} ms '
-        f'{B * T / seconds:8,.0f} tokens/s '
-        f'{ratio("transformers"):6.2f} x transformers '
-        f'{ratio("vanilla"):6.2f} x vanilla', flush=True)
-  return {'size': size, 'step': name, 'seconds': seconds,
-          'tokens_per_second': B * T / seconds,
-          'time_over_transformers': ratio('transformers'),
-          'time_over_vanilla': ratio('vanilla'), 'times': times[name]}
+  row = {'size': size, 'step': name, 'times': times[name]}
+  text = f'{size:5}{name:20}'
+  for kind, clock in enumerate(('seconds', 'cpu_seconds')):
+    mine = [pair[kind] for pair in times[name]]
+    row[clock] = statistics.median(mine)
+    text += f'{row[clock] * 1e3:9.0f} ms'
+    for other in ('transformers', 'vanilla'):
+      ratio = statistics.median(
+          a / b[kind] for a, b in zip(mine, times[other], strict=True))
+      row[f'{clock}_over_{other}'] = ratio
+      text += f'{ratio:7.2f}'
+  row['tokens_per_second'] = B * T / row['seconds']
+  print(text, flush=True)
+  return row
 
 
 def serve(size: str, name: str) -> None:
-  """Runs a step for every line of stdin, and prints its seconds."""
+  """Runs a step for every line of stdin, and prints its two durations."""
   shape = SHAPES[size]
   looped = dict(shape, layers_per_loop=shape['layers_per_loop'] // 2, loops=2)
   run = {
@@ -95,9 +99,10 @@ def serve(size: str, name: str) -> None:
   }[name]()
   print('ready', flush=True)
   for _ in sys.stdin:
-    start = time.perf_counter()
+    clock, processor = time.perf_counter(), time.process_time()
     run()
-    print(time.perf_counter() - start, flush=True)
+    print([time.perf_counter() - clock, time.process_time() - processor],
+          flush=True)
 
 
 def step(shape: dict):
