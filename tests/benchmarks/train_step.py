@@ -3,12 +3,13 @@
   python tests/benchmarks/train_step.py [--output=FILE]
 
 Vanilla against `transformers` (Llama, sdpa, AdamW) on the same shapes, and
-recursive against vanilla. Every step lives in a process of its own, since
-threads of one framework slow the other, and each round runs every step once,
-in turn, so that a ratio is of neighbours in time. The table gives medians over
-the rounds, of the clock and of the processor's time (both cores added up),
-which is steadier where a machine is shared. All processes get large pages for
-large arrays, as launch/ sets.
+recursive against vanilla. Every kind of step lives in a process of its own,
+since threads of one framework slow the other, and each round runs each kind in
+turn, so that a ratio is of neighbours in time: once untimed, since a system
+may take memory from an idle process, then a few times. The table gives medians
+over the rounds, of the clock and of the processor's time (both cores added
+up), which is steadier where a machine is shared. All processes get large pages
+for large arrays, as launch/ sets.
 """
 
 import argparse
@@ -26,6 +27,7 @@ SHAPES = {
 }
 STEPS = ('transformers', 'vanilla', 'recursive, 2 loops', 'relaxed, rank 32')
 B, T, THREADS = 8, 256, 2
+REPEATS = 3
 _ENVIRONMENT = {
     'JAX_PLATFORMS': 'cpu', 'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1',
     'OMP_NUM_THREADS': str(THREADS)}
@@ -33,7 +35,7 @@ _ENVIRONMENT = {
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--rounds', type=int, default=15)
+  parser.add_argument('--rounds', type=int, default=7)
   parser.add_argument('--output')
   parser.add_argument('--serve', nargs=2, help=argparse.SUPPRESS)
   args = parser.parse_args()
@@ -88,7 +90,7 @@ def _row(size, name, times) -> dict:
 
 
 def serve(size: str, name: str) -> None:
-  """Runs a step for every line of stdin, and prints its two durations."""
+  """Runs steps for every line of stdin, and prints one's two durations."""
   shape = SHAPES[size]
   looped = dict(shape, layers_per_loop=shape['layers_per_loop'] // 2, loops=2)
   run = {
@@ -99,10 +101,12 @@ def serve(size: str, name: str) -> None:
   }[name]()
   print('ready', flush=True)
   for _ in sys.stdin:
-    clock, processor = time.perf_counter(), time.process_time()
     run()
-    print([time.perf_counter() - clock, time.process_time() - processor],
-          flush=True)
+    clock, processor = time.perf_counter(), time.process_time()
+    for _ in range(REPEATS):
+      run()
+    print([(time.perf_counter() - clock) / REPEATS,
+           (time.process_time() - processor) / REPEATS], flush=True)
 
 
 def step(shape: dict):
