@@ -37,8 +37,7 @@ def vector_table(cfg: config_lib.ModelConfig) -> Table:
   """Norm scales and biases of one layer, and the biases of its linears."""
   table = {'attn_norm': norm_leaves(cfg), 'mlp_norm': norm_leaves(cfg)}
   for name, spec in cfg.kernels.items():
-    attention = name in config_lib.GROUPS['attn']
-    if cfg.attention_bias if attention else cfg.mlp_bias:
+    if cfg.has_bias(name):
       outer = config_lib.split(spec)[1]
       table[name] = {'bias': (outer, None, initializers.zeros)}
   return table

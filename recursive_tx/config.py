@@ -121,6 +121,12 @@ class ModelConfig:
     caps = {k: min(self.in_out(k)) for k in self.kernels}
     return {k: min(cap, wanted.get(k, 0)) for k, cap in caps.items()}
 
+  def has_bias(self, kernel: str) -> bool:
+    """Whether a linear has a bias."""
+    if kernel in GROUPS['attn']:
+      return self.attention_bias
+    return self.mlp_bias
+
   def shape(self, letters: str) -> tuple[int, ...]:
     """Sizes of the dimensions that `letters` name."""
     return tuple(getattr(self, letter) for letter in letters)

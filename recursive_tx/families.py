@@ -73,7 +73,7 @@ class Family:
   loose: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-# Fields that are read first, since others follow from them.
+# Fields that are sizes, which must be positive integers.
 _SIZED = ('V', 'D', 'F', 'N', 'K', 'H', 'layers')
 _SIZES = (
     ('vocab_size', 'V', None), ('hidden_size', 'D', None),
@@ -294,8 +294,7 @@ def _has(cfg, leaf: str) -> bool:
   if part == 'head':
     return not cfg.tied
   if rest[-1] == 'bias' and part == 'vectors' and rest[0] in cfg.kernels:
-    attention = rest[0] in config_lib.GROUPS['attn']
-    return cfg.attention_bias if attention else cfg.mlp_bias
+    return cfg.has_bias(rest[0])
   return True
 
 

@@ -97,8 +97,8 @@ MUTANTS = {
         ('adapters_test.py::'
          'test_fresh_adapters_change_nothing_and_differ_by_loop_and_layer',)),
     'biases_of_the_other_part': Mutant(
-        'adapters.py', 'if cfg.attention_bias if attention else cfg.mlp_bias:',
-        'if cfg.mlp_bias if attention else cfg.attention_bias:',
+        'config.py', "if kernel in GROUPS['attn']:",
+        "if kernel not in GROUPS['attn']:",
         ('adapters_test.py::'
          'test_norms_and_biases_live_in_the_loops_or_in_the_block',)),
     'gemma_starts_at_two': Mutant(
