@@ -13,6 +13,9 @@ import ml_collections
 from ml_collections import ConfigDict
 
 from recursive_tx import train
+from recursive_tx.config import ModelConfig
+from recursive_tx.data import DataConfig
+from recursive_tx.optim import OptimConfig
 
 # (pattern, learning rate, weight decay) by parameter. Decaying the adapters'
 # factors would pull every layer back to the tied mean.
@@ -64,9 +67,9 @@ def base(model: dict[str, Any]) -> ConfigDict:
   config = ConfigDict()
   for name in ('seed', 'init_from', 'init', 'lora', 'tokenizer', 'teacher'):
     config[name] = fields[name].default
-  config.model = section(train.ModelConfig, **model)
-  config.data = section(train.DataConfig, tasks=ConfigDict())
-  config.optim = section(train.OptimConfig, table=TABLE)
+  config.model = section(ModelConfig, **model)
+  config.data = section(DataConfig, tasks=ConfigDict())
+  config.optim = section(OptimConfig, table=TABLE)
   for name in ('losses', 'mesh', 'checkpoint', 'log', 'eval', 'run'):
     config[name] = section(fields[name].type)
   return config

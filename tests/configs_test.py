@@ -16,6 +16,7 @@ from configs import common
 import recursive_tx as rtx
 from recursive_tx import families, optim, train
 from recursive_tx.cli.configs import typed
+from recursive_tx.data import DataConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
 UPTRAINED = ('gemma_2b', 'tinyllama_1b', 'pythia_1b')
@@ -238,7 +239,7 @@ def test_an_unknown_key_names_the_nearest(path, said):
 def test_a_value_that_is_not_set_is_named():
   config = get_config('gemma_2b')
   config.data = common.section(
-      train.DataConfig, tasks=config.data.tasks, seq_len=8)
+      DataConfig, tasks=config.data.tasks, seq_len=8)
   with pytest.raises(ValueError, match='--config.data.batch='):
     typed(config)
 

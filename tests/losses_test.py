@@ -8,7 +8,7 @@ import pytest
 from recursive_tx import losses
 
 L, B, T, D, V = 3, 2, 6, 5, 7
-TERMS = ('next_token', 'distill')
+TERMS = ('next_token', 'distill', 'self_distill')
 
 
 @pytest.fixture
@@ -34,27 +34,42 @@ def arrays():
   }
 
 
-def total(config, arrays):
+def head_of(table):
+  return losses.Head(table, lambda table, h: h @ table)
+
+
+def total(config, arrays, chunk=0):
   return losses.total(
       config,
       arrays['h'],
       arrays['batch'],
-      lambda h: h @ arrays['head'],
+      head_of(arrays['head']),
       norm=arrays['batch']['weight_BT'].sum(),
-      teacher=(arrays['teacher_h'], lambda h: h @ arrays['teacher_head']),
+      teacher=(arrays['teacher_h'], head_of(arrays['teacher_head'])),
+      chunk=chunk,
   )
 
 
-def gradients(config, arrays):
-  """Of the loss, with respect to all four float arrays."""
+def gradients(config, arrays, chunk=0):
+  """Of thrice the loss, with respect to all four float arrays."""
   names = ('h', 'head', 'teacher_h', 'teacher_head')
   return jax.grad(
-      lambda x: total(config, {**arrays, **x})[0]
+      lambda x: 3 * total(config, {**arrays, **x}, chunk)[0]
   )({name: arrays[name] for name in names})
 
 
-def by_hand(arrays):
+def by_hand(arrays, divergence='forward_kl'):
   """{term: [mean nats of each loop]}, one token at a time, in float64."""
+  def diverge(p, q):
+    m = np.log((np.exp(p) + np.exp(q)) / 2)
+    return {
+        'forward_kl': (np.exp(p) * (p - q)).sum(),
+        'reverse_kl': (np.exp(q) * (q - p)).sum(),
+        'jsd': ((np.exp(p) * (p - m)).sum()
+                + (np.exp(q) * (q - m)).sum()) / 2,
+        'tvd': np.abs(np.exp(p) - np.exp(q)).sum() / 2,
+    }[divergence]
+
   def log_softmax(x):
     return x - np.log(np.exp(x).sum())
 
@@ -67,46 +82,70 @@ def by_hand(arrays):
     q = log_softmax(as64('h')[loop, b, t] @ as64('head'))
     p = log_softmax(as64('teacher_h')[b, t] @ as64('teacher_head'))
     sums['next_token'][loop] += weight[b, t] * -q[target[b, t]]
-    sums['distill'][loop] += weight[b, t] * (np.exp(p) * (p - q)).sum()
+    sums['distill'][loop] += weight[b, t] * diverge(p, q)
+    final = log_softmax(as64('h')[-1, b, t] @ as64('head'))
+    sums['self_distill'][loop] += weight[b, t] * diverge(final, q)
   return {term: value / weight.sum() for term, value in sums.items()}
 
 
+@pytest.mark.parametrize('divergence', losses.DIVERGENCES)
 @pytest.mark.parametrize('chunk', [0, 2])
-def test_equals_a_loop_over_tokens(arrays, chunk):
-  config = losses.LossConfig((0.5, 0.0, 2.0), (0.3, 1.0), chunk)
-  loss, metrics = total(config, arrays)
-  expected = by_hand(arrays)
-  keys = {'next_token/loop1': 0, 'next_token/loop3': 2,
-          'distill/loop2': 1, 'distill/loop3': 2}
+def test_equals_a_loop_over_tokens(arrays, chunk, divergence):
+  config = losses.LossConfig(
+      (0.5, 0.0, 2.0), (0.3, 1.0), (0.7, 0.0), divergence)
+  loss, metrics = total(config, arrays, chunk)
+  expected = by_hand(arrays, divergence)
+  keys = {'next_token/loop1': 0, 'next_token/loop3': 2, 'distill/loop2': 1,
+          'distill/loop3': 2, 'self_distill/loop2': 1}
   assert metrics.keys() == keys.keys()
   for key, loop in keys.items():
     mean = expected[key.split('/')[0]][loop]
     np.testing.assert_allclose(metrics[key], mean, rtol=1e-5)
-  parts = expected['next_token'] @ [0.5, 0, 2] + expected['distill'] @ [
-      0, 0.3, 1]
+  parts = (expected['next_token'] @ [0.5, 0, 2] + expected['distill'] @ [
+      0, 0.3, 1] + expected['self_distill'] @ [0, 0.7, 0])
   np.testing.assert_allclose(loss, parts, rtol=1e-5)
   assert loss.dtype == jnp.float32
 
 
-def test_chunks_change_neither_loss_nor_gradients(arrays):
-  whole = losses.LossConfig((0.1, 0.1, 1.0), (0.2, 0.5))
-  expected = gradients(whole, arrays)
-  for chunk in (1, 3, 6):
-    config = losses.LossConfig(whole.next_token, whole.distill, chunk)
+def plain(config, arrays):
+  """The loss as one would write it down, all logits at once."""
+  weight_BT = arrays['batch']['weight_BT']
+  logits = [h @ arrays['head'] for h in arrays['h']]
+  teacher = arrays['teacher_h'] @ arrays['teacher_head']
+  loss = 0.0
+  for term, weights in config.weights(L).items():
+    for weight, logits_BTV in zip(weights, logits, strict=True):
+      if term == 'next_token':
+        nats = losses.next_token_nats(logits_BTV, arrays['batch']['target_BT'])
+      else:
+        target = teacher if term == 'distill' else logits[-1]
+        nats = losses.divergence(config.divergence, logits_BTV, target)
+      loss += weight * (nats * weight_BT).sum() / weight_BT.sum()
+  return loss
+
+
+@pytest.mark.parametrize('divergence', losses.DIVERGENCES)
+def test_chunks_change_neither_loss_nor_gradients(arrays, divergence):
+  config = losses.LossConfig(
+      (0.1, 0.1, 1.0), (0.2, 0.5), (0.3, 0.4, 0.0), divergence)
+  names = ('h', 'head', 'teacher_h', 'teacher_head')
+  value, expected = jax.value_and_grad(
+      lambda x: 3 * plain(config, {**arrays, **x})
+  )({name: arrays[name] for name in names})
+  for chunk in (0, 1, 3, 6):
     np.testing.assert_allclose(
-        total(config, arrays)[0], total(whole, arrays)[0], rtol=1e-6
+        3 * total(config, arrays, chunk)[0], value, rtol=1e-6
     )
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6),
-        gradients(config, arrays), expected,
+        gradients(config, arrays, chunk), expected,
     )
 
 
 def test_chunks_hold_no_logits_of_the_whole_batch(arrays):
-  config = losses.LossConfig(chunk=2)
-  text = str(jax.make_jaxpr(lambda x: gradients(config, {**arrays, **x}))(
-      {'h': arrays['h']}
-  ))
+  text = str(jax.make_jaxpr(
+      lambda x: gradients(losses.LossConfig(), {**arrays, **x}, 2)
+  )({'h': arrays['h']}))
   assert f'{B},2,{V}]' in text
   assert f'{B},{T},{V}]' not in text
   # Nor are those of the chunks kept for the backward pass.
@@ -128,14 +167,18 @@ def test_a_loop_of_weight_0_is_not_even_looked_at(arrays):
 def test_loops_without_weight_do_not_meet_the_head(arrays):
   seen = []
 
-  def head(h):
+  def logits(table, h):
     seen.append(h)
-    return h @ arrays['head']
+    return h @ table
 
+  jax.make_jaxpr(lambda h: losses.total(
+      losses.LossConfig((1.0, 0.0, 1.0)), h, arrays['batch'],
+      losses.Head(arrays['head'], logits), norm=1.0)[0])(arrays['h'])
+  once = len(seen)
   losses.total(
-      losses.LossConfig((1.0, 0.0, 1.0)), arrays['h'], arrays['batch'], head,
-      norm=1.0)
-  assert len(seen) == 2
+      losses.LossConfig((1.0, 1.0, 1.0)), arrays['h'], arrays['batch'],
+      losses.Head(arrays['head'], logits), norm=1.0)
+  assert 2 * (len(seen) - once) == 3 * once
 
 
 def test_a_term_of_weight_0_changes_no_gradient(arrays):
@@ -179,9 +222,9 @@ def test_losses_of_parts_add_up(arrays):
       losses.total(
           config, arrays['h'][:, rows],
           {k: v[rows] for k, v in arrays['batch'].items()},
-          lambda h: h @ arrays['head'], norm=norm,
+          head_of(arrays['head']), norm=norm,
           teacher=(arrays['teacher_h'][rows],
-                   lambda h: h @ arrays['teacher_head']),
+                   head_of(arrays['teacher_head'])),
       )[0]
       for rows in (slice(0, 1), slice(1, 2))
   ]
@@ -202,8 +245,8 @@ def test_bfloat16_logits_are_summed_in_float32():
         (dict(next_token=()), 'Every weight in losses is 0'),
         (dict(next_token=(0.0, 0.0)), 'Every weight in losses is 0'),
         (dict(next_token=(-1.0,)), '0 or more'),
-        (dict(chunk=4), 'does not divide the 6 positions'),
-        (dict(chunk=-1), '0 or more'),
+        (dict(divergence='forward_kll'), "mean 'forward_kl'"),
+        (dict(self_distill=(0.1, 1.0)), 'make it 0'),
     ],
 )
 def test_bad_weights_are_refused(arrays, config, said):
@@ -211,9 +254,21 @@ def test_bad_weights_are_refused(arrays, config, said):
     total(losses.LossConfig(**config), arrays)
 
 
+def test_a_chunk_that_does_not_divide_is_refused(arrays):
+  with pytest.raises(ValueError, match='does not divide the 6 positions'):
+    total(losses.LossConfig(), arrays, 4)
+
+
+def test_the_final_loop_learns_nothing_from_the_earlier(arrays):
+  config = losses.LossConfig((), (), (1.0, 0.0))
+  found = gradients(config, arrays)
+  np.testing.assert_array_equal(found['h'][-1], 0)
+  assert np.abs(found['h'][-2]).max() > 1e-3
+
+
 def test_a_missing_teacher_is_refused(arrays):
   with pytest.raises(ValueError, match='no teacher'):
     losses.total(
         losses.LossConfig(distill=(1.0,)), arrays['h'], arrays['batch'],
-        lambda h: h @ arrays['head'], norm=1.0,
+        head_of(arrays['head']), norm=1.0,
     )

@@ -57,10 +57,8 @@ def losses_on(**mesh):
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     tx, abstract = train.abstract_state(config, mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    state = train.first_state(config, tx, shardings)
-    step = jax.jit(train.make_step(config, mesh, tx), donate_argnums=0,
-                   out_shardings=(shardings, sharding.replicated(mesh)))
+    state = train.first_state(config, tx, abstract)
+    step = train.jit_step(config, mesh, tx, abstract)
     rows = []
     for batch in batches():
       state, metrics = step(state, sharding.place_rows(batch, mesh), None)

@@ -157,8 +157,7 @@ def first_step(config, batch):
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     tx, abstract = train.abstract_state(config, mesh)
-    state = train.first_state(
-        config, tx, jax.tree.map(lambda x: x.sharding, abstract))
+    state = train.first_state(config, tx, abstract)
     step = jax.jit(train.make_step(config, mesh, tx))
     return state, *step(state, batch, None)
 

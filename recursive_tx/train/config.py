@@ -1,0 +1,91 @@
+"""A training run as one value, and what no part of it can check alone."""
+
+import dataclasses
+
+from recursive_tx import losses
+from recursive_tx.checkpoint import CheckpointConfig
+from recursive_tx.config import ModelConfig, Run
+from recursive_tx.data import DataConfig
+from recursive_tx.history import LogConfig
+from recursive_tx.losses import LossConfig
+from recursive_tx.optim import OptimConfig
+from recursive_tx.sharding import MeshConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """When to score the held-out set, and how much of it.
+
+  Attributes:
+    every: steps between evaluations; 0 evaluates at the start and the end.
+    max_tokens: size of the fixed set; 0 is all there is.
+  """
+
+  every: int = 0
+  max_tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A run: what it computes, from what, and how.
+
+  Attributes:
+    model: the model to train.
+    data: the text and the shape of its batches.
+    optim: the optimizer and the number of steps.
+    losses: terms and their weights per loop.
+    seed: of fresh parameters and of what relaxing draws.
+    init_from: directory of the first weights: a Hugging Face one, one of
+      ours, or another run's workdir. Where `model` is recursive and the source
+      is not, it is relaxed on the way in. '' starts from random weights.
+    init: how the block is then made of the source's layers.
+    lora: how the adapters start, 'svd' or 'zero'.
+    tokenizer: directory of the tokenizer; '' is init_from's.
+    teacher: directory, of the same kinds, of the model to distil from.
+    mesh: devices along each axis.
+    checkpoint: when to save.
+    log: what to tell.
+    eval: when to evaluate.
+    run: how the models are executed. The teacher is held in its dtype.
+  """
+
+  model: ModelConfig
+  data: DataConfig
+  optim: OptimConfig
+  losses: LossConfig = LossConfig()
+  seed: int = 0
+  init_from: str = ''
+  init: str = 'average'
+  lora: str = 'svd'
+  tokenizer: str = ''
+  teacher: str = ''
+  mesh: MeshConfig = MeshConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  log: LogConfig = LogConfig()
+  eval: EvalConfig = EvalConfig()
+  run: Run = Run()
+
+
+def check(config: Config) -> None:
+  """Raises ValueError for what no part of the config can see alone."""
+  config.losses.weights(config.model.loops)
+  if losses.uses_teacher(config.losses) and not config.teacher:
+    raise ValueError(
+        f'losses.distill is {config.losses.distill} but there is no teacher;'
+        ' name its directory with --config.teacher=, or drop the term with'
+        ' --config.losses.distill="()"'
+    )
+  if config.teacher and not losses.uses_teacher(config.losses):
+    raise ValueError(
+        f'teacher is {config.teacher!r} but losses.distill is'
+        f' {config.losses.distill}; give it a weight, such as (1.0,).'
+    )
+  if not (config.tokenizer or config.init_from):
+    raise ValueError(
+        'There is no tokenizer; name its directory with --config.tokenizer='
+    )
+  if config.data.batch % config.optim.accumulate:
+    raise ValueError(
+        f'optim.accumulate is {config.optim.accumulate}, which does not divide'
+        f' data.batch, {config.data.batch}.'
+    )

@@ -1,0 +1,187 @@
+"""The training step, and the shapes and places of all that it touches.
+
+A step is a pure function; nothing here reads files or data, so that it can be
+compiled ahead of time for machines that are not there.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import linen as nn
+from flax import struct
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import optax
+
+from recursive_tx import losses, model, optim, sharding
+from recursive_tx.config import ModelConfig
+from recursive_tx.train.config import Config
+
+# (variables, batch) -> every loop's hidden states h_LBTD, and the head.
+Forward = Callable[
+    [Any, Mapping[str, jax.Array]], tuple[jax.Array, losses.Head]
+]
+
+
+@struct.dataclass
+class TrainState:
+  """All that a step changes: updates done, parameters, optimizer state."""
+
+  step: jax.Array
+  params: Any
+  opt_state: Any
+
+
+def make_step(
+    config: Config,
+    mesh: Mesh,
+    tx: optax.GradientTransformation,
+    teacher: ModelConfig | None = None,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+  """The update: (state, batch, teacher's variables) -> (state, metrics)."""
+  student = forward(config, config.model, mesh)
+  teach = teacher and forward(config, teacher, mesh)
+
+  def loss_fn(params, batch, teacher_variables, norm):
+    h_LBTD, head = student({'params': params}, batch)
+    target = None
+    if teach is not None:
+      teacher_h_LBTD, teacher_head = teach(teacher_variables, batch)
+      target = teacher_h_LBTD[-1], teacher_head
+    return losses.total(
+        config.losses, h_LBTD, batch, head, norm=norm, teacher=target
+    )
+
+  def step(state, batch, teacher_variables):
+    # Of the whole batch, so that losses and gradients of its parts add up.
+    tokens = jnp.maximum(batch['weight_BT'].sum(), 1.0)
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    (loss, terms), grads = _sum_over_parts(
+        lambda part: grad_fn(state.params, part, teacher_variables, tokens),
+        batch, config.optim.accumulate,
+    )
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    norm = optim.gradient_norm(config.optim, grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    # A step that would spoil everything changes nothing but the count.
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (params, opt_state), (state.params, state.opt_state),
+    )
+    metrics = {
+        'loss': loss,
+        'lr': optim.learning_rate(config.optim, state.step),
+        'grad_norm': norm,
+        'skipped': 1.0 - finite,
+        **terms,
+    }
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+  return step
+
+
+def jit_step(
+    config: Config,
+    mesh: Mesh,
+    tx: optax.GradientTransformation,
+    abstract: TrainState,
+    teacher: ModelConfig | None = None,
+) -> Any:
+  """`make_step`, compiled where it is called; the state it takes is donated.
+
+  Args:
+    config: the run.
+    mesh: where it runs.
+    tx: the optimizer, of `abstract_state`.
+    abstract: the state's shapes and shardings, likewise.
+    teacher: the teacher's model, if there is one.
+  """
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  return jax.jit(
+      make_step(config, mesh, tx, teacher),
+      donate_argnums=0,
+      out_shardings=(shardings, sharding.replicated(mesh)),
+  )
+
+
+def abstract_state(
+    config: Config, mesh: Mesh
+) -> tuple[optax.GradientTransformation, TrainState]:
+  """The optimizer, and the shapes and shardings of the state."""
+  params = abstract_params(config, config.model, mesh)
+  tx = optim.make(config.optim, params)
+  whole = sharding.replicated(mesh)
+  opt_state = optax.tree.map_params(
+      tx,
+      lambda x, param: x if isinstance(x, optax.MaskedNode) else param,
+      jax.eval_shape(tx.init, params),
+      params,
+      transform_non_params=lambda x: jax.ShapeDtypeStruct(
+          x.shape, x.dtype, sharding=whole
+      ),
+      is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+  )
+  step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+  return tx, TrainState(step, params, opt_state)
+
+
+def abstract_params(config: Config, cfg: ModelConfig, mesh: Mesh) -> Any:
+  """Shapes and shardings of a model's fp32 parameters."""
+  boxed = model.abstract_params(cfg)
+  return sharding.abstract(
+      boxed, sharding.of_boxed(boxed, mesh, rules(config, cfg, mesh))
+  )
+
+
+def rules(config: Config, cfg: ModelConfig, mesh: Mesh) -> sharding.Rules:
+  """Where a model's letters go, for the run's batch."""
+  sizes = {letter: getattr(cfg, letter) for letter in 'VDFNK'}
+  return sharding.make_rules(
+      mesh, {'B': config.data.batch // config.optim.accumulate, **sizes}
+  )
+
+
+def forward(config: Config, cfg: ModelConfig, mesh: Mesh) -> Forward:
+  """A model on the mesh, up to its head."""
+  decoder = model.Decoder(cfg, run=config.run)
+  letters = rules(config, cfg, mesh)
+
+  def hidden(variables, batch):
+    params = variables['params']
+    with nn.logical_axis_rules(letters):
+      h_LBTD = decoder.apply(
+          variables, batch['token_BT'], batch['segment_BT'],
+          batch['position_BT'], method='hidden',
+      )
+
+    table = 'embed' if cfg.tied else 'head'
+    return h_LBTD, losses.Head({table: params[table]}, logits)
+
+  def logits(params, h):
+    with nn.logical_axis_rules(letters):
+      return decoder.apply({'params': params}, h, method='logits')
+
+  return hidden
+
+
+def _sum_over_parts(
+    function: Callable[[Any], Any], batch: Mapping[str, jax.Array], parts: int
+) -> Any:
+  """Sum of a function of a batch over its parts, one after the other."""
+  if parts == 1:
+    return function(batch)
+
+  # Part i takes rows i, i + parts, ...: every device keeps its own rows.
+  def split(x):
+    return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+
+  def add(total, part):
+    return jax.tree.map(jnp.add, total, function(part)), None
+
+  batches = jax.tree.map(split, dict(batch))
+  one = jax.eval_shape(function, jax.tree.map(lambda x: x[0], batches))
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
+  return lax.scan(add, zeros, batches)[0]
