@@ -14,8 +14,8 @@ PACKAGE = pathlib.Path(recursive_tx.__file__).parent
 # of a package (data, cli) may import each other.
 ROWS = (
     ('config', 'disk', 'tree', 'tokenizer'),
-    ('adapters', 'attention', 'data', 'families', 'history', 'losses',
-     'optim', 'sampling'),
+    ('adapters', 'attention', 'chips', 'data', 'families', 'flops', 'history',
+     'losses', 'optim', 'sampling'),
     ('model', 'sharding', 'tying'),
     ('checkpoint', 'exits', 'hf'),
     ('saved',),

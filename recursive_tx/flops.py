@@ -1,0 +1,106 @@
+"""Model FLOPs: the arithmetic that a step asks for, however it is executed.
+
+Matrix products only, 2 FLOPs a multiply-add; norms, softmax and the optimizer
+are a few per cent of a small model and less of a large one. Recomputation,
+masked scores, merging adapters into kernels and logits of loops without a
+loss are execution, and not counted. This is the numerator of MFU (Chowdhery
+et al., arxiv.org/abs/2204.02311, appendix B).
+
+Knows sizes. Does not know arrays, meshes or chips.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from recursive_tx.config import ModelConfig
+
+
+def train_step(
+    cfg: ModelConfig,
+    weights: Mapping[str, Sequence[float]],
+    teacher: ModelConfig | None,
+    batch: int,
+    seq_len: int,
+) -> dict[str, float]:
+  """FLOPs of one training step.
+
+  Args:
+    cfg: the model.
+    weights: of every loss term at every loop, `LossConfig.weights(loops)`. A
+      loop whose weights are all 0 needs no head, and what comes after the
+      last loop that is used is not needed at all.
+    teacher: the teacher's model; None is none.
+    batch: sequences.
+    seq_len: tokens of each. Sequences count as one document: packing shorter
+      ones saves scores that this counts.
+
+  Returns:
+    Parts, forward and backward: 'prelude', 'block' and 'coda' (their
+    linears), 'adapters', 'attention' (scores and mixing, of all layers),
+    'head', and 'teacher' (forward, with its head). They add up to 'total', as
+    do 'forward' (with the teacher) and 'backward'.
+  """
+  learning = [
+      loop for loop in range(1, cfg.loops + 1)
+      if any(loops[loop - 1] for loops in weights.values())]
+  # The final loop's logits, where they teach the earlier ones, are made
+  # whether or not they have a loss of their own.
+  taught = any(weights.get('self_distill', ()))
+  needed = sorted({*learning, *([cfg.loops] if taught else [])})
+  there = forward(cfg, batch, seq_len, exits=needed)
+  # A product's gradient is two products of the same size, one for each factor.
+  back = {
+      part: 2 * flops
+      for part, flops in forward(cfg, batch, seq_len, exits=learning).items()}
+  parts = {part: there[part] + back[part] for part in there}
+  parts['teacher'] = 0.0
+  if teacher is not None:
+    parts['teacher'] = sum(forward(teacher, batch, seq_len).values())
+  backward = sum(back.values())
+  total = sum(parts.values())
+  return {**parts, 'forward': total - backward, 'backward': backward,
+          'total': total}
+
+
+def forward(
+    cfg: ModelConfig,
+    batch: int,
+    seq_len: int,
+    *,
+    exits: Sequence[int] | None = None,
+) -> dict[str, float]:
+  """FLOPs of one forward pass, by the parts of `train_step`.
+
+  Args:
+    cfg: the model.
+    batch: sequences.
+    seq_len: tokens of each.
+    exits: loops, from 1, whose logits are made, each through the coda; None
+      is the last one's only. Loops after the last of them do not run.
+  """
+  exits = (cfg.loops,) if exits is None else exits
+  loops = max(exits)
+  tokens = float(batch * seq_len)
+  linears = rank_sums = 0
+  for kernel in cfg.kernels:
+    rows, columns = cfg.in_out(kernel)
+    linears += rows * columns
+    rank_sums += cfg.ranks[kernel] * (rows + columns)
+  block = loops * cfg.layers_per_loop
+  coda = len(exits) * cfg.coda
+  # A query's product with a key, and its weight's with a value.
+  scores = 4.0 * batch * pairs(seq_len, cfg.window) * cfg.N * cfg.H
+  return {
+      'prelude': 2 * tokens * linears * cfg.prelude,
+      'block': 2 * tokens * linears * block,
+      'coda': 2 * tokens * linears * coda,
+      'adapters': 2 * tokens * rank_sums * block,
+      'attention': scores * (cfg.prelude + block + coda),
+      'head': 2 * tokens * cfg.D * cfg.V * len(exits),
+  }
+
+
+def pairs(seq_len: int, window: int = 0) -> int:
+  """Queries times the keys that each may see; `window` 0 is all before it."""
+  full = min(seq_len, window or seq_len)
+  # The first `full` queries see 1, 2, ..., and the others `full` each.
+  return full * (full + 1) // 2 + (seq_len - full) * full
