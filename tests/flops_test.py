@@ -157,6 +157,18 @@ def test_heads_and_loops_that_no_loss_needs_are_not_counted():
   assert both == every
 
 
+def test_every_exit_goes_through_the_coda():
+  cfg = model('ends')
+  one = flops.forward(cfg, B, T)
+  both = flops.forward(cfg, B, T, exits=(1, 2))
+  layer = both['attention'] - one['attention']
+  assert both['coda'] == 2 * one['coda'] == 2 * one['prelude'] > 0
+  # The prelude, two loops of one layer and two codas.
+  assert both['attention'] == 5 * layer
+  assert both['head'] == 2 * one['head']
+  assert both['block'] == one['block']
+
+
 def test_parts_add_up():
   cfg = dataclasses.replace(model('ends'), rank='4')
   counted = flops.train_step(

@@ -252,6 +252,14 @@ def test_goodput_of_a_step_between_marks_is_in_proportion(tmp_path, clock):
   assert last['train/goodput'] == pytest.approx((5 + 1) / (8 + 2))
 
 
+def test_goodput_takes_nothing_from_what_was_repeated(tmp_path, clock):
+  run(tmp_path, clock, stop=9)  # 8 s; marks at 2, 4, 6 and 8.
+  run(tmp_path, clock, start=4, stop=8)  # 3 s; a mark at 6.
+  last = run(tmp_path, clock, start=7, steps=9, stop=9)[-1]
+  # 2 to 4, 6 of the second session, and 9; no mark tells of its step 7.
+  assert last['train/goodput'] == pytest.approx((3 + 1 + 1) / (8 + 3 + 2))
+
+
 def test_a_session_that_never_got_to_a_step_still_took_time(tmp_path, clock):
   with opened(tmp_path, clock):
     clock.now += 90
