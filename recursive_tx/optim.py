@@ -43,6 +43,8 @@ class OptimConfig:
     weight_decay: multiplied by a row's `decay` and the learning rate.
     clip: largest global norm of the gradient; 0 does not clip.
     accumulate: parts the batch is cut into, one after the other.
+    max_skips: updates skipped in a row, because the loss or the gradient was
+      not finite, that end the run; 0 never does.
     table: rows `(pattern, lr, decay)`, see the module.
   """
 
@@ -57,6 +59,7 @@ class OptimConfig:
   weight_decay: float = 0.1
   clip: float = 1.0
   accumulate: int = 1
+  max_skips: int = 10
   table: tuple[tuple[str, float, float], ...] = (('.*', 1.0, 1.0),)
 
   def __post_init__(self):

@@ -13,7 +13,7 @@ PACKAGE = pathlib.Path(recursive_tx.__file__).parent
 # Who may import whom: a module imports from rows above its own only. Modules
 # of a package (data, cli) may import each other.
 ROWS = (
-    ('config', 'disk', 'tree', 'tokenizer'),
+    ('config', 'disk', 'distributed', 'tree', 'tokenizer'),
     ('adapters', 'attention', 'chips', 'data', 'families', 'flops', 'history',
      'losses', 'optim', 'sampling'),
     ('model', 'sharding', 'tying'),

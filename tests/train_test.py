@@ -154,6 +154,7 @@ def test_a_run_starts_from_another_ones_weights(whole, config, tmp_path):
 
 def first_step(config, batch):
   """The fresh state, the state after a step on the batch, and its metrics."""
+  config = changed(config, 'data', seq_len=batch['token_BT'].shape[1])
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     tx, abstract = train.abstract_state(config, mesh)

@@ -4,8 +4,10 @@ Pretraining, uptraining and distillation are the same loop. Which model, from
 which weights, with which losses at which loops, is all in the Config.
 """
 
+from collections.abc import Iterator
 import contextlib
 import dataclasses
+import math
 import pathlib
 from typing import Any
 
@@ -14,16 +16,24 @@ from etils import epath
 from flax import linen as nn
 import jax
 from jax.sharding import Mesh
-import numpy as np
 
-from recursive_tx import checkpoint, hf, saved, sharding, start
+from recursive_tx import (
+    checkpoint,
+    distributed,
+    hf,
+    saved,
+    sharding,
+    start,
+)
 from recursive_tx import data as data_lib
 from recursive_tx import tokenizer as tokenizer_lib
 from recursive_tx.evaluate import evaluate
-from recursive_tx.history import History
+from recursive_tx.history import History, read_metrics
 from recursive_tx.train import state as state_lib
 from recursive_tx.train import step as step_lib
 from recursive_tx.train.config import Config, check
+from recursive_tx.train.saves import Saves
+from recursive_tx.train.skips import Skips
 from recursive_tx.train.step import TrainState
 
 
@@ -32,20 +42,25 @@ def train(config: Config, workdir: str) -> TrainState:
 
   Args:
     config: the run.
-    workdir: where checkpoints, metrics.jsonl and event files go. One that
-      holds the same run is resumed from its latest checkpoint.
+    workdir: where checkpoints, metrics.jsonl and event files go; of several
+      processes the same for all. One that holds the same run is resumed from
+      its latest checkpoint.
 
   Returns:
     The last state.
 
   Raises:
     ValueError: settings that contradict each other, the machine, the files
-      they name, or the run that the workdir holds.
+      they name, or the run that the workdir holds; or it cannot be written.
+    SystemExit: told by SIGTERM to stop, it has saved; the status is 0.
   """
   check(config)
-  steps = config.optim.steps
+  steps, settings = config.optim.steps, dataclasses.asdict(config)
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+    stack.enter_context(_plain_errors(workdir))
+    done = _steps_done(config, mesh, workdir, settings)
+
     logging.info('Data: %s.', config.data)
     tokenizer = tokenizer_lib.load(
         config.tokenizer or start.companions(config.init_from)
@@ -59,48 +74,74 @@ def train(config: Config, workdir: str) -> TrainState:
 
     logging.info('Model: %s.', config.model)
     tx, abstract = step_lib.abstract_state(config, mesh)
+    checkpoint.check_writable(workdir, state_lib.num_bytes(abstract))
     teacher, teacher_variables = state_lib.load_teacher(config, mesh)
     step_fn = step_lib.jit_step(config, mesh, tx, abstract, teacher)
 
     logging.info('State: from the workdir, else init_from, else fresh.')
-    settings = dataclasses.asdict(config)
-    fresh = checkpoint.latest_step(workdir) is None
-    if fresh:
-      state = state_lib.first_state(config, tx, abstract)
-    manager = stack.enter_context(
-        checkpoint.open_manager(workdir, config.checkpoint)
+    if done is None:
+      state, done = state_lib.first_state(config, tx, abstract), 0
+    else:
+      checkpoint.set_aside_broken(workdir)
+      state, positions = checkpoint.restore(workdir, done, abstract)
+      stream.restore(*positions)
+    checkpoints = stack.enter_context(
+        checkpoint.Checkpoints(workdir, config.checkpoint)
     )
-    if not fresh:
-      checkpoint.check_same(manager, settings, workdir)
-      state, position = checkpoint.restore(manager, abstract)
-      stream.restore(position)
 
-    done = int(state.step)
     logging.info('Loop: %d of %d steps are done.', done, steps)
+    evaluated = _is_evaluated(config, workdir, done)
     history = stack.enter_context(History(
         config.log, workdir, start=done, steps=steps,
         tokens=config.data.batch * config.data.seq_len, settings=settings,
     ))
-    if done == 0:
-      history.evaluation(0, _evaluate(config, mesh, state, heldout))
+    preemption = stack.enter_context(distributed.Preemption())
+    saves = Saves(config.checkpoint, start=done, last=steps,
+                  best=checkpoints.best and checkpoints.best[1])
+    skips = Skips(config.optim.max_skips, tokenizer.decode, workdir)
+
+    def evaluate_at(step):
+      result = _evaluate(config, mesh, state, heldout)
+      history.evaluation(step, result)
+      history.pause()
+      return saves.best(result) if step else None
+
+    def save_at(step, score):
+      checkpoints.save(
+          step, state=state, position=stream.save(), settings=settings,
+          score=score,
+      )
+      saves.saved(step)
+      history.pause()
+
+    if not evaluated:
+      checkpoints.mark_best(done, evaluate_at(done))
     for step in range(done + 1, steps + 1):
-      batch = sharding.place_rows(next(stream), mesh)
-      state, metrics = step_fn(state, batch, teacher_variables)
+      local = next(stream)
+      state, metrics = step_fn(
+          state, sharding.place_rows(local, mesh), teacher_variables
+      )
       # Waits for the metrics of the step before, while this one runs.
       history.update(step, metrics)
+      skips.update(step, metrics, local)
+      checkpoints.check()
+      if preemption.reached(step) and step < steps:
+        # No time to evaluate: the continuation does it.
+        save_at(step, None)
+        checkpoints.wait()
+        _say_goodbye(step, workdir)
+      score = None
       if _due(step, config.eval.every, steps):
-        history.evaluation(step, _evaluate(config, mesh, state, heldout))
-        history.pause()
-      if _due(step, config.checkpoint.every, steps):
-        checkpoint.save(
-            manager, step, state=state, position=stream.save(),
-            settings=settings,
-        )
-        history.pause()
-    manager.wait_until_finished()
+        score = evaluate_at(step)
+      # Not in the middle of skipped steps: what came before is worth more.
+      if saves.due(step) or score is not None:
+        if step == steps or not skips.in_row():
+          save_at(step, score)
+    skips.in_row()
+    checkpoints.wait()
 
     logging.info('Saving the model: %s.', epath.Path(workdir) / 'model')
-    _save_model(config, workdir, state)
+    _save_model(config, workdir)
   return state
 
 
@@ -114,16 +155,79 @@ def _evaluate(
     )
 
 
-def _save_model(config: Config, workdir: str, state: TrainState) -> None:
-  """Writes the parameters, whole, with the tokenizer, to workdir/model."""
-  model = epath.Path(workdir) / 'model'
-  params = jax.tree.map(np.asarray, state.params)
-  saved.save(
-      model, config.model, {'params': params}, overwrite=True,
-      companions=start.companions(config.init_from) or None,
+def _steps_done(
+    config: Config, mesh: Mesh, workdir: str, settings: dict[str, Any]
+) -> int | None:
+  """Where the workdir's run is, if it holds one that can go on here."""
+  done = checkpoint.latest_step(workdir)
+  seen = distributed.agree(-1 if done is None else done)
+  if seen != (-1 if done is None else done):
+    raise ValueError(
+        f'{workdir} holds checkpoint {done} for process {jax.process_index()}'
+        f' and {seen} for process 0; all need the same directory, on a file'
+        ' system or bucket that they share.'
+    )
+  if done is None:
+    return None
+  checkpoint.check_same(workdir, done, settings)
+  rows = config.data.batch // config.optim.accumulate
+  parts = math.prod(mesh.shape[axis] for axis in sharding.LETTERS['B'])
+  if rows % parts:
+    fits = [n for n in range(1, rows + 1) if rows % n == 0]
+    raise ValueError(
+        f'{workdir} holds a run of {rows} sequences at once, which {parts}'
+        f' devices (mesh data x fsdp) cannot share evenly; go on with one of'
+        f' {fits}, the other devices being mesh tensor, so that the batch'
+        ' stays what it was.'
+    )
+  return done
+
+
+def _is_evaluated(config: Config, workdir: str, step: int) -> bool:
+  """Whether what there is to evaluate at a step has been: one saved in a
+  hurry was not."""
+  if step and not _due(step, config.eval.every, config.optim.steps):
+    return True
+  rows = read_metrics(workdir) if step and distributed.is_main() else []
+  found = any(
+      row['step'] == step and any(key.startswith('eval/') for key in row)
+      for row in rows
   )
-  if config.tokenizer:
-    hf.copy_companions(pathlib.Path(config.tokenizer), model)
+  return bool(distributed.agree(found))
+
+
+@contextlib.contextmanager
+def _plain_errors(workdir: str) -> Iterator[None]:
+  """A full disk and its like, as one line."""
+  try:
+    yield
+  except OSError as error:
+    raise ValueError(
+        f'{error}; when that is mended, the same command goes on from the last'
+        f' checkpoint in {workdir}.'
+    ) from error
+
+
+def _say_goodbye(step: int, workdir: str) -> None:
+  if distributed.is_main():
+    folder = epath.Path(workdir) / 'checkpoints' / str(step)
+    print(f'Told to stop (SIGTERM): saved step {step} to {folder}. Run the'
+          ' same command to go on.', flush=True)
+  raise SystemExit(0)
+
+
+def _save_model(config: Config, workdir: str) -> None:
+  """Writes the last checkpoint's model, with the tokenizer: workdir/model."""
+  if distributed.is_main():
+    model = epath.Path(workdir) / 'model'
+    _, params = checkpoint.load_params(workdir)
+    saved.save(
+        model, config.model, {'params': params}, overwrite=True,
+        companions=start.companions(config.init_from) or None,
+    )
+    if config.tokenizer:
+      hf.copy_companions(pathlib.Path(config.tokenizer), model)
+  distributed.wait('the model is saved')
 
 
 def _due(step: int, every: int, last: int) -> bool:

@@ -44,6 +44,13 @@ def first_state(
   )(params)
 
 
+def num_bytes(abstract: Any) -> int:
+  """Of all arrays of a tree together."""
+  return sum(
+      x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)
+  )
+
+
 def load_teacher(config: Config, mesh: Mesh) -> tuple[ModelConfig | None, Any]:
   """The teacher's model and its variables, in the run's dtype."""
   if not config.teacher:

@@ -1,0 +1,134 @@
+"""Reading a run's checkpoints, and when a run may go on from one."""
+
+from collections.abc import Mapping
+import json
+from typing import Any
+
+from absl import logging
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from recursive_tx.checkpoint import layout
+
+# What may differ between a run and its continuation: how it is executed and
+# watched. All else decides the result.
+FREE = ('mesh', 'checkpoint', 'log', 'eval', 'run', 'optim.max_skips')
+
+
+def restore(
+    workdir: str, step: int, abstract_state: Any
+) -> tuple[Any, tuple[bytes, ...]]:
+  """A state, and the data positions of all processes that saved it.
+
+  Args:
+    workdir: of the run.
+    step: of `latest_step`.
+    abstract_state: ShapeDtypeStructs with shardings, like the saved tree; on
+      any mesh, of any number of processes.
+
+  Raises:
+    ValueError: it cannot be read.
+  """
+  folder = layout.folder(workdir).absolute() / str(step)
+  try:
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+      state = reader.restore(
+          folder / 'state', args=ocp.args.StandardRestore(abstract_state)
+      )
+    positions = tuple(
+        path.read_bytes()
+        for path in sorted((folder / 'data').glob('process_*'))
+    )
+  except Exception as error:
+    raise ValueError(
+        f'{folder} cannot be read: {layout.in_short(error)}. Move it away, and'
+        ' the same command goes on from the one before it.'
+    ) from error
+  return state, positions
+
+
+def check_same(
+    workdir: str, step: int, settings: Mapping[str, Any]
+) -> None:
+  """Refuses to continue a run under settings that would change its result.
+
+  Raises:
+    ValueError: a value outside FREE differs from the checkpoint's.
+  """
+  stored = layout.run(workdir, step)['settings']
+  different = _differences(stored, _as_json(settings))
+  if different:
+    raise ValueError(
+        f'{workdir} holds a run with other settings: {"; ".join(different)}.'
+        ' Continue it with its own, or start another --workdir from its'
+        f' weights with --config.init_from={workdir}'
+    )
+
+
+def load_params(workdir: str) -> tuple[dict[str, Any], Any]:
+  """Settings and parameters (numpy, whole) of a run's latest checkpoint.
+
+  Processes that call it do not wait for each other.
+
+  Raises:
+    ValueError: the directory holds no finished checkpoint.
+  """
+  step = layout.latest_step(workdir)
+  if step is None:
+    raise ValueError(
+        f'{workdir} holds no finished checkpoint; expected one in'
+        f' {layout.folder(workdir)}.'
+    )
+  logging.info('Reading the parameters of %s at step %d.', workdir, step)
+  alone = ocp.options.MultiprocessingOptions(
+      primary_host=jax.process_index(), active_processes={jax.process_index()},
+      barrier_sync_key_prefix=f'process_{jax.process_index()}',
+  )
+  with ocp.Checkpointer(
+      ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
+      multiprocessing_options=alone,
+  ) as reader:
+    item = layout.folder(workdir).absolute() / str(step) / 'state'
+    tree = reader.metadata(item).item_metadata.tree
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+        {'params': tree['params']},
+    )
+    restored = reader.restore(
+        item,
+        args=ocp.args.PyTreeRestore(
+            item=shapes,
+            restore_args=jax.tree.map(
+                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes
+            ),
+            partial_restore=True,
+        ),
+    )
+  return layout.run(workdir, step)['settings'], restored['params']
+
+
+def _differences(stored: Any, wanted: Any) -> list[str]:
+  """'model.rank 64 -> 128' for every value that differs, outside FREE."""
+  stored, wanted = _flat(stored), _flat(wanted)
+  keys = [*stored, *(key for key in wanted if key not in stored)]
+  return [
+      f'{key} {stored.get(key, "(none)")!r} -> {wanted.get(key, "(none)")!r}'
+      for key in keys
+      if not {key, key.split('.')[0]} & set(FREE)
+      and stored.get(key) != wanted.get(key)
+  ]
+
+
+def _flat(tree: Any, prefix: str = '') -> dict[str, Any]:
+  if not isinstance(tree, Mapping):
+    return {prefix: tree}
+  flat = {}
+  for key, value in tree.items():
+    flat |= _flat(value, f'{prefix}.{key}' if prefix else str(key))
+  return flat
+
+
+def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+  """As it would be read back: tuples are lists."""
+  return json.loads(json.dumps(settings))
