@@ -10,7 +10,9 @@ from recursive_tx import config
 
 VERBS = {
     'convert': 'make a pretrained model recursive, or relaxed recursive',
+    'cache': 'tokenise the data of a config, once for many runs',
     'train': 'pretrain, or uptrain with distillation',
+    'plan': 'does a run fit a TPU topology, and what does a step cost',
     'compare': 'a model reduced, looped and relaxed, uptrained alike',
     'evaluate': 'held-out loss and bits per byte of every loop',
     'generate': 'continue a prompt',

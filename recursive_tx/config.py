@@ -34,6 +34,7 @@ NORMS = ('rms', 'rms+1', 'layer')
 ACTS = ('silu', 'gelu', 'gelu_tanh', 'relu')
 DTYPES = ('float32', 'bfloat16')
 REMATS = ('none', 'full', 'dots')
+ATTENTIONS = ('auto', 'plain', 'blocks', 'splash', 'pallas')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,17 +153,25 @@ class Run:
     unroll: unroll the loops and layers instead of looping on the device:
       faster on CPU, slower to compile.
     attention: 'plain' holds all [T, S] scores; 'blocks' those of one block of
-      queries at a time, unless new tokens meet a cache; 'auto' chooses.
+      queries at a time; 'splash' (TPU) and 'pallas' (GPU) are kernels for
+      lengths that are multiples of 128, the latter without windows; where one
+      does not cover a case, and for 'auto', the best that does is taken.
+    logits_mib: MiB of fp32 logits of one loop that a device may hold at once
+      in training; sequences are cut into chunks to keep to it.
   """
   dtype: str = 'float32'
   remat: str = 'none'
   unroll: bool = False
   attention: str = 'auto'
+  logits_mib: int = 256
 
   def __post_init__(self):
     one_of('run.dtype', self.dtype, DTYPES)
     one_of('run.remat', self.remat, REMATS)
-    one_of('run.attention', self.attention, ('auto', 'plain', 'blocks'))
+    one_of('run.attention', self.attention, ATTENTIONS)
+    if self.logits_mib < 1:
+      raise ValueError(
+          f'run.logits_mib is {self.logits_mib}; expected 1 or more')
 
 
 def split(spec: str) -> tuple[str, str]:

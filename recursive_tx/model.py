@@ -13,7 +13,7 @@ import jax
 from jax.nn import initializers
 import jax.numpy as jnp
 
-from recursive_tx import adapters, attention
+from recursive_tx import adapters, attention, embedding
 from recursive_tx import config as config_lib
 
 _ACTS = {
@@ -51,6 +51,9 @@ class Linear(nn.Module):
       # matmuls (rows + columns) * tokens.
       if rows * columns < (rows + columns) * x.shape[0] * x.shape[1]:
         kernel += jnp.einsum(f'{inner}R,R{outer}->{inner}{outer}', a, b)
+        # Each device adds its part, before the parts are gathered; so does
+        # the gradient go: scattered, then to the factors.
+        kernel = nn.with_logical_constraint(kernel, tuple(inner + outer))
       else:
         x_letters, y_letters = spec.split(',')[0], spec.split('->')[1]
         y = jnp.einsum(f'{x_letters},{inner}R->BTR', x, a)
@@ -156,7 +159,8 @@ class Attention(nn.Module):
       v_BSKH = cache['v'].at[at].set(v_BSKH.astype(cache['v'].dtype))
       cache = {'k': k_BSKH, 'v': v_BSKH}
     y_BTNH = attention.attend(
-        q_BTNH, k_BSKH, v_BSKH, context['mask_BTS'], window=self.cfg.window,
+        q_BTNH, k_BSKH, v_BSKH, mask_BTS=context['mask_BTS'],
+        segment_BT=context['segment_BT'], window=self.cfg.window,
         implementation=self.run.attention)
     return linear('o', y_BTNH), cache
 
@@ -329,9 +333,14 @@ class Decoder(nn.Module):
   def logits(self, h):
     """The head: h[..., D] to fp32 logits[..., V]."""
     table = self.embed() if self.head is None else self.head()
+    if h.ndim == 3:
+      h = nn.with_logical_constraint(h, ('B_head', 'T', 'D'))
     logits = project('TD,VD->TV', h.reshape(-1, h.shape[-1]),
                      table.astype(h.dtype), jnp.float32)
-    return logits.reshape(*h.shape[:-1], -1)
+    logits = logits.reshape(*h.shape[:-1], -1)
+    if h.ndim == 3:
+      logits = nn.with_logical_constraint(logits, ('B_head', 'T', 'V'))
+    return logits
 
   def decode(self, token_BT, position_BT, cache):
     """Logits of new tokens, whose predecessors' keys are in the cache.
@@ -364,10 +373,11 @@ class Decoder(nn.Module):
     mask_BTS = attention.visible(
         place_1T, place_1T, window=self.cfg.window, segment_BT=segment_BT)
     return {'position_BT': position_BT, 'mask_BTS': mask_BTS,
+            'segment_BT': segment_BT,
             'rope': rope_tables(self.cfg, position_BT)}
 
   def _enter(self, token_BT, context, cache=None):
-    x_BTD = self.embed()[token_BT].astype(self.run.dtype)
+    x_BTD = embedding.lookup(self.embed(), token_BT, self.run.dtype)
     x_BTD = nn.with_logical_constraint(x_BTD, ('B', 'T', 'D'))
     if self.cfg.embed_scale:
       x_BTD *= jnp.asarray(math.sqrt(self.cfg.D), x_BTD.dtype)
@@ -415,7 +425,8 @@ def abstract_params(cfg: config_lib.ModelConfig) -> dict:
   """The parameter tree as boxed ShapeDtypeStructs: nothing is computed."""
   token_BT = jax.ShapeDtypeStruct((1, 2), jnp.int32)
   return jax.eval_shape(
-      Decoder(cfg).init, jax.random.key(0), token_BT)['params']
+      lambda token_BT: Decoder(cfg).init(jax.random.key(0), token_BT),
+      token_BT)['params']
 
 
 def flat_shapes(cfg: config_lib.ModelConfig) -> dict[str, tuple[int, ...]]:

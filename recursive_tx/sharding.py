@@ -7,7 +7,7 @@ tensor's sharding follows from its name. XLA derives the collectives.
 Knows letters and sizes. Does not know layers, losses or files.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import math
 from typing import Any
@@ -16,24 +16,29 @@ from absl import logging
 from flax import linen as nn
 from flax.linen import meta
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 AXES = ('data', 'fsdp', 'tensor')
 
 # In order of precedence: an axis of the mesh cuts one dimension of an array,
-# so where 'B' is present it takes 'fsdp' and 'D' stays whole.
+# so where 'B' is present it takes 'fsdp' and 'D' stays whole. The vocabulary
+# takes 'fsdp' too where it divides: its tables are never gathered, tokens are.
 LETTERS = {
     'B': ('data', 'fsdp'),
-    'V': ('tensor',),
+    'V': ('fsdp', 'tensor'),
     'F': ('tensor',),
     'N': ('tensor',),
     'K': ('tensor',),
     'D': ('fsdp',),
+    'R': ('fsdp',),
 }
-# Never cut: time and heads' inner size (attention mixes them), ranks and the
-# stacks of layers and loops (small), and groups of query heads.
-WHOLE = ('T', 'S', 'H', 'G', 'R', 'L', 'layers', 'loops')
+# The batch where the vocabulary is cut along 'fsdp': at the head.
+HEAD_BATCH = 'B_head'
+# Never cut: time and heads' inner size (attention mixes them), the stacks of
+# layers and loops (small), and groups of query heads.
+WHOLE = ('T', 'S', 'H', 'G', 'L', 'layers', 'loops')
 
 Rules = tuple[tuple[str, tuple[str, ...] | None], ...]
 
@@ -53,13 +58,41 @@ class MeshConfig:
   tensor: int = 1
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
+def make_mesh(
+    config: MeshConfig, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
   """The mesh over all devices; enter it with `jax.set_mesh(mesh)`.
 
+  Where the devices are of several slices, between which the network is slow,
+  each slice holds whole copies of the model: only 'data' goes across.
+
+  Args:
+    config: sizes of the axes.
+    devices: those of another machine; None is those of this one.
+
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    ValueError: the sizes do not multiply to the number of devices, or 'data'
+      cannot be divided among the slices.
   """
-  devices = jax.device_count()
+  devices = jax.devices() if devices is None else devices
+  sizes = mesh_sizes(config, len(devices))
+  types = (AxisType.Auto,) * len(AXES)
+  slices = {getattr(device, 'slice_index', 0) for device in devices}
+  if len(slices) == 1:
+    return jax.make_mesh(sizes, AXES, devices=devices, axis_types=types)
+  if sizes[0] % len(slices):
+    raise ValueError(
+        f'mesh data={sizes[0]} does not divide among {len(slices)} slices; make'
+        f' it a multiple of {len(slices)}.'
+    )
+  inner = (sizes[0] // len(slices), *sizes[1:])
+  outer = (len(slices), *(1 for _ in sizes[1:]))
+  grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
+  return Mesh(grid, AXES, axis_types=types)
+
+
+def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
+  """Sizes of the axes for a number of devices; raises as `make_mesh`."""
   sizes = [getattr(config, axis) for axis in AXES]
   known = math.prod(size for size in sizes if size != -1)
   if sizes.count(-1) == 1 and known > 0 and devices % known == 0:
@@ -70,7 +103,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
         f'mesh {asked} does not multiply to the {devices} device(s) here; set'
         ' one axis to -1 to let it take the rest.'
     )
-  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return tuple(sizes)
 
 
 def make_rules(mesh: Mesh, sizes: Mapping[str, int]) -> Rules:
@@ -82,7 +115,7 @@ def make_rules(mesh: Mesh, sizes: Mapping[str, int]) -> Rules:
 
   Args:
     mesh: of `make_mesh`.
-    sizes: the size of each letter of LETTERS.
+    sizes: the size of each letter of LETTERS; of 'R' what divides all ranks.
 
   Raises:
     ValueError: the batch does not divide.
@@ -90,6 +123,9 @@ def make_rules(mesh: Mesh, sizes: Mapping[str, int]) -> Rules:
   rules = []
   for letter, axes in LETTERS.items():
     parts = math.prod(mesh.shape[axis] for axis in axes)
+    if letter == 'V' and sizes[letter] % parts:
+      axes = ('tensor',)
+      parts = mesh.shape['tensor']
     if sizes[letter] % parts == 0:
       rules.append((letter, axes))
       continue
@@ -104,7 +140,8 @@ def make_rules(mesh: Mesh, sizes: Mapping[str, int]) -> Rules:
         letter, sizes[letter], parts, axes,
     )
     rules.append((letter, None))
-  return (*rules, *((letter, None) for letter in WHOLE))
+  batch = ('data',) if 'fsdp' in (dict(rules)['V'] or ()) else LETTERS['B']
+  return (*rules, (HEAD_BATCH, batch), *((letter, None) for letter in WHOLE))
 
 
 def of_boxed(tree: Any, mesh: Mesh, rules: Rules) -> Any:

@@ -14,8 +14,8 @@ PACKAGE = pathlib.Path(recursive_tx.__file__).parent
 # of a package (data, cli) may import each other.
 ROWS = (
     ('config', 'disk', 'distributed', 'tree', 'tokenizer'),
-    ('adapters', 'attention', 'chips', 'data', 'families', 'flops', 'history',
-     'losses', 'optim', 'sampling'),
+    ('adapters', 'attention', 'chips', 'data', 'embedding', 'families',
+     'flops', 'history', 'hlo', 'losses', 'optim', 'sampling'),
     ('model', 'sharding', 'tying'),
     ('checkpoint', 'exits', 'hf'),
     ('saved',),

@@ -258,6 +258,7 @@ RUNS = {
     'remat': [rtx.Run(remat='full'), rtx.Run(remat='dots')],
     'unroll': [rtx.Run(unroll=True), rtx.Run(unroll=True, remat='full')],
     'attention': [rtx.Run(attention='plain'), rtx.Run(attention='blocks')],
+    'logits_mib': (rtx.Run(logits_mib=1),),
 }
 # One of each kind is enough in the fast set; compiling gradients is slow.
 _SLOW_RUNS = (rtx.Run(remat='full'), rtx.Run(remat='dots'),

@@ -12,7 +12,7 @@ import pytest
 
 from recursive_tx import sharding
 
-SIZES = {'B': 8, 'V': 64, 'D': 16, 'F': 32, 'N': 4, 'K': 2}
+SIZES = {'B': 8, 'V': 64, 'D': 16, 'F': 32, 'N': 4, 'K': 2, 'R': 4}
 
 # Runs on 8 fake devices, prints what each test below asserts.
 SCRIPT = """
@@ -66,6 +66,9 @@ def losses_on(**mesh):
   told['compiled'] = max(told.get('compiled', 0), step._cache_size())
   up = state.params['block']['layers']['mlp']['up']['kernel']
   told['parameter'] = spec(up)
+  told['table'] = spec(state.params['embed']['embedding'])
+  factors = state.params['adapters']['up']
+  told['factors'] = [spec(factors[leaf]) for leaf in 'ab']
   specs = lambda tree: sorted(spec(x) for x in jax.tree.leaves(tree) if x.ndim)
   told['moments_like_parameters'] = (
       specs(state.opt_state) == sorted(specs(state.params) * 2))
@@ -78,7 +81,8 @@ told['losses'] = {
 
 if told['devices'] > 1:
   mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
-  sizes = {'B': 8, **{letter: getattr(cfg, letter) for letter in 'VDFNK'}}
+  sizes = {'B': 8, 'R': 4,
+           **{letter: getattr(cfg, letter) for letter in 'VDFNK'}}
   rules = sharding.make_rules(mesh, sizes)
   decoder = Decoder(cfg)
   token = jax.device_put(np.zeros((8, 16), np.int32), sharding.replicated(mesh))
@@ -155,6 +159,25 @@ def test_parameters_and_moments_are_cut_by_their_letters(eight):
   assert eight['moments_like_parameters']
 
 
+def test_the_vocabulary_and_the_factors_are_cut(eight):
+  assert eight['table'] == str(PartitionSpec(('fsdp', 'tensor'), None))
+  # Layers and loops first, then 'DR' and 'RF'.
+  assert eight['factors'] == [
+      str(PartitionSpec(None, None, 'fsdp', None)),
+      str(PartitionSpec(None, None, 'fsdp', 'tensor'))]
+
+
+def test_a_vocabulary_that_does_not_divide_is_cut_less():
+  def rules(V, **mesh):
+    found = dict(sharding.make_rules(fake_mesh(**mesh), {**SIZES, 'V': V}))
+    return found['V'], found[sharding.HEAD_BATCH]
+
+  everywhere = ('data', 'fsdp')
+  assert rules(64, fsdp=4, tensor=2) == (('fsdp', 'tensor'), ('data',))
+  assert rules(66, fsdp=4, tensor=2) == (('tensor',), everywhere)
+  assert rules(65, fsdp=4, tensor=2) == (None, everywhere)
+
+
 def test_activations_are_cut_by_their_letters(eight):
   # [loops, B, T, D]: the batch takes 'data' and 'fsdp', so D stays whole.
   assert eight['hidden'] == str(PartitionSpec(None, ('data', 'fsdp')))
@@ -173,7 +196,7 @@ def test_a_letter_that_does_not_divide_stays_whole():
   rules = dict(sharding.make_rules(fake_mesh(tensor=4), SIZES))
   assert rules['N'] == ('tensor',)
   assert rules['K'] is None
-  assert set(rules) == {*SIZES, *sharding.WHOLE}
+  assert set(rules) == {*SIZES, *sharding.WHOLE, sharding.HEAD_BATCH}
 
 
 def test_a_batch_that_does_not_divide_is_refused():

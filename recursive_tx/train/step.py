@@ -5,6 +5,7 @@ compiled ahead of time for machines that are not there.
 """
 
 from collections.abc import Callable, Mapping
+import math
 from typing import Any
 
 from flax import linen as nn
@@ -51,7 +52,8 @@ def make_step(
       teacher_h_LBTD, teacher_head = teach(teacher_variables, batch)
       target = teacher_h_LBTD[-1], teacher_head
     return losses.total(
-        config.losses, h_LBTD, batch, head, norm=norm, teacher=target
+        config.losses, h_LBTD, batch, head, norm=norm, teacher=target,
+        chunk=chunk(config, mesh),
     )
 
   def step(state, batch, teacher_variables):
@@ -139,9 +141,27 @@ def abstract_params(config: Config, cfg: ModelConfig, mesh: Mesh) -> Any:
 def rules(config: Config, cfg: ModelConfig, mesh: Mesh) -> sharding.Rules:
   """Where a model's letters go, for the run's batch."""
   sizes = {letter: getattr(cfg, letter) for letter in 'VDFNK'}
-  return sharding.make_rules(
-      mesh, {'B': config.data.batch // config.optim.accumulate, **sizes}
-  )
+  sizes['R'] = math.gcd(*cfg.ranks.values())
+  sizes['B'] = config.data.batch // config.optim.accumulate
+  return sharding.make_rules(mesh, sizes)
+
+
+def chunk(config: Config, mesh: Mesh) -> int:
+  """Positions whose logits a device may hold at once, by run.logits_mib.
+
+  Returns:
+    A divisor of the sequence's length, at least 1.
+  """
+  letters = dict(rules(config, config.model, mesh))
+  parts = {
+      letter: math.prod(mesh.shape[axis] for axis in letters[letter] or ())
+      for letter in (sharding.HEAD_BATCH, 'V')
+  }
+  rows = config.data.batch // config.optim.accumulate
+  row_bytes = 4 * rows * config.model.V // math.prod(parts.values())
+  most = (config.run.logits_mib << 20) // row_bytes
+  T = config.data.seq_len
+  return max(n for n in range(1, T + 1) if T % n == 0 and n <= max(1, most))
 
 
 def forward(config: Config, cfg: ModelConfig, mesh: Mesh) -> Forward:
