@@ -15,7 +15,7 @@ import pytest
 import tokenizers
 
 from recursive_tx import data, tokenizer
-from recursive_tx.data import documents, packing
+from recursive_tx.data import documents, files, packing
 
 T = 32
 SEPARATOR = '<|endoftext|>'
@@ -253,13 +253,14 @@ def test_blocks_cut_files_as_whole_files_are_cut(tmp_path):
 def test_epochs_are_different_permutations(tmp_path):
   (tmp_path / 'text').write_text('a\n' * 200_000)
   task = data.Task('t', 'text', f'{tmp_path}/text', document='--')
-  files = documents.Documents(task, 'train', fraction=0.5)
-  n = files.num_units
+  n = documents.Documents(task, 'train', fraction=0.5).num_units
   assert n > 20
-  epochs = [[files.shuffled(e * n + i, 5) for i in range(n)] for e in range(3)]
+  epochs = [
+      [documents.shuffled(e * n + i, 5, n) for i in range(n)] for e in range(3)
+  ]
   assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
   assert len(set(map(tuple, epochs))) == 3
-  assert [files.shuffled(i, 6) for i in range(n)] != epochs[0]
+  assert [documents.shuffled(i, 6, n) for i in range(n)] != epochs[0]
 
 
 # The stream.
@@ -472,11 +473,27 @@ def test_positions_of_two_processes_serve_one_and_back(tok, corpus):
   fresh = data.Stream(config, tok)
   fresh.restore(*halves)
   assert_equal(take(fresh, 10), want)
-  fresh = data.Stream(config, tok, rows=[3, 0])
-  fresh.restore(whole)
-  assert_equal(
-      take(fresh, 10), [{k: v[[3, 0]] for k, v in b.items()} for b in want]
-  )
+  for rows in ([4, 0, 2, 6], [1, 3, 5, 7]):
+    fresh = data.Stream(config, tok, rows=rows)
+    fresh.restore(whole)
+    assert_equal(
+        take(fresh, 10), [{k: v[rows] for k, v in b.items()} for b in want]
+    )
+
+
+def test_positions_of_processes_that_share_shards_serve_either(tok, corpus):
+  """Halves of the batch, every shard in both; each has all that one needs."""
+  config = config_of(separated(corpus), batch=4, shards=2)
+  halves = [data.Stream(config, tok, rows=r) for r in ([0, 1], [2, 3])]
+  for stream in halves:
+    take(stream, 5)
+  one = data.Stream(config, tok)
+  one.restore(*(stream.save() for stream in halves))
+  want = take(one, 10)
+  for rows, stream in zip(([0, 1], [2, 3]), halves, strict=True):
+    assert_equal(
+        take(stream, 10), [{k: v[rows] for k, v in b.items()} for b in want]
+    )
 
 
 def test_positions_of_something_else_are_refused(tok, corpus, tmp_path):
@@ -575,38 +592,35 @@ def test_bytes_are_counted_as_utf8(tok, tmp_path):
   assert data.heldout(config_of(task), tok).num_bytes == 2 + 3 + 4
 
 
-@pytest.fixture(scope='session')
-def tfds_corpus(tmp_path_factory) -> None:
-  """A prepared TFDS dataset of 60 documents, 'tiny'."""
+def make_tfds(directory, name: str) -> None:
+  """A prepared TFDS dataset of 60 documents and 2 that are none."""
   import tensorflow as tf
   import tensorflow_datasets as tfds
 
-  directory = tmp_path_factory.mktemp('tfds')
-  version = directory / 'tiny' / '1.0.0'
+  version = directory / name / '1.0.0'
   version.mkdir(parents=True)
   features = tfds.features.FeaturesDict({'body': tfds.features.Text()})
-  path = version / 'tiny-train.tfrecord-00000-of-00001'
+  path = version / f'{name}-train.tfrecord-00000-of-00001'
   with tf.io.TFRecordWriter(str(path)) as writer:
-    for i in range(60):
-      writer.write(features.serialize_example({'body': f'0x{i}xaaa'}))
+    for text in (*(f'0x{i}xaaa' for i in range(60)), '', b'\xff'):
+      writer.write(features.serialize_example({'body': text}))
+  template = tfds.core.ShardedFileTemplate(
+      dataset_name=name, data_dir=version, split='train',
+      filetype_suffix='tfrecord',
+  )
+  split = tfds.core.SplitInfo(
+      name='train', shard_lengths=[62], num_bytes=0,
+      filename_template=template,
+  )
   tfds.folder_dataset.write_metadata(
-      data_dir=version,
-      features=features,
-      split_infos=[
-          tfds.core.SplitInfo(
-              name='train',
-              shard_lengths=[60],
-              num_bytes=0,
-              filename_template=tfds.core.ShardedFileTemplate(
-                  dataset_name='tiny',
-                  data_dir=version,
-                  split='train',
-                  filetype_suffix='tfrecord',
-              ),
-          )
-      ],
+      data_dir=version, features=features, split_infos=[split]
   )
   tfds.core.add_data_dir(str(directory))
+
+
+@pytest.fixture(scope='session')
+def tfds_corpus(tmp_path_factory) -> None:
+  make_tfds(tmp_path_factory.mktemp('tfds'), 'tiny')
 
 
 def tfds_task(**changes) -> data.Task:
@@ -644,23 +658,149 @@ def test_bad_tfds_tasks(tok, tfds_corpus, changes, message):
     data.Stream(config_of(tfds_task(**changes)), tok)
 
 
+# Faults: left out and counted, nothing stops.
+
+BAD = {
+    b'{"text": "caf\xe9"}': 'not_utf8',
+    b'{"text": "\\udc80"}': 'not_utf8',
+    b'{"text": "cut': 'not_json',
+    b'{"body": "a"}': 'no_text',
+    b'["text"]': 'no_text',
+    b'{"text": ""}': 'empty',
+}
+
+
+@pytest.fixture(scope='module')
+def faulty(tmp_path_factory) -> data.DataConfig:
+  """60 good records, 20 of them long, among 6 bad ones and an empty file."""
+  directory = tmp_path_factory.mktemp('faulty')
+  good = [f'{i}x' + 'a' * (3 * T if i < 20 else 9) for i in range(60)]
+  lines = [json.dumps({'text': text}).encode() for text in good]
+  for i, line in enumerate(BAD):
+    lines.insert(9 * i + 4, line)
+  (directory / 'a.jsonl').write_bytes(b'\n'.join(lines))
+  (directory / 'b.jsonl').write_bytes(b'')
+  pattern = f'{directory}/*.jsonl'
+  return config_of(data.Task('t', 'jsonl', pattern, heldout=(pattern,)))
+
+
+def as_train(config: data.DataConfig) -> data.DataConfig:
+  task = dataclasses.replace(config.tasks[0], heldout=())
+  return dataclasses.replace(config, tasks=(task,), heldout_fraction=1e-9)
+
+
+EPOCH = {'not_utf8': 2, 'not_json': 1, 'no_text': 2, 'empty': 2, 'long': 20}
+
+
+def test_faults_of_one_pass_are_counted_exactly(tok, faulty):
+  held = data.heldout(faulty, tok)
+  assert held.faults == {f't/{kind}': n for kind, n in EPOCH.items()}
+  assert held.num_documents == 60
+  opened = starts_of(held.batches, tok)
+  assert len(opened) == 60 and set(opened.values()) == {1}
+
+
+def test_faults_do_not_stop_a_stream(tok, faulty):
+  """They come as often as their neighbours, and nothing of them comes out."""
+  stream = data.Stream(as_train(faulty), tok)
+  assert stream.faults == {}
+  batches = take(stream, 300)
+  pieces = pieces_of(batches)
+  counts = stream.faults
+  assert counts.keys() == {f't/{kind}' for kind in EPOCH}
+  epochs = counts['t/long'] / EPOCH['long']
+  assert epochs > 10
+  for kind, n in EPOCH.items():
+    assert abs(counts[f't/{kind}'] / n - epochs) < 2, kind
+  known = {
+      tuple(piece)
+      for i in range(60)
+      for piece in cut(ids_of(f'{i}x' + 'a' * (3 * T if i < 20 else 9), tok))
+  }
+  assert set(bag(pieces)) == known
+
+
+def test_counts_of_faults_are_a_function_of_the_step(tok, faulty):
+  config = as_train(faulty)
+  stream = data.Stream(config, tok)
+  take(stream, 20)
+  position, early = stream.save(), stream.faults
+  batches, late = take(stream, 20), stream.faults
+  assert sum(late.values()) > sum(early.values()) > 0
+  take(stream, 5)
+  for other in (stream, data.Stream(config, tok)):
+    other.restore(position)
+    assert other.faults == early
+    assert_equal(take(other, 20), batches)
+    assert other.faults == late
+
+
+def test_faults_are_those_of_a_process_shards(tok, faulty):
+  config = as_train(faulty)
+  streams = [data.Stream(config, tok, rows=r) for r in (None, [0, 2], [1, 3])]
+  for stream in streams:
+    take(stream, 20)
+  whole, *halves = (collections.Counter(s.faults) for s in streams)
+  assert whole == halves[0] + halves[1] and halves[0] != whole
+  fresh = data.Stream(config, tok)
+  fresh.restore(*(stream.save() for stream in streams[1:]))
+  assert fresh.faults == whole
+
+
+def test_the_first_fault_of_a_kind_is_told_with_its_place(tok, faulty, caplog):
+  data.heldout(faulty, tok)
+  told = [record.getMessage() for record in caplog.records
+          if 'Data task' in record.getMessage()]
+  assert len(told) == 4
+  (first,) = [line for line in told if 'not UTF-8' in line]
+  assert re.search(r"task 't': .*a.jsonl:5: not UTF-8", first)
+
+
+def test_bad_files_among_others_are_left_out(tok, tmp_path):
+  for name, content in {'a': b'', 'b': b'\xff', 'c': b'c', 'd': b'd'}.items():
+    (tmp_path / name).write_bytes(content)
+  task = data.Task('t', 'text', f'{tmp_path}/*')
+  stream = data.Stream(config_of(task, heldout_fraction=1e-9), tok)
+  pieces = pieces_of(take(stream, 50))
+  assert set(bag(pieces)) == {tuple(ids_of(text, tok)) for text in 'cd'}
+  assert stream.faults.keys() == {'t/empty', 't/not_utf8'}
+
+
+def test_an_endless_row_of_faults_ends_the_run(tok, faulty, monkeypatch):
+  from recursive_tx.data import stream as module
+
+  monkeypatch.setattr(module, '_MOST_BARREN', 0)
+  with pytest.raises(ValueError, match='finds no document to use') as error:
+    take(data.Stream(as_train(faulty), tok), 50)
+  assert '\n' not in str(error.value)
+
+
+def test_bad_texts_of_tfds_are_left_out(tok, tfds_corpus):
+  """The dataset ends with an empty text and one that is not UTF-8."""
+  config = config_of(tfds_task(train='train[:50]', heldout='train[50:]'))
+  held = data.heldout(config, tok)
+  assert held.num_documents == 10
+  assert held.faults == {'t/empty': 1, 't/not_utf8': 1}
+
+
 # Refusals. In a pattern of files, DIR is a directory with the files given.
 
 
 @pytest.mark.parametrize(
-    'files, task, message',
+    'content, task, message',
     [
         ({'a': b''}, {}, '/a is empty, expected UTF-8'),
-        ({'a': b' \n', 'b': b'ok'}, {}, '/a is empty, expected UTF-8'),
-        ({'a': b'ok', 'b': b'\xff'}, {}, '/b is not UTF-8 text .*0xff'),
+        ({'a': b' \n', 'b': b''}, {}, '/[ab] is empty, expected UTF-8'),
+        ({'a': b'\xff', 'b': b'\xff'}, {}, '/[ab] is not UTF-8 text .*0xff'),
+        ({'a': b''}, {'kind': 'jsonl'}, '/a is empty, expected UTF-8'),
         ({}, {'train': 'DIR/sub/*.txt'}, "no file matches .*DIR' exists"),
         ({}, {'train': 'DIR'}, r"a directory; write .*DIR/\*'"),
         ({'a': b'ok'}, {'heldout': 'DIR/a'}, 'every file of train'),
         ({'a': b'--\n\n--\n'}, {'document': '--'}, 'files are blank'),
         ({'a': b'ok'}, {'document': '--'}, 'data.heldout_fraction=0.5 leaves'),
-        ({'a': b'ok'}, {}, '1 documents .a file each. for data.shards=2'),
+        ({'a': b'b'}, {}, '1 documents .a file each. for data.shards=2'),
         (
-            {'a': b'{"text": "x"}\n\n{"body": "y"}\n'},
+            {'a': b'\n\n{"body": "y"}\n{"text": 1}\n'},
             {'kind': 'jsonl'},
             r"/a:3: no text under key 'text', the record has \['body'\]",
         ),
@@ -669,11 +809,15 @@ def test_bad_tfds_tasks(tok, tfds_corpus, changes, message):
         ({'a': b'\n{"text'}, {'kind': 'jsonl'}, '/a:2: not a JSON record'),
         ({'a': b'{"text": "\xff"}'}, {'kind': 'jsonl'}, '/a:1: not UTF-8'),
         ({'a': b'{"text": "\\ud800"}'}, {'kind': 'jsonl'}, '/a:1: .*surrogate'),
+        ({'a': b'{"text": ""}'}, {'kind': 'jsonl'}, "/a:1: the text .* is em"),
+        ({'a': b'[' * 100_000}, {'kind': 'jsonl'}, '/a:1: not a JSON record'),
     ],
 )
-def test_faults_in_files_name_them(tok, tmp_path, files, task, message):
-  for name, content in files.items():
-    (tmp_path / name).write_bytes(content)
+def test_a_task_that_is_all_faults_is_refused_with_the_first(
+    tok, tmp_path, content, task, message
+):
+  for name, text in content.items():
+    (tmp_path / name).write_bytes(text)
   fields = {'name': 't', 'kind': 'text', 'train': 'DIR/*'} | task
   for key in ('train', 'heldout'):
     fields[key] = fields.get(key, '').replace('DIR', str(tmp_path))
@@ -684,15 +828,35 @@ def test_faults_in_files_name_them(tok, tmp_path, files, task, message):
   assert '\n' not in str(error.value)
 
 
-def test_a_fault_found_late_is_the_same_one_line(tok, tmp_path, monkeypatch):
-  """Beyond what is read at the start the fault is met on the way."""
+def test_the_search_for_a_document_ends(tok, tmp_path, monkeypatch):
+  """A large corpus of faults is refused before it is read through."""
+  monkeypatch.setattr(documents, '_CHECKED_BYTES', 10)
+  monkeypatch.setattr(documents, '_CHECKED_UNITS', 3)
   for i in range(9):
-    (tmp_path / f'{i}.txt').write_bytes(b'ok' if i else b'\xff')
-  monkeypatch.setattr(documents, '_CHECKED_BYTES', -1)
+    (tmp_path / f'{i}.txt').write_bytes(b'\xff\xff\xff')
   config = config_of(data.Task('t', 'text', f'{tmp_path}/*.txt'))
+  opened, read_bytes = [], files.read_bytes
+
+  def read(*args):
+    opened.append(args)
+    return read_bytes(*args)
+
+  monkeypatch.setattr(files, 'read_bytes', read)
+  with pytest.raises(ValueError, match='has no train document that can be'):
+    data.Stream(config, tok)
+  assert len(opened) < 7
+
+
+def test_a_file_that_disappears_stops_the_run_in_one_line(tok, tmp_path):
+  for i in range(9):
+    (tmp_path / f'{i}.txt').write_text('ok')
+  config = config_of(data.Task('t', 'text', f'{tmp_path}/*.txt'))
+  config = dataclasses.replace(config, heldout_fraction=1e-9)
   stream = data.Stream(config, tok)
-  with pytest.raises(ValueError, match='/0.txt is not UTF-8') as error:
-    take(stream, 100)
+  for path in tmp_path.iterdir():
+    path.unlink()
+  with pytest.raises(ValueError, match='data cannot be read: .*txt') as error:
+    take(stream, 200)
   assert '\n' not in str(error.value)
 
 

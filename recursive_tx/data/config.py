@@ -112,6 +112,10 @@ class DataConfig:
     shuffle: pieces in each shard's shuffle buffer, saved with every position;
       what comes first is shuffled already, in blocks of documents.
     heldout_fraction: of the documents, for tasks that name no held-out files.
+    cache: directory that the verb `cache` made of these tasks with this
+      tokenizer, to read tokens from; '' tokenises on the fly. Tasks of files
+      give the same batches either way. The order of 'tfds' is another: TFDS
+      shuffles its files, a cache blocks of its documents.
   """
 
   tasks: tuple[Task, ...]
@@ -121,6 +125,7 @@ class DataConfig:
   seed: int = 0
   shuffle: int = 256
   heldout_fraction: float = 0.01
+  cache: str = ''
 
   def __post_init__(self):
     if not isinstance(self.tasks, Sequence) or not all(
@@ -152,6 +157,8 @@ class DataConfig:
     _check_number(
         self.heldout_fraction, 'data.heldout_fraction', above=0.0, most=0.5
     )
+    if not isinstance(self.cache, str):
+      raise ValueError(f'data.cache is {self.cache!r}, expected a directory')
     if self.batch % self.shards:
       fits = [n for n in range(1, self.batch + 1) if not self.batch % n]
       raise ValueError(

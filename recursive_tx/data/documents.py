@@ -3,21 +3,21 @@
 A unit is what is read at once: a whole file where the file is the document,
 else a block, to which every document belongs that starts in it. Any process
 finds the n-th unit of the endless, per-epoch shuffled order by arithmetic, so
-a position in it is one integer. It knows nothing of tokens or SeqIO, and
-TensorFlow is imported only to reach paths such as gs://.
+a position in it is one integer. It knows nothing of tokens or SeqIO.
 """
 
 from collections.abc import Iterator
 import concurrent.futures
+import dataclasses
 import functools
-import glob
 import hashlib
 import json
-import os
 import re
 
+from absl import logging
 import numpy as np
 
+from recursive_tx.data import files
 from recursive_tx.data.config import Task
 
 # Large enough to be read well from a bucket; small corpora are cut finer, for
@@ -26,9 +26,45 @@ _MOST_BLOCK_BYTES = 1 << 20
 _LEAST_BLOCK_BYTES = 1 << 14
 _BLOCKS = 1 << 10
 
-# Faults in this much of a task are found before anything starts (half a
-# second); later ones are found when they are reached.
+# A task without one usable document in so many bytes and reads, taken here
+# and there, is refused at the start; it would hold up a run for ever.
 _CHECKED_BYTES = 1 << 26
+_CHECKED_UNITS = 32
+
+# What can be wrong with a document. One that is longer than the context is
+# cut into pieces and loses nothing; the others are left out.
+FAULTS = ('not_utf8', 'not_json', 'no_text', 'empty', 'long')
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+  """A document, or a whole file, that cannot be used.
+
+  Attributes:
+    kind: one of FAULTS.
+    path: the file.
+    reason: what was found, what was expected, the way out.
+    offset: of a record, the first byte of its line.
+  """
+
+  kind: str
+  path: str
+  reason: str
+  offset: int | None = None
+
+  @property
+  def code(self) -> int:
+    """The number of the kind, from 1."""
+    return 1 + FAULTS.index(self.kind)
+
+  def __str__(self) -> str:
+    """One line. Counts lines from the file's start, so it is not for all."""
+    if self.offset is None:
+      return f'{self.path} {self.reason}'
+    if self.offset > _CHECKED_BYTES:
+      return f'{self.path}, byte {self.offset}: {self.reason}'
+    line = files.read_bytes(self.path, 0, self.offset).count(b'\n') + 1
+    return f'{self.path}:{line}: {self.reason}'
 
 
 class Documents:
@@ -37,8 +73,9 @@ class Documents:
   Attributes:
     paths: the files, sorted.
     num_units: how many reads make an epoch.
+    num_bytes: of all files.
     digest: of the files' names and sizes, on which the order depends.
-    faults: errors that a pipeline met and its reader has yet to raise.
+    errors: what stopped a pipeline and its reader has yet to raise.
   """
 
   def __init__(self, task: Task, split: str, *, fraction: float):
@@ -50,73 +87,89 @@ class Documents:
       fraction: share of the documents held out if the task names no files.
 
     Raises:
-      ValueError: a pattern matches nothing, or a file is empty.
+      ValueError: a pattern matches nothing.
     """
     self._task = task
     self._split = split
     self._fraction = 0.0 if task.heldout else fraction
-    self.paths = _paths(task, split)
-    self.faults: list[Exception] = []
+    self.paths = files.find(task, split)
+    self.errors: list[Exception] = []
+    self._told: set[str] = set()
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-      self._sizes = list(pool.map(_size, self.paths))
-    for path, size in zip(self.paths, self._sizes, strict=True):
-      if not size:
-        raise ValueError(self._empty(path))
-    block = max(self._sizes)
+      self._sizes = list(pool.map(files.size, self.paths))
+    self.num_bytes = sum(self._sizes)
+    block = max(1, *self._sizes)
     if task.document != 'file':
-      block = sum(self._sizes) // _BLOCKS
+      block = self.num_bytes // _BLOCKS
       block = min(max(block, _LEAST_BLOCK_BYTES), _MOST_BLOCK_BYTES)
     self._block = block
-    # The number of the first unit of each file, and of the end.
-    blocks = [-(-size // block) for size in self._sizes]
+    # The number of the first unit of each file, and of the end. An empty file
+    # has one too, to be counted.
+    blocks = [max(1, -(-size // block)) for size in self._sizes]
     self._first = np.cumsum([0, *blocks])
     self.num_units = int(self._first[-1])
-    files = json.dumps([self.paths, self._sizes]).encode()
-    self.digest = hashlib.blake2b(files, digest_size=16).hexdigest()
+    listed = json.dumps([self.paths, self._sizes]).encode()
+    self.digest = hashlib.blake2b(listed, digest_size=16).hexdigest()
 
-  def unit(self, number: int) -> list[bytes]:
-    """The documents of one unit, in order, as UTF-8.
+  def unit(self, number: int) -> tuple[list[bytes], list[Fault]]:
+    """The documents of one unit, in order, as UTF-8, and what is left out.
 
-    Raises:
-      ValueError: bytes that are not UTF-8, or a record without its text; the
-        file is named, and the line of a record.
+    A fault has no text to tell its side by, so where documents are held out
+    by a hash of theirs, faults are train's.
     """
-    return [
-        text
-        for text in self._read(number)
-        if text and self._holds(text)
-    ]
-
-  def shuffled(self, count: int, seed: int) -> int:
-    """The unit that comes count-th (from 0) when epochs follow each other."""
-    epoch, step = divmod(count, self.num_units)
-    return int(_permutation(seed, epoch, self.num_units)[step])
+    texts, faults = [], []
+    for found in self._read(number):
+      if isinstance(found, Fault):
+        self._tell(found)
+        faults.append(found)
+      elif self._holds(found):
+        texts.append(found)
+    if self._fraction and self._split == 'heldout':
+      faults = []
+    return texts, faults
 
   def check(self) -> None:
-    """Reads the first of it, to fail early.
+    """Reads until there is a document.
 
     Raises:
-      ValueError: as `unit`, or there is no document at all in a corpus small
-        enough to be read through.
+      ValueError: there is none at all, or none that can be read in so much
+        that there will hardly be one. The first fault is named.
     """
-    num_bytes, num_documents = 0, 0
-    for number in range(self.num_units):
-      if num_bytes > _CHECKED_BYTES:
-        return
+    first, num_bytes, is_readable = None, 0, False
+    for step in range(self.num_units):
+      number = shuffled(step, 0, self.num_units)
+      for found in self._read(number):
+        if isinstance(found, Fault):
+          first = first or found
+        elif self._holds(found):
+          return
+        else:
+          is_readable = True
       _, start, stop, size = self._where(number)
       num_bytes += min(stop, size) - start
-      num_documents += len(self.unit(number))
-    if num_documents:
-      return
+      if num_bytes > _CHECKED_BYTES and step >= _CHECKED_UNITS:
+        if is_readable or not first:
+          return
+        break
+    where = f'data task {self._task.name!r} has no {self._split} document'
+    if first and not is_readable:
+      raise ValueError(f'{where} that can be read: {first}')
     how = 'the files are blank; name others'
     if self._fraction:
       how = (
           f'data.heldout_fraction={self._fraction} leaves none, or the files '
           'are blank; name held-out files or change the fraction'
       )
-    raise ValueError(
-        f'data task {self._task.name!r} has no {self._split} document: {how}'
-    )
+    raise ValueError(f'{where}: {how}')
+
+  def _tell(self, fault: Fault) -> None:
+    """Logs the first of each kind; the others are only counted."""
+    if fault.kind not in self._told:
+      self._told.add(fault.kind)
+      logging.warning(
+          'Data task %r: %s. It is left out, and others like it.',
+          self._task.name, fault,
+      )
 
   def _holds(self, text: bytes) -> bool:
     if not self._fraction:
@@ -129,112 +182,71 @@ class Documents:
     start = (number - int(self._first[file])) * self._block
     return self.paths[file], start, start + self._block, self._sizes[file]
 
-  def _read(self, number: int) -> Iterator[bytes]:
+  def _read(self, number: int) -> Iterator[bytes | Fault]:
     path, start, stop, size = self._where(number)
-    if self._task.kind == 'jsonl':
+    if self._task.document == 'file':
+      texts = [files.read_bytes(path, 0, None)]
+    elif not size:
+      texts = [b'']
+    elif self._task.kind == 'jsonl':
       yield from _records(path, start, stop, self._task.key)
       return
-    if self._task.document == 'file':
-      texts = [_bytes(path, 0, None)]
-      if not texts[0].strip():
-        raise ValueError(self._empty(path))
     else:
       separator = self._task.document.encode()
       texts = _separated(path, start, stop, size, separator)
     for text in texts:
-      _decode(text, path)
-      yield text
-
-  def _empty(self, path: str) -> str:
-    return (
-        f'data task {self._task.name!r}: {path} is empty, expected UTF-8 '
-        'text; remove it or leave it out of the pattern'
-    )
+      yield _checked(text, path)
 
 
-def _paths(task: Task, split: str) -> list[str]:
-  """The split's files, sorted; held-out files are taken off train."""
-  held = _expand(task, task.heldout)
-  if split == 'heldout' and held:
-    return held
-  paths = [path for path in _expand(task, task.train) if path not in set(held)]
-  if not paths:
-    raise ValueError(
-        f'data task {task.name!r}: every file of train={task.train} is held '
-        f'out by heldout={task.heldout}; hold out fewer'
-    )
-  return paths
+def shuffled(count: int, seed: int, n: int) -> int:
+  """The unit of n that comes count-th (from 0) when epochs follow another."""
+  epoch, step = divmod(count, n)
+  return int(_permutation(seed, epoch, n)[step])
 
 
-def _expand(task: Task, patterns: tuple[str, ...]) -> list[str]:
-  paths = set()
-  for pattern in patterns:
-    if '://' in pattern:
-      import tensorflow as tf
-
-      found = tf.io.gfile.glob(pattern)
-    else:
-      found = glob.glob(pattern, recursive=True)
-      found = [path for path in found if os.path.isfile(path)]
-    if not found:
-      raise ValueError(
-          f'data task {task.name!r}: no file matches {pattern!r}'
-          f'{_nearest(pattern)}'
-      )
-    paths.update(found)
-  return sorted(paths)
-
-
-def _nearest(pattern: str) -> str:
-  """Where on disk a pattern stops being true, for an error."""
-  if '://' in pattern:
-    return '; check the bucket and the pattern'
-  if os.path.isdir(pattern):
-    return f', a directory; write {os.path.join(pattern, "*")!r}'
-  path = os.path.abspath(pattern)
-  while not os.path.exists(path):
-    path = os.path.dirname(path)
-  return f'; {path!r} exists, nothing below it matches the rest'
-
-
-def _records(path: str, start: int, stop: int, key: str) -> Iterator[bytes]:
+def _records(
+    path: str, start: int, stop: int, key: str
+) -> Iterator[bytes | Fault]:
   """The texts of the JSON lines that start in [start, stop)."""
   offset, lines = _lines(path, start, stop)
   for line in lines.split(b'\n'):
     if line.strip():
-      try:
-        yield _record(line, key)
-      except ValueError as error:
-        number = _bytes(path, 0, offset).count(b'\n') + 1
-        raise ValueError(f'{path}:{number}: {error}') from None
+      found = _record(line, key)
+      if isinstance(found, tuple):
+        kind, reason = found
+        found = Fault(kind, path, reason, offset)
+      yield found
     offset += len(line) + 1
 
 
-def _record(line: bytes, key: str) -> bytes:
+def _record(line: bytes, key: str) -> bytes | tuple[str, str]:
+  """A record's text, or the kind of its fault and the reason."""
   try:
     record = json.loads(line.decode('utf-8'))
   except UnicodeDecodeError as error:
-    raise ValueError(
+    return 'not_utf8', (
         f'not UTF-8 ({error.reason} at byte {error.start} of the line); '
         'convert the file to UTF-8'
-    ) from None
-  except ValueError as error:
-    raise ValueError(
+    )
+  except (ValueError, RecursionError) as error:
+    return 'not_json', (
         f'not a JSON record ({error}); expected one object a line'
-    ) from None
+    )
   if not isinstance(record, dict) or not isinstance(record.get(key), str):
     has = sorted(record) if isinstance(record, dict) else type(record).__name__
-    raise ValueError(
+    return 'no_text', (
         f'no text under key {key!r}, the record has {has}; set the key of '
         'the data task'
     )
+  if not record[key]:
+    return 'empty', f'the text under key {key!r} is empty; remove the record'
   try:
     return record[key].encode('utf-8')
   except UnicodeEncodeError:
-    raise ValueError(
+    return 'not_utf8', (
         f'the text under key {key!r} has half a surrogate pair, which UTF-8 '
         'cannot hold; repair the record'
-    ) from None
+    )
 
 
 def _separated(
@@ -270,7 +282,7 @@ def _separated(
 def _lines(path: str, start: int, stop: int) -> tuple[int, bytes]:
   """The lines that start in [start, stop), whole, and the first's offset."""
   begin = max(start - 1, 0)
-  data = _bytes(path, begin, stop - begin)
+  data = files.read_bytes(path, begin, stop - begin)
   if start:
     # The line that holds the byte before `start` belongs to those before.
     cut = data.find(b'\n') + 1
@@ -281,7 +293,7 @@ def _lines(path: str, start: int, stop: int) -> tuple[int, bytes]:
     return stop, b''
   end, step = [data], 1 << 12
   while not end[-1].endswith(b'\n'):
-    more = _bytes(path, stop, step)
+    more = files.read_bytes(path, stop, step)
     cut = more.find(b'\n') + 1
     end.append(more[:cut] if cut else more)
     if cut or len(more) < step:
@@ -290,36 +302,21 @@ def _lines(path: str, start: int, stop: int) -> tuple[int, bytes]:
   return begin, b''.join(end)
 
 
-def _bytes(path: str, start: int, size: int | None) -> bytes:
-  with _open(path) as file:
-    file.seek(start)
-    return file.read() if size is None else file.read(size)
-
-
-def _open(path: str):
-  if '://' not in path:
-    return open(path, 'rb')
-  import tensorflow as tf
-
-  return tf.io.gfile.GFile(path, 'rb')
-
-
-def _size(path: str) -> int:
-  if '://' not in path:
-    return os.path.getsize(path)
-  import tensorflow as tf
-
-  return tf.io.gfile.stat(path).length
-
-
-def _decode(text: bytes, path: str) -> None:
+def _checked(text: bytes, path: str) -> bytes | Fault:
+  """A text of a file, or why it is none."""
+  if not text.strip():
+    return Fault('empty', path, (
+        'is empty, expected UTF-8 text; remove it or leave it out of the '
+        'pattern'
+    ))
   try:
     text.decode('utf-8')
   except UnicodeDecodeError as error:
-    raise ValueError(
-        f'{path} is not UTF-8 text ({error.reason}: byte '
-        f'0x{text[error.start]:02x}); convert it to UTF-8'
-    ) from None
+    return Fault('not_utf8', path, (
+        f'is not UTF-8 text ({error.reason}: byte 0x{text[error.start]:02x}); '
+        'convert it to UTF-8'
+    ))
+  return text
 
 
 def _hash(text: bytes) -> float:

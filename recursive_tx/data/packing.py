@@ -11,10 +11,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# The rows a shard keeps open. Pieces of any length up to T = 2048, equally
-# likely, fill 93 % of the slots with 8 rows, 97 % with 32, 98 % with 64;
-# short documents fill 98 % with any of them.
+# The rows a shard keeps open, and what counts as a good fit: to leave less
+# than T / 32 of a row, or as much as T / 8, for which there will be a piece.
+# At T = 2048 this uses 97.3 % of the slots for short stories of 446 tokens
+# (plain best fit: 97.0), 97.5 % where any length is equally likely (98.2) and
+# 99.5 % where lengths are log-normal; half the rows cost 0 to 2 %.
 _OPEN_ROWS = 64
+_FULL, _USEFUL = 32, 8
 
 Row = list[np.ndarray]
 
@@ -29,7 +32,7 @@ def split(ids: np.ndarray, T: int) -> Row:
 
 
 class Packer:
-  """Best fit of pieces into a few open rows; `ready` holds finished rows.
+  """Fits pieces into a few open rows; `ready` holds finished rows.
 
   What comes out depends on the pieces alone, and `save` gives everything
   that is still inside.
@@ -42,7 +45,7 @@ class Packer:
     self.ready: collections.deque[Row] = collections.deque()
 
   def add(self, piece: np.ndarray) -> None:
-    """Puts the piece in the fullest row that has room for it."""
+    """Puts the piece in the fullest row that it fills, or fits well."""
     size = len(piece) - 1
     assert 0 < size <= self._T, (size, self._T)
     fits = [(room, i) for i, room in enumerate(self._room) if room >= size]
@@ -53,6 +56,9 @@ class Packer:
       self._room.append(self._T)
       fits = [(self._T, len(self._open) - 1)]
     room, i = min(fits)
+    if (room - size) * _FULL > self._T:
+      well = [fit for fit in fits if (fit[0] - size) * _USEFUL >= self._T]
+      room, i = min(well or fits)
     self._open[i].append(piece)
     self._room[i] = room - size
     if room == size:

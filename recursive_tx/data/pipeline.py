@@ -1,23 +1,22 @@
 """The SeqIO part: documents -> tokens -> pieces, one pipeline a shard.
 
-The only module here that imports TensorFlow and SeqIO, and does it at its
-head because it derives classes from theirs; others import it inside
-functions. A pipeline's `tf.data` position is exact and small: a counter, the
-documents being tokenised, and the shuffle buffer.
+Imports TensorFlow and SeqIO at its head because it derives classes from
+theirs; others import it inside functions. A pipeline's `tf.data` position is
+exact and small: a counter, the documents being tokenised, and the shuffle
+buffer.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 import functools
 
 import numpy as np
 import seqio
 import tensorflow as tf
-import tensorflow_datasets as tfds
 
-from recursive_tx.data import packing
+from recursive_tx.data import cache, packing, ragged, sources
 from recursive_tx.data.config import DataConfig, Task
-from recursive_tx.data.documents import Documents
+from recursive_tx.data.documents import FAULTS, Documents
 from recursive_tx.tokenizer import Tokenizer
 
 # TensorFlow only feeds: it must not take the accelerator's memory. A program
@@ -61,16 +60,12 @@ class TokenizerVocabulary(seqio.Vocabulary):
   def _decode(self, ids) -> str:
     return self.tokenizer.decode(ids)
 
-  def _encode_tf(self, s: tf.Tensor) -> tf.Tensor | tf.RaggedTensor:
-    """The ids of a text, or those of a vector of texts as a ragged tensor."""
-    if s.shape.rank == 0:
-      return self._encode_tf(s[None])[0]
+  def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+    def encode(text: bytes) -> np.ndarray:
+      return np.array(self.tokenizer.encode(text.decode()), np.int32)
 
-    def encode(texts: np.ndarray) -> tuple[np.ndarray, ...]:
-      ids = self.tokenizer.encode_batch([text.decode() for text in texts])
-      return _ragged([np.array(row, np.int32) for row in ids])
-
-    return _call_ragged(encode, [s])[0]
+    ids = tf.numpy_function(encode, [s], tf.int32, stateful=False)
+    return tf.ensure_shape(ids, [None])
 
   def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
     def decode(ids: np.ndarray) -> bytes:
@@ -79,102 +74,39 @@ class TokenizerVocabulary(seqio.Vocabulary):
     return tf.numpy_function(decode, [ids], tf.string, stateful=False)
 
 
-class DocumentSource(seqio.DataSource):
-  """`Documents` as a SeqIO source; every split and shard of it.
-
-  Shuffled, it never ends and shard i of n takes every n-th unit of the
-  endless order, so that no shard is empty, all read every document equally
-  often, and together they partition each epoch. Unshuffled, it is one pass in
-  an order that is fixed, but not the files', so that its beginning is a fair
-  sample.
-  """
-
-  def __init__(self, splits: dict[str, Documents], seed: int):
-    super().__init__(splits=splits)
-    self._documents = splits
-    self._seed = seed
-
-  @property
-  def supports_arbitrary_sharding(self) -> bool:
-    return True
-
-  def list_shards(self, split: str) -> list[str]:
-    return self._documents[split].paths
-
-  def get_dataset(
-      self, split='train', shuffle=True, seed=None, shard_info=None
-  ) -> tf.data.Dataset:
-    """Examples of one feature, 'text'.
-
-    `seed` is ignored for the source's own: shards with different orders
-    would not partition an epoch.
-    """
-    del seed
-    documents = self._documents[split]
-    index, num = (0, 1)
-    if shard_info:
-      index, num = shard_info.index, shard_info.num_shards
-
-    def read(count: np.ndarray) -> np.ndarray:
-      own = self._seed if shuffle else 0
-      try:
-        texts = documents.unit(documents.shuffled(int(count), own))
-      except (OSError, ValueError) as fault:
-        # TensorFlow would log a traceback and wrap the error. A stand-in
-        # takes the place of the unit, so that something comes out and the
-        # reader, who looks for faults first, has occasion to.
-        documents.faults.append(fault)
-        texts = [b'fault']
-      return np.array(texts, object)
-
-    @tf.autograph.experimental.do_not_convert
-    def unit(count: tf.Tensor) -> tf.data.Dataset:
-      text = tf.numpy_function(read, [count], tf.string, stateful=False)
-      text.set_shape([None])
-      return tf.data.Dataset.from_tensor_slices({'text': text})
-
-    counts = tf.data.Dataset.counter(index, num)
-    if not shuffle:
-      counts = tf.data.Dataset.range(index, documents.num_units, num)
-    # The position inside a flat_map is the count, not the texts.
-    return counts.flat_map(unit)
-
-
 def build_tasks(
     config: DataConfig, tokenizer: Tokenizer, split: str
-) -> tuple[list[seqio.Task], list[Documents]]:
-  """The SeqIO tasks of one split, and the documents of those with files.
+) -> tuple[list[seqio.Task], list[Documents | cache.Units]]:
+  """The SeqIO tasks of one split, and the units of those that have units.
 
   They are not entered in SeqIO's registry, where two streams in one process
   could collide.
 
   Raises:
-    ValueError: as `Documents`; a dataset that is not prepared or has no such
-      split or key; fewer files than shards where the file is the document.
+    ValueError: as `Documents` or `cache.Units`; a dataset that is not
+      prepared or has no such split or key; fewer files than shards where the
+      file is the document.
   """
   # SeqIO mixes only tasks of one vocabulary.
   vocabulary = TokenizerVocabulary(tokenizer)
   tasks, found = [], []
-  for task in config.tasks:
-    if task.kind == 'tfds':
-      source = _tfds_source(task)
-      key = task.key
+  for number, task in enumerate(config.tasks):
+    source, units = _source(config, tokenizer, task, split)
+    if units:
+      found.append(units)
+    cut = functools.partial(split_long, first=number * len(FAULTS))
+    steps = [tokenize, seqio.CacheDatasetPlaceholder()]
+    if config.cache:
+      steps = []
+    elif units:
+      steps.insert(0, _rekey(targets='text', fault='fault'))
     else:
-      documents = Documents(task, split, fraction=config.heldout_fraction)
-      if split == 'train' and task.document == 'file':
-        _check_shards(task, documents, config)
-      documents.check()
-      found.append(documents)
-      source = DocumentSource({split: documents}, config.seed)
-      key = 'text'
-    select = functools.partial(
-        seqio.preprocessors.rekey, key_map={'targets': key}
-    )
+      steps.insert(0, _rekey(targets=task.key))
     tasks.append(
         seqio.Task(
             task.name,
             source=source,
-            preprocessors=[select, tokenize, split_long],
+            preprocessors=[*steps, cut],
             output_features={'targets': seqio.Feature(vocabulary)},
             shuffle_buffer_size=config.shuffle,
         )
@@ -182,51 +114,88 @@ def build_tasks(
   return tasks, found
 
 
-def tokenize(dataset: tf.data.Dataset, output_features) -> tf.data.Dataset:
+def fault_names(config: DataConfig) -> list[str]:
+  """What the codes of the mixture's faults, from 1, mean: 'task/kind'."""
+  return [f'{task.name}/{kind}' for task in config.tasks for kind in FAULTS]
+
+
+def encode(
+    tokenizer: Tokenizer, texts: Sequence[bytes], codes: Sequence[int]
+) -> list[ragged.Row]:
   """Texts to documents: BOS where the family adds one, ids, EOS.
 
-  'num_bytes' comes along, the length of the text as UTF-8.
+  Args:
+    tokenizer: makes the ids.
+    texts: UTF-8; where it is not, or is empty, the row has a fault.
+    codes: of faults that are known already, 0 elsewhere.
   """
-  vocabulary = output_features['targets'].vocabulary
-  head = [] if vocabulary.bos_id is None else [vocabulary.bos_id]
-  tail = [vocabulary.eos_id]
+  codes, strings = [int(code) for code in codes], []
+  for i, text in enumerate(texts):
+    try:
+      strings.append(text.decode())
+    except UnicodeDecodeError:
+      strings.append('')
+      codes[i] = codes[i] or 1 + FAULTS.index('not_utf8')
+    if not text:
+      codes[i] = codes[i] or 1 + FAULTS.index('empty')
+  head = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+  tail = [tokenizer.eos_id]
+  return [
+      (np.zeros(0, np.int32), 0, code)
+      if code
+      else (np.array([*head, *ids, *tail], np.int32), len(text), 0)
+      for ids, text, code in zip(
+          tokenizer.encode_batch(strings), texts, codes, strict=True
+      )
+  ]
 
-  def close(ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, ...]:
-    return _ragged([
-        np.concatenate([head, row, tail])
-        for row in np.split(ids, np.cumsum(lengths)[:-1])
-    ])
+
+def tokenize(dataset: tf.data.Dataset, output_features) -> tf.data.Dataset:
+  """Texts to rows of `ragged`, a document each."""
+  tokenizer = output_features['targets'].vocabulary.tokenizer
 
   @tf.autograph.experimental.do_not_convert
-  def encode(example) -> tf.data.Dataset:
-    ids = vocabulary.encode_tf(example['targets'])
-    ids = _call_ragged(close, [ids.values, ids.row_lengths()])[0]
-    return _unbatch(ids, tf.strings.length(example['targets']))
+  def documents(example) -> tf.data.Dataset:
+    texts = example['targets']
+    codes = example.get('fault', tf.zeros_like(texts, tf.int32))
+    return ragged.call(functools.partial(encode, tokenizer), [texts, codes])
 
-  return dataset.batch(_DOCUMENTS).flat_map(encode)
+  return dataset.batch(_DOCUMENTS).flat_map(documents)
 
 
-def split_long(dataset: tf.data.Dataset, sequence_length) -> tf.data.Dataset:
-  """Documents to pieces; 'num_bytes' is 0 on all but the first of each."""
+def split_long(
+    dataset: tf.data.Dataset, sequence_length, first: int = 0
+) -> tf.data.Dataset:
+  """Documents to pieces; faults get their codes of the mixture.
+
+  Args:
+    dataset: of documents, in which codes are those of one task.
+    sequence_length: of 'targets', T + 1.
+    first: what the task's codes are raised by.
+  """
   T = sequence_length['targets'] - 1
+  empty, long = (1 + FAULTS.index(kind) for kind in ('empty', 'long'))
 
-  def pieces(
-      ids: np.ndarray, lengths: np.ndarray, num_bytes: np.ndarray
-  ) -> tuple[np.ndarray, ...]:
-    rows, counts = [], []
-    documents = np.split(ids, np.cumsum(lengths)[:-1])
-    for document, count in zip(documents, num_bytes, strict=True):
-      cut = packing.split(document, T)
-      rows += cut
-      counts += [count, *[0] * (len(cut) - 1)][: len(cut)]
-    return *_ragged(rows), np.array(counts, np.int32)
+  def pieces(ids, lengths, num_bytes, codes) -> list[ragged.Row]:
+    rows = []
+    documents = ragged.split(ids, lengths)
+    for ids, size, code in zip(documents, num_bytes, codes, strict=True):
+      cut = packing.split(ids, T)
+      if not cut:
+        rows.append((ids[:0], 0, first + (code or empty)))
+        continue
+      code = first + long if len(cut) > 1 else 0
+      rows += [(cut[0], size, code), *((piece, 0, 0) for piece in cut[1:])]
+    return rows
 
   @tf.autograph.experimental.do_not_convert
   def cut(example) -> tf.data.Dataset:
-    ids = example['targets']
-    arguments = [ids.values, ids.row_lengths(), example['num_bytes']]
-    rows, num_bytes = _call_ragged(pieces, arguments, tf.int32)
-    return _unbatch(rows, num_bytes)
+    ids, num_bytes = example['targets'], example['num_bytes']
+    # SeqIO's own reader of a cache gives documents only.
+    codes = example.get('fault', tf.zeros_like(num_bytes))
+    return ragged.call(
+        pieces, [ids.values, ids.row_lengths(), num_bytes, codes]
+    )
 
   return dataset.ragged_batch(_DOCUMENTS).flat_map(cut)
 
@@ -234,7 +203,10 @@ def split_long(dataset: tf.data.Dataset, sequence_length) -> tf.data.Dataset:
 def shard_dataset(
     tasks: list[seqio.Task], config: DataConfig, shard: int
 ) -> tf.data.Dataset:
-  """One shard's endless mixture: ragged batches of pieces, int32."""
+  """One shard's endless mixture: batches of 'targets', ragged, and 'fault'.
+
+  A row without ids stands for a document that is left out.
+  """
 
   def sample(datasets, weights, seed):
     # All shards share the tasks' seed, and so the order that they partition;
@@ -258,17 +230,22 @@ def shard_dataset(
       seed=config.seed,
       shard_info=seqio.ShardInfo(shard, config.shards),
       num_epochs=None,
+      passthrough_features=['fault'],
       trim_output_features=False,
       try_in_mem_cache=False,
   )
-  dataset = dataset.map(lambda example: example['targets'])
   return dataset.ragged_batch(_PIECES).prefetch(2).with_options(_options())
 
 
 def heldout_documents(
     task: seqio.Task, T: int
-) -> Iterator[tuple[list[np.ndarray], int]]:
-  """One pass over a task's held-out documents: pieces, bytes of UTF-8."""
+) -> Iterator[tuple[list[np.ndarray], int, int]]:
+  """One pass over a task's held-out documents.
+
+  Yields:
+    Pieces, bytes of UTF-8 and the code of a fault or 0; no pieces where the
+    document is left out.
+  """
   dataset = task.get_dataset(
       sequence_length={'targets': T + 1},
       split='heldout',
@@ -276,16 +253,18 @@ def heldout_documents(
       trim_output_features=False,
       try_in_mem_cache=False,
   )
-  pieces, num_bytes = [], 0
+  pieces, size, code = [], 0, 0
   dataset = dataset.with_options(_options())
   for example in dataset.as_numpy_iterator():
-    if example['num_bytes'] and pieces:
-      yield pieces, num_bytes
-      pieces, num_bytes = [], 0
-    pieces.append(example['targets'])
-    num_bytes += int(example['num_bytes'])
-  if pieces:
-    yield pieces, num_bytes
+    is_first = example['num_bytes'] or not len(example['targets'])
+    if is_first and (pieces or code):
+      yield pieces, size, code
+    if is_first:
+      pieces, size, code = [], int(example['num_bytes']), example['fault']
+    if len(example['targets']):
+      pieces.append(example['targets'])
+  if pieces or code:
+    yield pieces, size, int(code)
 
 
 def _options() -> tf.data.Options:
@@ -300,98 +279,34 @@ def _options() -> tf.data.Options:
   return options
 
 
+def _source(
+    config: DataConfig, tokenizer: Tokenizer, task: Task, split: str
+) -> tuple[seqio.DataSource, Documents | cache.Units | None]:
+  """What a task reads, and its units if it has units."""
+  if config.cache:
+    units = cache.open_units(config, tokenizer, task, split)
+    _check_shards(config, task, split, units)
+    return sources.CachedSource({split: units}, config.seed), units
+  if task.kind == 'tfds':
+    return sources.tfds_source(task), None
+  documents = Documents(task, split, fraction=config.heldout_fraction)
+  documents.check()
+  _check_shards(config, task, split, documents)
+  return sources.DocumentSource({split: documents}, config.seed), documents
+
+
+def _rekey(**key_map: str) -> functools.partial:
+  return functools.partial(seqio.preprocessors.rekey, key_map=key_map)
+
+
 def _check_shards(
-    task: Task, documents: Documents, config: DataConfig
+    config: DataConfig, task: Task, split: str, units: Documents | cache.Units
 ) -> None:
-  if documents.num_units < config.shards:
+  is_file = split == 'train' and task.document == 'file'
+  if is_file and units.num_units < config.shards:
     raise ValueError(
-        f'data task {task.name!r} has {documents.num_units} documents (a file '
+        f'data task {task.name!r} has {units.num_units} documents (a file '
         f'each) for data.shards={config.shards}, so that shards would give '
         'the same rows; lower data.shards, or set document to a separator '
         'line'
     )
-
-
-def _tfds_source(task: Task) -> seqio.TfdsDataSource:
-  try:
-    builder = tfds.builder(task.dataset)
-  except Exception as error:  # TFDS has several kinds, all worth one line.
-    reason = str(error).strip().split('\n')[0]
-    raise ValueError(
-        f'data task {task.name!r}: TFDS has no dataset {task.dataset!r} '
-        f'({reason}); see `tfds list`, or set TFDS_DATA_DIR'
-    ) from None
-  if not builder.is_prepared():
-    raise ValueError(
-        f'data task {task.name!r}: {task.dataset!r} is not in '
-        f'{builder.data_dir}; run `tfds build {task.dataset}` once, or set '
-        'TFDS_DATA_DIR'
-    )
-  splits = {'train': task.train[0], 'heldout': task.heldout[0]}
-  train, held = (
-      _tfds_ranges(task, builder, split) for split in splits.values()
-  )
-  if any(
-      a[0] == b[0] and a[1] < b[2] and b[1] < a[2]
-      for a in train
-      for b in held
-  ):
-    raise ValueError(
-        f'data task {task.name!r}: the splits {task.train[0]!r} and '
-        f'{task.heldout[0]!r} overlap; train on a slice such as '
-        "'train[1%:]'"
-    )
-  if task.key not in builder.info.features:
-    raise ValueError(
-        f'data task {task.name!r}: {task.dataset!r} has no feature '
-        f'{task.key!r}, only {", ".join(builder.info.features)}; set key'
-    )
-  return seqio.TfdsDataSource(
-      task.dataset, splits=splits, read_only=True, caching_permitted=False
-  )
-
-
-def _tfds_ranges(task: Task, builder, split: str) -> list[tuple]:
-  """Which examples of which files a split is: (file, first, end)."""
-  try:
-    parts = builder.info.splits[split].file_instructions
-  except (KeyError, ValueError, AssertionError):
-    raise ValueError(
-        f'data task {task.name!r}: {task.dataset!r} has no split {split!r}, '
-        f'only {", ".join(builder.info.splits)} and slices of them'
-    ) from None
-  return [
-      (part.filename, part.skip, part.skip + part.take) for part in parts
-  ]
-
-
-def _ragged(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-  """The rows' values one after the other, and their lengths."""
-  values = np.concatenate([*rows, np.zeros(0, np.int32)]).astype(np.int32)
-  return values, np.array([len(row) for row in rows], np.int64)
-
-
-def _call_ragged(
-    function: Callable, arguments: list[tf.Tensor], *more: tf.DType
-) -> tuple:
-  """Calls Python for rows (int32 values, lengths) and more vectors."""
-  values, lengths, *rest = tf.numpy_function(
-      function, arguments, [tf.int32, tf.int64, *more], stateful=False
-  )
-  for tensor in (values, lengths, *rest):
-    tensor.set_shape([None])
-  rows = tf.RaggedTensor.from_row_lengths(values, lengths, validate=False)
-  return rows, *rest
-
-
-def _unbatch(rows: tf.RaggedTensor, num_bytes: tf.Tensor) -> tf.data.Dataset:
-  """An example a row. Slicing a ragged tensor itself makes TensorFlow warn
-  of types that it cannot tell."""
-  starts = rows.row_splits
-
-  @tf.autograph.experimental.do_not_convert
-  def row(i: tf.Tensor) -> dict[str, tf.Tensor]:
-    ids = rows.values[starts[i] : starts[i + 1]]
-    return {'targets': ids, 'num_bytes': num_bytes[i]}
-
-  return tf.data.Dataset.range(rows.nrows()).map(row)

@@ -4,7 +4,8 @@ A stream is a function of its config, tokenizer and step, never of the
 processes that read it. It imports TensorFlow only where a pipeline is built.
 """
 
-from collections.abc import Iterable
+import collections
+from collections.abc import Iterable, Iterator
 import dataclasses
 import io
 import json
@@ -19,7 +20,10 @@ from recursive_tx.data import packing
 from recursive_tx.data.config import DataConfig
 from recursive_tx.tokenizer import Tokenizer
 
-_VERSION = 1
+_VERSION = 2
+
+# Draws of a shard (64 documents or pieces) in a row without one piece.
+_MOST_BARREN = 1 << 10
 
 
 class Stream:
@@ -27,6 +31,8 @@ class Stream:
 
   Row i of the global batch comes from shard i % shards; each shard has a
   pipeline and a packer of its own, and a position of its own.
+
+  A document that cannot be used stops nothing. It is left out and counted.
   """
 
   def __init__(
@@ -45,8 +51,8 @@ class Stream:
         it wants them; None is all of them.
 
     Raises:
-      ValueError: a fault in the config, its files, or the first 64 MiB that
-        is in them.
+      ValueError: a fault in the config or its files, or a task of which no
+        document can be used.
     """
     from recursive_tx.data import pipeline
 
@@ -59,9 +65,11 @@ class Stream:
         )
     tasks, self._documents = pipeline.build_tasks(config, tokenizer, 'train')
     self._origin = _origin(config, tokenizer, self._documents)
+    self._names = pipeline.fault_names(config)
     self._step = 0
     self._iterators = {}
     self._packers = {}
+    self._faults = {}
     # A pipeline's threads call Python. If they still run when the interpreter
     # goes down, it waits for them and they for it: end them before.
     weakref.finalize(self, self._iterators.clear)
@@ -69,6 +77,7 @@ class Stream:
       dataset = pipeline.shard_dataset(tasks, config, shard)
       self._iterators[shard] = iter(dataset)
       self._packers[shard] = packing.Packer(config.seq_len)
+      self._faults[shard] = collections.Counter()
 
   def __iter__(self) -> 'Stream':
     return self
@@ -82,7 +91,8 @@ class Stream:
       the target is a token, 0 on padding, which alone is in segment 0.
 
     Raises:
-      ValueError: a fault in the data, naming the file.
+      ValueError: a file that can no longer be read, or a shard in which no
+        document can be used.
     """
     shards = self._config.shards
     each = self._config.batch // shards
@@ -90,6 +100,17 @@ class Stream:
     self._step += 1
     rows = [made[row % shards][row // shards] for row in self._rows]
     return packing.batch(rows, self._config.seq_len)
+
+  @property
+  def faults(self) -> dict[str, int]:
+    """How many faulty documents were met, by 'task/kind'; kinds met only.
+
+    Of the documents drawn so far for this process's shards, in every epoch
+    again, and exact after a resume. Kinds are documents.FAULTS, of which
+    'long' alone is used: cut into pieces of `seq_len`. A process counts whole
+    shards, of which it may hold only some rows.
+    """
+    return dict(sum(self._faults.values(), collections.Counter()))
 
   def save(self) -> bytes:
     """The position after the last batch returned; a zip, no pickle in it."""
@@ -104,6 +125,7 @@ class Stream:
       for shard, iterator in self._iterators.items():
         for name, array in self._packers[shard].save().items():
           archive.writestr(f'{shard}/{name}', array.tobytes())
+        archive.writestr(f'{shard}/faults', json.dumps(self._faults[shard]))
         with tempfile.TemporaryDirectory() as directory:
           path = f'{directory}/iterator'
           tf.train.Checkpoint(iterator=iterator).write(path)
@@ -153,6 +175,8 @@ class Stream:
         name: np.frombuffer(archive.read(f'{shard}/{name}'), '<i4')
         for name in packer.save()
     })
+    faults = json.loads(archive.read(f'{shard}/faults'))
+    self._faults[shard] = collections.Counter(faults)
     with tempfile.TemporaryDirectory() as directory:
       for name in archive.namelist():
         if name.startswith(f'{shard}/iterator'):
@@ -163,18 +187,31 @@ class Stream:
 
   def _take(self, shard: int, count: int) -> list[packing.Row]:
     """The shard's next `count` rows."""
-    packer = self._packers[shard]
+    from recursive_tx.data import ragged
+
+    packer, barren = self._packers[shard], 0
     while len(packer.ready) < count:
-      pieces = next(self._iterators[shard], None)
-      _raise_faults(self._documents)
-      if pieces is None:
+      drawn = next(self._iterators[shard], None)
+      _raise_errors(self._documents)
+      if drawn is None:
         raise ValueError(
             f'shard {shard} of data.shards={self._config.shards} has no '
             'documents: lower data.shards'
         )
-      values = pieces.values.numpy()
-      for piece in np.split(values, pieces.row_splits.numpy()[1:-1]):
-        packer.add(piece)
+      codes, pieces = drawn['fault'].numpy(), drawn['targets']
+      for code in codes[codes > 0]:
+        self._faults[shard][self._names[code - 1]] += 1
+      barren = 0 if len(pieces.values) else barren + 1
+      if barren == _MOST_BARREN:
+        raise ValueError(
+            f'shard {shard} of data.shards={self._config.shards} finds no '
+            f'document to use any more: {dict(self._faults[shard])}; repair '
+            'the files, or take the task out of the mixture'
+        )
+      lengths = pieces.row_lengths().numpy()
+      for piece in ragged.split(pieces.values.numpy(), lengths):
+        if len(piece):
+          packer.add(piece)
     return [packer.ready.popleft() for _ in range(count)]
 
 
@@ -186,11 +223,13 @@ class Heldout:
     batches: as a stream's, all [batch, seq_len], the last one padded.
     num_bytes: UTF-8 bytes of the documents' texts.
     num_documents: how many there are.
+    faults: how many documents had which fault, as `Stream.faults`.
   """
 
   batches: list[dict[str, np.ndarray]]
   num_bytes: int
   num_documents: int
+  faults: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def heldout(
@@ -212,7 +251,7 @@ def heldout(
       the first is taken however long it is.
 
   Raises:
-    ValueError: a limit below 1, no held-out document, or a fault in one.
+    ValueError: a limit below 1, or no held-out document.
   """
   from recursive_tx.data import pipeline
 
@@ -228,12 +267,17 @@ def heldout(
   ]
   packer = packing.Packer(config.seq_len)
   num_bytes = num_documents = num_tokens = 0
+  names, faults = pipeline.fault_names(config), collections.Counter()
   try:
-    for pieces, size in _in_turn(sources):
-      _raise_faults(documents)
+    for pieces, size, code in _in_turn(sources):
+      _raise_errors(documents)
       num_tokens += sum(len(piece) - 1 for piece in pieces)
       if num_documents and num_tokens > (max_tokens or num_tokens):
         break
+      if code:
+        faults[names[code - 1]] += 1
+      if not pieces:
+        continue
       for piece in pieces:
         packer.add(piece)
       num_bytes += size
@@ -251,10 +295,10 @@ def heldout(
       packing.batch(rows[i : i + config.batch], config.seq_len)
       for i in range(0, len(rows), config.batch)
   ]
-  return Heldout(batches, num_bytes, num_documents)
+  return Heldout(batches, num_bytes, num_documents, dict(faults))
 
 
-def _in_turn(sources: list) -> Iterable:
+def _in_turn(sources: list) -> Iterator:
   """One of each, again and again, until all are at their end."""
   while sources:
     for source in list(sources):
@@ -265,10 +309,11 @@ def _in_turn(sources: list) -> Iterable:
         yield item
 
 
-def _raise_faults(documents: list) -> None:
+def _raise_errors(documents: list) -> None:
   for each in documents:
-    if each.faults:
-      raise each.faults[0]
+    if each.errors:
+      reason = ' '.join(str(each.errors[0]).split())
+      raise ValueError(f'the data cannot be read: {reason}')
 
 
 def _origin(config: DataConfig, tokenizer: Tokenizer, documents: list) -> dict:

@@ -1,0 +1,56 @@
+"""cache: tokenise a config's data once, so that training only reads ids.
+
+  python -m recursive_tx cache --config=configs/gemma_2b.py \\
+    --config.tokenizer=GEMMA_DIR --output=DIR
+  python -m recursive_tx train --config.data.cache=DIR ...
+
+The files are those of SeqIO's cached tasks. A cache is tied to the tokenizer
+and to the files' names and sizes, and serves every seq_len, batch and seed.
+"""
+
+import dataclasses
+import os
+
+from absl import flags
+from tqdm import tqdm
+
+from recursive_tx import start
+from recursive_tx.cli import arguments, configs
+from recursive_tx.data import cache_writer
+
+_CONFIG = configs.define()
+_OUTPUT = flags.DEFINE_string(
+    'output', None, 'Directory on disk to make; it appears whole or not at '
+    'all. It may be copied to a bucket.')
+_OVERWRITE = flags.DEFINE_bool(
+    'overwrite', False, 'Replace --output where it exists.')
+_PROCESSES = flags.DEFINE_integer(
+    'processes', 0, 'How many tokenise at a time; 0: one a core.')
+
+
+def main(argv: list[str]) -> None:
+  """Runs the verb."""
+  arguments.check(argv, config=_CONFIG.value, output=_OUTPUT.value)
+  config = configs.typed(_CONFIG.value)
+  tokenizer = config.tokenizer or start.companions(config.init_from)
+  if not tokenizer:
+    raise ValueError(
+        'There is no tokenizer; name its directory with --config.tokenizer=')
+  bar = tqdm(unit=' files', desc='cache', delay=0.5)
+
+  def progress(done: int, of: int) -> None:
+    bar.total = of
+    bar.update(done - bar.n)
+
+  with bar:
+    rows = cache_writer.write(
+        dataclasses.replace(config.data, cache=''), tokenizer, _OUTPUT.value,
+        processes=_PROCESSES.value or len(os.sched_getaffinity(0)),
+        overwrite=_OVERWRITE.value, progress=progress)
+  print('task              split      documents         tokens'
+        '          bytes  left out')
+  for row in rows:
+    faults = ', '.join(f'{n} {kind}' for kind, n in row['faults'].items())
+    print(f'{row["task"]:18}{row["split"]:8}{row["documents"]:12,}'
+          f'{row["tokens"]:15,}{row["bytes"]:15,}  {faults or "none"}')
+  print(f'{_OUTPUT.value}; train with --config.data.cache={_OUTPUT.value}')

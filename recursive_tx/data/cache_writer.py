@@ -1,0 +1,266 @@
+"""Writes what `cache` reads, from several processes of this machine.
+
+SeqIO's own writer runs on Apache Beam. The files here are the ones it would
+write, but for the order of documents, which is the sources'.
+"""
+
+from collections.abc import Callable, Iterator
+import concurrent.futures
+from concurrent.futures.process import BrokenProcessPool
+import functools
+import multiprocessing
+import os
+import pathlib
+from typing import Any
+import zlib
+
+import numpy as np
+
+from recursive_tx import disk
+from recursive_tx import tokenizer as tokenizer_lib
+from recursive_tx.data import cache
+from recursive_tx.data.config import DataConfig, Task
+from recursive_tx.data.documents import FAULTS, Documents
+
+# TFRecords of one split: enough to write and to shuffle in parallel, as SeqIO
+# does, and none made of much more text than this.
+_PARTS = 64
+_PART_BYTES = 1 << 28
+# Documents of TFDS that are read at once; a stream shuffles no finer.
+_TFDS_UNIT = 64
+
+_load = functools.lru_cache(1)(tokenizer_lib.load)
+
+
+def write(
+    config: DataConfig,
+    tokenizer: str,
+    output: str,
+    *,
+    processes: int,
+    overwrite: bool = False,
+    progress: Callable[[int, int], Any] = lambda done, of: None,
+) -> list[dict[str, Any]]:
+  """Makes the cache of all tasks, both splits.
+
+  Args:
+    config: the stream's.
+    tokenizer: the tokenizer's directory.
+    output: directory to make, on disk; it appears whole or not at all.
+    processes: how many tokenise at a time.
+    overwrite: replace `output`.
+    progress: told parts done, and all.
+
+  Returns:
+    For each task and split 'task', 'split', 'documents', 'tokens' (EOS not
+    counted, as SeqIO does), 'bytes' of text and 'faults' by kind.
+
+  Raises:
+    ValueError: `output` exists or is not on disk, or as `Stream`.
+  """
+  if '://' in output:
+    raise ValueError(
+        f'--output={output} is not on disk; make the cache on disk and copy '
+        'it there'
+    )
+  if processes < 1:
+    raise ValueError(f'--processes is {processes}, expected at least 1')
+  loaded = _load(tokenizer)
+  digests, jobs = {}, []
+  for task in config.tasks:
+    for split in cache.SPLITS:
+      parts = _num_parts(config, task, split)
+      digests[task, split] = cache.digest_files(config, task, split)
+      jobs += [(task, split, part, parts) for part in range(parts)]
+  rows = []
+  with disk.new_directory(output, overwrite=overwrite) as folder:
+    for task in config.tasks:
+      (folder / task.name).mkdir()
+    made = _run(config, tokenizer, folder, jobs, processes, progress)
+    for task in config.tasks:
+      splits = {}
+      for split in cache.SPLITS:
+        parts = [
+            part for job, part in zip(jobs, made, strict=True)
+            if job[:2] == (task, split)
+        ]
+        digest = digests[task, split]
+        if cache.digest_files(config, task, split) != digest:
+          raise ValueError(
+              f'the files of data task {task.name!r} changed while they were '
+              'read; start again'
+          )
+        rows.append({
+            'task': task.name, 'split': split,
+            **_finish(folder / task.name, split, parts),
+        })
+        size = [part['part_bytes'] for part in parts]
+        splits[split] = {'files': digest, 'bytes': size}
+      disk.write_json(folder / task.name / cache.DESCRIPTION, {
+          'version': cache.VERSION,
+          **cache.describe(config, loaded, task),
+          'splits': splits,
+      })
+      (folder / task.name / 'COMPLETED').touch()
+  return rows
+
+
+def _run(
+    config: DataConfig, tokenizer: str, folder: pathlib.Path, jobs: list,
+    processes: int, progress: Callable[[int, int], Any],
+) -> list[dict[str, Any]]:
+  """The results of `_write_part` for the jobs, in their order."""
+  # Each process loads TensorFlow, which does not survive a fork.
+  pool = concurrent.futures.ProcessPoolExecutor(
+      min(processes, len(jobs)), multiprocessing.get_context('spawn')
+  )
+  with pool:
+    waiting = [
+        pool.submit(_write_part, config, tokenizer, folder, *job)
+        for job in jobs
+    ]
+    try:
+      for i, done in enumerate(concurrent.futures.as_completed(waiting)):
+        done.result()
+        progress(i + 1, len(jobs))
+    except BrokenProcessPool:
+      raise ValueError(
+          'a process that tokenises was killed, perhaps for want of memory; '
+          f'give fewer than --processes={processes}'
+      ) from None
+    except BaseException:
+      pool.shutdown(cancel_futures=True)
+      raise
+  return [done.result() for done in waiting]
+
+
+def _num_parts(config: DataConfig, task: Task, split: str) -> int:
+  """How many files a split becomes; raises ValueError if it has nothing."""
+  if task.kind == 'tfds':
+    from recursive_tx.data import sources
+
+    info = sources.tfds_builder(task).info
+    count = info.splits[getattr(task, split)[0]].num_examples
+    return min(_PARTS, -(-count // _TFDS_UNIT))
+  documents = Documents(task, split, fraction=config.heldout_fraction)
+  documents.check()
+  parts = max(_PARTS, documents.num_bytes // _PART_BYTES)
+  return min(parts, documents.num_units)
+
+
+def _write_part(
+    config: DataConfig, tokenizer: str, folder: pathlib.Path, task: Task,
+    split: str, part: int, parts: int,
+) -> dict[str, Any]:
+  """One TFRecord. Returns its part of the index and its counts."""
+  import tensorflow as tf
+
+  from recursive_tx.data import pipeline
+
+  loaded = _load(tokenizer)
+  index = {'offset': [], 'size': [], 'checksum': [], 'faults': []}
+  lengths, text_bytes, offset = [], 0, 0
+  path = folder / task.name / cache.part_name(split, part, parts)
+  with tf.io.TFRecordWriter(str(path)) as writer:
+    for texts, codes in _units(config, task, split, part, parts):
+      size = checksum = 0
+      for ids, num_bytes, code in pipeline.encode(
+          loaded, texts, [0] * len(texts)
+      ):
+        if code:
+          codes.append(code)
+          continue
+        record = _example(ids, num_bytes)
+        writer.write(record)
+        size += 16 + len(record)
+        checksum = zlib.crc32(record, checksum)
+        text_bytes += num_bytes
+        lengths.append(int((ids != loaded.eos_id).sum()))
+      index['offset'].append(offset)
+      index['size'].append(size)
+      index['checksum'].append(checksum)
+      counts = np.bincount(np.array(codes, int), minlength=1 + len(FAULTS))
+      index['faults'].append(counts[1:])
+      offset += size
+  assert os.path.getsize(path) == offset, path
+  return {
+      'index': index, 'part_bytes': offset, 'bytes': text_bytes,
+      'documents': len(lengths), 'tokens': sum(lengths),
+      'most': max(lengths, default=0),
+  }
+
+
+def _units(
+    config: DataConfig, task: Task, split: str, part: int, parts: int
+) -> Iterator[tuple[list[bytes], list[int]]]:
+  """The units of a part: texts, and the codes of what is left out."""
+  if task.kind == 'tfds':
+    import tensorflow_datasets as tfds
+
+    from recursive_tx.data import sources
+
+    splits = tfds.even_splits(getattr(task, split)[0], parts)
+    dataset = sources.tfds_builder(task).as_dataset(
+        split=splits[part], shuffle_files=False
+    )
+    for examples in dataset.batch(_TFDS_UNIT).as_numpy_iterator():
+      yield list(examples[task.key]), []
+    return
+  documents = Documents(task, split, fraction=config.heldout_fraction)
+  count = documents.num_units
+  for number in range(part * count // parts, (part + 1) * count // parts):
+    texts, faults = documents.unit(number)
+    yield texts, [fault.code for fault in faults]
+
+
+def _example(ids: np.ndarray, num_bytes: int) -> bytes:
+  import tensorflow as tf
+
+  def integers(values):
+    return tf.train.Feature(int64_list=tf.train.Int64List(value=values))
+
+  features = {'targets': integers(ids), 'num_bytes': integers([num_bytes])}
+  return tf.train.Example(
+      features=tf.train.Features(feature=features)
+  ).SerializeToString()
+
+
+def _finish(
+    folder: pathlib.Path, split: str, parts: list[dict[str, Any]]
+) -> dict[str, Any]:
+  """Writes a split's index and SeqIO's info and stats; returns its counts."""
+  import seqio
+
+  kinds = {
+      'offset': np.int64, 'size': np.int64, 'checksum': np.uint32,
+      'faults': np.int32,
+  }
+  index = {
+      name: np.concatenate([
+          np.asarray(part['index'][name], dtype) for part in parts
+      ])
+      for name, dtype in kinds.items()
+  }
+  units = [len(part['index']['size']) for part in parts]
+  index['part'] = np.repeat(np.arange(len(parts), dtype=np.int32), units)
+  np.savez_compressed(folder / f'units.{split}.npz', **index)
+  row = {
+      name: sum(part[name] for part in parts)
+      for name in ('documents', 'tokens', 'bytes')
+  }
+  disk.write_json(pathlib.Path(seqio.get_cached_info_path(folder, split)), {
+      'num_shards': len(parts),
+      'features': {
+          'num_bytes': {'shape': [], 'dtype': 'int32'},
+          'targets': {'shape': [None], 'dtype': 'int32'},
+      },
+      'seqio_version': seqio.__version__,
+  })
+  disk.write_json(pathlib.Path(seqio.get_cached_stats_path(folder, split)), {
+      'examples': row['documents'],
+      'targets_tokens': row['tokens'],
+      'targets_max_tokens': max(part['most'] for part in parts),
+  })
+  counts = index['faults'].sum(axis=0).tolist()
+  faults = {k: n for k, n in zip(FAULTS, counts, strict=True) if n}
+  return {**row, 'faults': faults}

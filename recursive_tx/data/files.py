@@ -1,0 +1,90 @@
+"""Which files a task names, and bytes of them, on disk or in a bucket.
+
+TensorFlow is imported only to reach paths such as gs://.
+"""
+
+import glob
+import os
+
+from recursive_tx.data.config import Task
+
+
+def find(task: Task, split: str) -> list[str]:
+  """The split's files, sorted; held-out files are taken off train.
+
+  Raises:
+    ValueError: a pattern matches nothing, or all is held out.
+  """
+  held = _expand(task, task.heldout)
+  if split == 'heldout' and held:
+    return held
+  paths = [path for path in _expand(task, task.train) if path not in set(held)]
+  if not paths:
+    raise ValueError(
+        f'data task {task.name!r}: every file of train={task.train} is held '
+        f'out by heldout={task.heldout}; hold out fewer'
+    )
+  return paths
+
+
+def exist(task: Task) -> bool:
+  """Whether any of a task's files is there."""
+  return any(_glob(pattern) for pattern in (*task.train, *task.heldout))
+
+
+def size(path: str) -> int:
+  """Bytes of a file."""
+  if '://' not in path:
+    return os.path.getsize(path)
+  import tensorflow as tf
+
+  return tf.io.gfile.stat(path).length
+
+
+def read_bytes(path: str, start: int, size: int | None) -> bytes:
+  """Part of a file, on disk or in a bucket; `size` None is to its end."""
+  with _open(path) as file:
+    file.seek(start)
+    return file.read() if size is None else file.read(size)
+
+
+def _expand(task: Task, patterns: tuple[str, ...]) -> list[str]:
+  paths = set()
+  for pattern in patterns:
+    found = _glob(pattern)
+    if not found:
+      raise ValueError(
+          f'data task {task.name!r}: no file matches {pattern!r}'
+          f'{_nearest(pattern)}'
+      )
+    paths.update(found)
+  return sorted(paths)
+
+
+def _glob(pattern: str) -> list[str]:
+  if '://' in pattern:
+    import tensorflow as tf
+
+    return tf.io.gfile.glob(pattern)
+  found = glob.glob(pattern, recursive=True)
+  return [path for path in found if os.path.isfile(path)]
+
+
+def _nearest(pattern: str) -> str:
+  """Where on disk a pattern stops being true, for an error."""
+  if '://' in pattern:
+    return '; check the bucket and the pattern'
+  if os.path.isdir(pattern):
+    return f', a directory; write {os.path.join(pattern, "*")!r}'
+  path = os.path.abspath(pattern)
+  while not os.path.exists(path):
+    path = os.path.dirname(path)
+  return f'; {path!r} exists, nothing below it matches the rest'
+
+
+def _open(path: str):
+  if '://' not in path:
+    return open(path, 'rb')
+  import tensorflow as tf
+
+  return tf.io.gfile.GFile(path, 'rb')
