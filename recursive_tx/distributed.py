@@ -9,6 +9,7 @@ import signal
 import threading
 import types
 
+from absl import logging
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
@@ -22,8 +23,9 @@ def initialize(
 ) -> None:
   """Joins this process to the others; before anything else that uses JAX.
 
-  Without arguments a TPU pod's metadata, Kubernetes, Slurm or Open MPI say who
-  the others are; where none of them does, the process is alone.
+  Without arguments a TPU pod's metadata, Slurm or Open MPI (of which JAX wants
+  a task for each device) say who the others are; where none of them does, the
+  process is alone.
 
   Args:
     coordinator: HOST:PORT of process 0, which listens there.
@@ -45,8 +47,14 @@ def initialize(
     jax.distributed.initialize(
         coordinator, processes, process, cluster_detection_method='deactivate'
     )
-  elif _started_with_others():
+  elif any(int(os.environ.get(name) or 1) > 1 for name in _TASKS):
     jax.distributed.initialize()
+  elif _on_tpu():
+    try:
+      jax.distributed.initialize()
+    except ValueError:
+      # It has chips, and nothing that speaks of other hosts.
+      logging.info('Alone: %s belongs to no pod.', os.uname().nodename)
 
 
 def agree(value: int) -> int:
@@ -102,15 +110,7 @@ class Preemption:
     self._told = True
 
 
-def _started_with_others() -> bool:
-  """Whether the environment speaks of a program of several processes."""
-  if any(int(os.environ.get(name) or 1) > 1 for name in _TASKS):
-    return True
-  # What follows is a host's, whatever is run on it; on its CPU one is alone.
-  if os.environ.get('JAX_PLATFORMS') == 'cpu':
-    return False
-  if 'JAX_COORDINATOR_ADDRESS' in os.environ:
-    return True
-  # JAX says so where it finds both libtpu and chips; it then asks the
-  # metadata of the machine or of its cluster for the other hosts.
-  return os.environ.get('TPU_ML_PLATFORM') == 'JAX'
+def _on_tpu() -> bool:
+  """Whether JAX found libtpu and chips, and is to use them."""
+  return (os.environ.get('TPU_ML_PLATFORM') == 'JAX'
+          and os.environ.get('JAX_PLATFORMS') != 'cpu')

@@ -2,11 +2,15 @@
 
   python -m recursive_tx train --config=configs/gemma_2b.py:loops=3,rank=512 \\
     --config.init_from=DIR --config.teacher=DIR --workdir=DIR
+
+The same command on every host of a TPU pod, and in every task that Slurm or
+Open MPI starts, is one run. Elsewhere --coordinator, --processes and --process
+say who takes part. SIGTERM saves the run and ends it with status 0.
 """
 
 from absl import flags
 
-from recursive_tx import train
+from recursive_tx import distributed, train
 from recursive_tx.cli import arguments, configs
 
 _CONFIG = configs.define()
@@ -15,9 +19,19 @@ _WORKDIR = flags.DEFINE_string(
     'Where checkpoints, metrics and the final model go. A directory that'
     ' holds the same run is resumed.',
 )
+_COORDINATOR = flags.DEFINE_string(
+    'coordinator', '', 'HOST:PORT at which process 0 meets the others.')
+_PROCESSES = flags.DEFINE_integer(
+    'processes', 0, 'How many processes the run has, all with the same'
+    ' command but for --process.')
+_PROCESS = flags.DEFINE_integer(
+    'process', -1, 'Which of them this one is, from 0.')
 
 
 def main(argv: list[str]) -> None:
   """Runs the verb."""
   arguments.check(argv, config=_CONFIG.value, workdir=_WORKDIR.value)
-  train.train(configs.typed(_CONFIG.value), _WORKDIR.value)
+  config = configs.typed(_CONFIG.value)
+  distributed.initialize(
+      _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+  train.train(config, _WORKDIR.value)
