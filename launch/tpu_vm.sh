@@ -172,23 +172,25 @@ launch() {
 }
 
 # Shows the log until the command has ended everywhere. Prints to fd 3 its
-# exit status (of the workers that failed, the first), LOST, or halted.
+# status (of the workers that did not finish, the first; halted after --stop),
+# or LOST.
 watch() {
-  local state statuses seen=0
+  local state statuses ended='' seen=0
   : > "$scratch/log"
   while :; do
+    # From where an earlier connection broke.
     on 0 follow "+$((seen + 1))" | tee -a "$scratch/log" || true
+    [ -z "$ended" ] || break
     seen=$(wc -l < "$scratch/log")
     state=$(tpu_state) || state=UNREACHABLE
     case $state in
       READY)
         statuses=$(on all status |
-          sed -n 's/^worker status: //p' | sort -u) || statuses=
+          sed -n 's/^worker status: //p' | sort -u) || statuses=''
+        # Once more for what was written since, and no connection brought.
         case $statuses in
-          *halted*) echo halted >&3 && return ;;
           '' | *running*) ;;
-          0) echo 0 >&3 && return ;;
-          *) grep -vx -m 1 0 <<< "$statuses" >&3 && return ;;
+          *) ended=1 && continue ;;
         esac
         ;;
       UNREACHABLE) ;;
@@ -196,6 +198,7 @@ watch() {
     esac
     sleep "$poll"
   done
+  grep -vx -m 1 0 <<< "$statuses" >&3 || echo 0 >&3
 }
 
 needs gcloud 'install the Google Cloud CLI'

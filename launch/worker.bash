@@ -86,12 +86,12 @@ background() {
 }
 
 status() {
-  if [ -f "$state/halted" ]; then
+  if alive; then
+    echo 'worker status: running'
+  elif [ -f "$state/halted" ]; then
     echo 'worker status: halted'
   elif [ -f "$state/status" ]; then
     echo "worker status: $(cat "$state/status")"
-  elif alive; then
-    echo 'worker status: running'
   else
     # Killed outright, or the host has restarted.
     echo 'worker status: 137'

@@ -4,8 +4,8 @@ Run as `launch_fakes.py NAME ARG ...` by the scripts that launch_test.py puts
 on PATH. Everything is kept in the directory $FAKE: `calls` (one JSON list a
 line), `state` (a TPU's; none without the file), `queue` (the states that a
 queued resource goes through; the last stays), `plan` (what each start of the
-command does) and `home0`, `home1`, the hosts. What is run "there" is really
-run by bash, in a host's home.
+command does), `drops` (the next connection to a log breaks) and `home0`,
+`home1`, the hosts. What is run "there" is really run by bash, in a host's home.
 """
 
 import json
@@ -54,7 +54,11 @@ def gcloud(words):
         shutil.copy(rest[0], home / rest[1].split(':')[1])
       return 0
     assert verb == 'ssh'
-    return next(filter(None, [bash(flags['--command'], h) for h in homes]), 0)
+    command = flags['--command']
+    if ' follow ' in command and (FAKE / 'drops').exists():
+      (FAKE / 'drops').unlink()
+      command += ' | head -n 1'
+    return next(filter(None, [bash(command, home) for home in homes]), 0)
   return 0
 
 
@@ -92,7 +96,8 @@ def xpk(words):
       shutil.rmtree(pod, ignore_errors=True)
       shutil.copytree(flags['--script-dir'], pod)
       status = bash(
-          f'({command}) > {FAKE}/log 2>&1 & PID=$!; wait $PID', pod)
+          f'({command}) > {FAKE}/log 2>&1 & PID=$!; echo $PID > pid;'
+          ' wait $PID', pod)
       if status != int(flags['--restart-on-exit-codes']):
         break
     STATE.write_text(f'124 {0 if status == 0 else 125}')
@@ -124,10 +129,11 @@ def python(words):
       file.write(f'{home.name} {words[-1]}\n')
     return 0
   assert words[:3] == ['-m', 'recursive_tx', 'train']
-  return _train(home.name, words[3:])
+  return _train(home, words[3:])
 
 
-def _train(host, words):
+def _train(home, words):
+  host = home.name
   start = len(list(FAKE.glob(f'trained-{host}-*')))
   plan = (FAKE / 'plan').read_text().split()[start]
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # Saves, and ends.
@@ -138,10 +144,14 @@ def _train(host, words):
   new.rename(record)
   if plan == 'preempted':
     STATE.write_text('PREEMPTED')
-    os.kill(os.getppid(), signal.SIGTERM)
+    # A host tells all its processes; xpk's shell only the one it started.
+    told = home / 'pid'
+    pid = int(told.read_text()) if told.exists() else os.getppid()
+    os.kill(pid, signal.SIGTERM)
   if plan in ('preempted', 'waits'):
     while True:
       signal.pause()
+  print(f'end of start {start}')
   return int(plan)
 
 
