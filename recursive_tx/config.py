@@ -173,6 +173,17 @@ class Run:
       raise ValueError(
           f'run.logits_mib is {self.logits_mib}; expected 1 or more')
 
+  def chunk(self, T: int, size: float) -> int:
+    """Positions whose logits are made at once: a divisor of T, at least 1.
+
+    Args:
+      T: positions of a sequence.
+      size: bytes that a device holds for the logits of one position of all
+        its sequences.
+    """
+    most = max(1, (self.logits_mib << 20) // size)
+    return max(n for n in range(1, T + 1) if T % n == 0 and n <= most)
+
 
 def split(spec: str) -> tuple[str, str]:
   """Letters of a linear's kernel that are summed over, and those that stay.

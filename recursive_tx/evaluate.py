@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from jax import lax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
@@ -90,9 +91,20 @@ def _nats_fn(cfg: ModelConfig, run: Run, mesh: Mesh | None):
         batch['position_BT'], method='hidden',
     )
 
+    B, T = batch['token_BT'].shape
+    devices = mesh.size if mesh is not None else 1
+    chunk = run.chunk(T, 4 * B * cfg.V / devices)
+
     def of_loop(h_BTD):
-      logits_BTV = decoder.apply(variables, h_BTD, method='logits')
-      return losses.next_token_nats(logits_BTV, batch['target_BT'])
+      def of_chunk(start):
+        h_BCD, target_BC = (
+            lax.dynamic_slice_in_dim(x, start, chunk, axis=1)
+            for x in (h_BTD, batch['target_BT']))
+        logits_BCV = decoder.apply(variables, h_BCD, method='logits')
+        return losses.next_token_nats(logits_BCV, target_BC)
+
+      nats_CBC = lax.map(of_chunk, jnp.arange(0, T, chunk))
+      return jnp.moveaxis(nats_CBC, 0, 1).reshape(B, T)
 
     # One loop after the other: logits are the largest arrays there are.
     return lax.map(of_loop, h_LBTD) * batch['weight_BT']

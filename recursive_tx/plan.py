@@ -52,7 +52,7 @@ def plan(
   Raises:
     ValueError: an unknown topology, or a mesh or batch that it does not fit.
   """
-  devices, chip = _devices(topology)
+  devices, chip = devices_of(topology)
   tell(f'plan: {len(devices)} x {chip.name} of {_gib(chip.hbm_bytes)} GiB')
   found = _figures(config, devices, chip, tell)
   if search:
@@ -97,7 +97,7 @@ def table(found: dict[str, Any]) -> str:
   return '\n'.join(lines)
 
 
-def _devices(topology: str) -> tuple[list[Any], chips.Chip]:
+def devices_of(topology: str) -> tuple[list[Any], chips.Chip]:
   """The devices of a topology, and what one of them can do."""
   kind, _, size = topology.partition(':')
   chip = chips.find(kind)
@@ -137,7 +137,7 @@ def _figures(config, devices, chip, tell) -> dict[str, Any]:
     teacher = _full_size(config.model)
   # Outside the mesh: it makes small arrays, on a device that is there.
   tx, state = step_lib.abstract_state(config, mesh)
-  arguments = (state, _batch(config, mesh), _teacher(config, teacher, mesh))
+  arguments = (state, batch_of(config, mesh), _teacher(config, teacher, mesh))
   parts = {
       'parameters': _bytes(state.params),
       'optimizer': _bytes(state.opt_state),
@@ -173,14 +173,8 @@ def _compile(lowered, config, tell) -> tuple[float, dict[str, Any]]:
   tell(f'plan: compiling a batch of {config.data.batch} sequences, which'
        ' takes a minute or more')
   start = time.monotonic()
-  folder = tempfile.TemporaryDirectory()
   try:
-    # The compiler writes its program down, since its text may be newer than
-    # what `compiled.as_text()` can read.
-    compiled = lowered.compile(compiler_options={
-        'xla_dump_to': folder.name, 'xla_dump_hlo_as_text': True})
-    text = next(
-        pathlib.Path(folder.name).glob('*.after_codegen.txt')).read_text()
+    compiled, text = compile_text(lowered)
   except jax.errors.JaxRuntimeError as error:
     # The compiler says how much it would have needed.
     needed = re.search(r'Used ([\d.]+)([MG]) of', str(error))
@@ -188,8 +182,6 @@ def _compile(lowered, config, tell) -> tuple[float, dict[str, Any]]:
       raise
     tell('plan: the compiler ran out of the chip\'s memory')
     return float(needed[1]) * {'M': 2**20, 'G': 2**30}[needed[2]], {}
-  finally:
-    folder.cleanup()
   tell(f'plan: compiled in {time.monotonic() - start:.0f} s')
   memory = compiled.memory_analysis()
   peak = (memory.argument_size_in_bytes + memory.temp_size_in_bytes
@@ -197,7 +189,19 @@ def _compile(lowered, config, tell) -> tuple[float, dict[str, Any]]:
   account = hlo.account(text)
   return peak, {
       'compiled_flops': account.flops, 'kernel_flops': account.kernel_flops,
-      'sent_bytes': account.bytes}
+      'sent_bytes': account.bytes,
+      'largest_arrays': [name for _, name in account.largest]}
+
+
+def compile_text(lowered: Any) -> tuple[Any, str]:
+  """The compiled program, and its text in XLA's format."""
+  with tempfile.TemporaryDirectory() as folder:
+    # The compiler writes its program down, since its text may be newer than
+    # what `compiled.as_text()` can read.
+    compiled = lowered.compile(compiler_options={
+        'xla_dump_to': folder, 'xla_dump_hlo_as_text': True})
+    path = next(pathlib.Path(folder).glob('*.after_codegen.txt'))
+    return compiled, path.read_text()
 
 
 def _times(config, chip, found) -> dict[str, Any]:
@@ -278,7 +282,8 @@ def _full_size(cfg: ModelConfig) -> ModelConfig:
       rank='0')
 
 
-def _batch(config: Config, mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_of(config: Config, mesh) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes and places of a batch."""
   shape = config.data.batch, config.data.seq_len
   names = ('token_BT', 'target_BT', 'segment_BT', 'position_BT', 'weight_BT')
   return {

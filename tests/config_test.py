@@ -120,3 +120,11 @@ def test_configs_are_values():
   assert hash(twin) == hash(dataclasses.replace(BASE, rope_scaling=(2.0,)))
   with pytest.raises(dataclasses.FrozenInstanceError):
     BASE.V = 3
+
+
+def test_chunks_keep_to_the_budget():
+  run = rtx.Run(logits_mib=1)
+  assert run.chunk(12, 1 << 18) == 4
+  assert run.chunk(12, (1 << 18) + 1) == 3
+  assert run.chunk(12, 1 << 30) == 1
+  assert run.chunk(12, 1) == 12

@@ -112,6 +112,21 @@ def test_the_mesh_does_not_matter(variables, heldout):
       CFG, variables, heldout)
 
 
+class _Pieces(rtx.Run):
+  """A run whose logits are made for a few positions at a time."""
+
+  def chunk(self, T, size):
+    del size
+    return T // 6
+
+
+def test_chunks_of_logits_do_not_matter(variables, heldout):
+  whole, pieces = (evaluate(CFG, variables, heldout, run=run)
+                   for run in (rtx.Run(), _Pieces()))
+  for row, other in zip(whole['loops'], pieces['loops'], strict=True):
+    assert row['loss'] == pytest.approx(other['loss'], rel=1e-6)
+
+
 def test_sums_do_not_lose_digits(variables):
   # 64 tokens of ln 64 nats each, over and over: float32 would drift.
   flat = jax.tree.map(np.zeros_like, variables)

@@ -147,21 +147,14 @@ def rules(config: Config, cfg: ModelConfig, mesh: Mesh) -> sharding.Rules:
 
 
 def chunk(config: Config, mesh: Mesh) -> int:
-  """Positions whose logits a device may hold at once, by run.logits_mib.
-
-  Returns:
-    A divisor of the sequence's length, at least 1.
-  """
+  """Positions whose logits are made at once, by run.logits_mib."""
   letters = dict(rules(config, config.model, mesh))
-  parts = {
-      letter: math.prod(mesh.shape[axis] for axis in letters[letter] or ())
-      for letter in (sharding.HEAD_BATCH, 'V')
-  }
+  parts = math.prod(
+      mesh.shape[axis] for letter in (sharding.HEAD_BATCH, 'V')
+      for axis in letters[letter] or ())
   rows = config.data.batch // config.optim.accumulate
-  row_bytes = 4 * rows * config.model.V // math.prod(parts.values())
-  most = (config.run.logits_mib << 20) // row_bytes
-  T = config.data.seq_len
-  return max(n for n in range(1, T + 1) if T % n == 0 and n <= max(1, most))
+  return config.run.chunk(
+      config.data.seq_len, 4 * rows * config.model.V / parts)
 
 
 def forward(config: Config, cfg: ModelConfig, mesh: Mesh) -> Forward:
