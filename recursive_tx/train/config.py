@@ -19,10 +19,12 @@ class EvalConfig:
   Attributes:
     every: steps between evaluations; 0 evaluates at the start and the end.
     max_tokens: size of the fixed set; 0 is all there is.
+    prompts: texts that the model continues, greedily, at each evaluation.
   """
 
   every: int = 0
   max_tokens: int = 0
+  prompts: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

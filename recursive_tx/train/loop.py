@@ -9,11 +9,11 @@ import contextlib
 import dataclasses
 import math
 import pathlib
+import time
 from typing import Any
 
 from absl import logging
 from etils import epath
-from flax import linen as nn
 import jax
 from jax.sharding import Mesh
 
@@ -27,8 +27,8 @@ from recursive_tx import (
 )
 from recursive_tx import data as data_lib
 from recursive_tx import tokenizer as tokenizer_lib
-from recursive_tx.evaluate import evaluate
 from recursive_tx.history import History, read_metrics
+from recursive_tx.train import figures
 from recursive_tx.train import state as state_lib
 from recursive_tx.train import step as step_lib
 from recursive_tx.train.config import Config, check
@@ -54,6 +54,7 @@ def train(config: Config, workdir: str) -> TrainState:
       they name, or the run that the workdir holds; or it cannot be written.
     SystemExit: told by SIGTERM to stop, it has saved; the status is 0.
   """
+  began = time.time()
   check(config)
   steps, settings = config.optim.steps, dataclasses.asdict(config)
   mesh = sharding.make_mesh(config.mesh)
@@ -94,15 +95,26 @@ def train(config: Config, workdir: str) -> TrainState:
     history = stack.enter_context(History(
         config.log, workdir, start=done, steps=steps,
         tokens=config.data.batch * config.data.seq_len, settings=settings,
+        flops=figures.flops_of_step(config, teacher), peak=figures.peak(),
+        began=began,
     ))
+    history.parameters(abstract.params)
     preemption = stack.enter_context(distributed.Preemption())
     saves = Saves(config.checkpoint, start=done, last=steps,
                   best=checkpoints.best and checkpoints.best[1])
     skips = Skips(config.optim.max_skips, tokenizer.decode, workdir)
 
     def evaluate_at(step):
-      result = _evaluate(config, mesh, state, heldout)
-      history.evaluation(step, result)
+      variables = {'params': state.params}
+      result = figures.heldout_loss(
+          config, mesh, config.model, variables, heldout)
+      taught = None
+      if teacher and step == 0:
+        taught = figures.heldout_loss(
+            config, mesh, teacher, teacher_variables, heldout)
+      history.evaluation(step, result, taught)
+      if config.eval.prompts:
+        history.samples(step, figures.samples(config, variables, tokenizer))
       history.pause()
       return saves.best(result) if step else None
 
@@ -117,11 +129,13 @@ def train(config: Config, workdir: str) -> TrainState:
     if not evaluated:
       checkpoints.mark_best(done, evaluate_at(done))
     for step in range(done + 1, steps + 1):
-      local = next(stream)
+      with history.waiting():
+        local = next(stream)
       state, metrics = step_fn(
           state, sharding.place_rows(local, mesh), teacher_variables
       )
       # Waits for the metrics of the step before, while this one runs.
+      history.note({f'data/{k}': n for k, n in stream.faults.items()})
       history.update(step, metrics)
       skips.update(step, metrics, local)
       checkpoints.check()
@@ -143,16 +157,6 @@ def train(config: Config, workdir: str) -> TrainState:
     logging.info('Saving the model: %s.', epath.Path(workdir) / 'model')
     _save_model(config, workdir)
   return state
-
-
-def _evaluate(
-    config: Config, mesh: Mesh, state: TrainState, heldout: Any
-) -> dict[str, Any]:
-  with nn.logical_axis_rules(step_lib.rules(config, config.model, mesh)):
-    return evaluate(
-        config.model, {'params': state.params}, heldout,
-        run=config.run, mesh=mesh,
-    )
 
 
 def _steps_done(

@@ -1,0 +1,51 @@
+"""What a run tells besides its training loss."""
+
+from typing import Any
+
+from flax import linen as nn
+import jax
+from jax.sharding import Mesh
+
+from recursive_tx import chips, engine, flops
+from recursive_tx.config import ModelConfig
+from recursive_tx.evaluate import evaluate
+from recursive_tx.train import step as step_lib
+from recursive_tx.train.config import Config
+
+
+def heldout_loss(
+    config: Config, mesh: Mesh, cfg: ModelConfig, variables: Any, heldout: Any
+) -> dict[str, Any]:
+  """`evaluate` of the student or the teacher, where the run has them."""
+  with nn.logical_axis_rules(step_lib.rules(config, cfg, mesh)):
+    return evaluate(cfg, variables, heldout, run=config.run, mesh=mesh)
+
+
+def flops_of_step(config: Config, teacher: ModelConfig | None) -> float:
+  """Model FLOPs of a step on all devices."""
+  return flops.train_step(
+      config.model, config.losses.weights(config.model.loops), teacher,
+      config.data.batch, config.data.seq_len,
+  )['total']
+
+
+def peak() -> float | None:
+  """FLOP/s of one device; None where they are not known."""
+  chip = chips.find(jax.devices()[0])
+  return chip and chip.flops
+
+
+def samples(
+    config: Config, variables: Any, tokenizer: Any
+) -> dict[str, str]:
+  """How the model goes on from each of eval.prompts, greedily."""
+  bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+  news = engine.generate(
+      config.model, variables,
+      [bos + tokenizer.encode(prompt) for prompt in config.eval.prompts],
+      eos_id=tokenizer.eos_id, run=config.run,
+  )
+  return {
+      prompt: tokenizer.decode(new)
+      for prompt, new in zip(config.eval.prompts, news, strict=True)
+  }
