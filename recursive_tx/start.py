@@ -3,13 +3,60 @@
 Knows directories and configs. Does not know meshes, data or steps.
 """
 
+from collections.abc import Callable, Iterator
 import dataclasses
+import functools
 import os
+import pathlib
 from typing import Any
 
-from recursive_tx import checkpoint, saved
+import numpy as np
+
+from recursive_tx import checkpoint, disk, hf, model, saved
 from recursive_tx.config import ModelConfig
-from recursive_tx.relax import relax
+from recursive_tx.relax import parts as relaxed_parts
+from recursive_tx.relax import target
+
+# Path of a leaf, leading indices, and what is there.
+Part = tuple[str, tuple[int, ...], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A model in a directory, read leaf by leaf when asked.
+
+  Attributes:
+    directory: where.
+    cfg: the model.
+    read: (path, layer or None) -> the leaf or one layer of it, as stored.
+  """
+
+  directory: str
+  cfg: ModelConfig
+  read: Callable[[str, int | None], np.ndarray]
+
+
+def source(directory: str) -> Source:
+  """The model of a workdir, a saved directory or one of Hugging Face.
+
+  Raises:
+    ValueError: none of them, or one with a fault.
+  """
+  if checkpoint.is_workdir(directory):
+    params = checkpoint.Params(directory)
+    cfg = ModelConfig(**params.settings['model'])
+    return Source(directory, cfg, _by_layer(params.read))
+  if saved.is_saved(pathlib.Path(directory)):
+    cfg = saved.read_config(pathlib.Path(directory))
+    reader = disk.Reader(directory)
+    if reader.shapes != model.flat_shapes(cfg):
+      raise ValueError(
+          f'the tensors in {directory} do not fit its config.json; save the'
+          ' model anew'
+      )
+    return Source(directory, cfg, _by_layer(reader.read))
+  origin = hf.Source(directory)
+  return Source(directory, origin.cfg, origin.read)
 
 
 def load(directory: str) -> tuple[ModelConfig, Any]:
@@ -24,13 +71,23 @@ def load(directory: str) -> tuple[ModelConfig, Any]:
   return ModelConfig(**settings['model']), {'params': params}
 
 
-def load_as(
-    directory: str, wanted: ModelConfig, *, init: str, lora: str, seed: int
-) -> Any:
-  """The variables of a directory's model, made recursive if need be.
+def parts(origin: Source) -> Iterator[Part]:
+  """All of a model's parameters, in the dtype on disk, some at a time."""
+  for path in model.flat_shapes(origin.cfg):
+    if path.startswith('block/'):
+      for layer in range(origin.cfg.layers_per_loop):
+        yield path, (layer,), origin.read(path, layer)
+    else:
+      yield path, (), origin.read(path, None)
+
+
+def parts_as(
+    origin: Source, wanted: ModelConfig, *, init: str, lora: str, seed: int
+) -> Iterator[Part]:
+  """The parameters of a directory's model, made recursive if need be.
 
   Args:
-    directory: see `load`.
+    origin: of `source`.
     wanted: the model they are for. Where it is not the directory's, which
       must then be vanilla, that is relaxed.
     init: how `relax` makes the shared layers.
@@ -40,13 +97,11 @@ def load_as(
   Raises:
     ValueError: relaxing does not lead to the model wanted.
   """
-  cfg, variables = load(directory)
-  if cfg == wanted:
-    return variables
-  way = dict(loops=wanted.loops, rank=wanted.rank, prelude=wanted.prelude,
-             coda=wanted.coda, loop_norms=wanted.loop_norms)
-  relaxed, variables = relax(
-      cfg, variables, init=init, lora=lora, seed=seed, **way
+  if origin.cfg == wanted:
+    return parts(origin)
+  relaxed = target(
+      origin.cfg, init=init, lora=lora, loops=wanted.loops, rank=wanted.rank,
+      prelude=wanted.prelude, coda=wanted.coda, loop_norms=wanted.loop_norms,
   )
   differences = [
       f'{field.name} {getattr(relaxed, field.name)!r} but config.model has'
@@ -56,9 +111,12 @@ def load_as(
   ]
   if differences:
     raise ValueError(
-        f'init_from {directory} holds another model: {"; ".join(differences)}.'
+        f'init_from {origin.directory} holds another model:'
+        f' {"; ".join(differences)}.'
     )
-  return variables
+  return relaxed_parts(
+      origin.cfg, relaxed, origin.read, init=init, lora=lora, seed=seed
+  )
 
 
 def companions(directory: str) -> str:
@@ -66,3 +124,11 @@ def companions(directory: str) -> str:
   if directory and checkpoint.is_workdir(directory):
     return os.path.join(directory, 'model')
   return directory
+
+
+def _by_layer(
+    read: Callable[[str], np.ndarray]
+) -> Callable[[str, int | None], np.ndarray]:
+  """A reader of layers from one of whole leaves; it keeps the last leaf."""
+  read = functools.lru_cache(maxsize=1)(read)
+  return lambda path, layer: read(path)[() if layer is None else layer]

@@ -18,6 +18,7 @@ SCRIPT = """
 import json, os, pathlib, signal, sys, time
 import jax, numpy as np
 from recursive_tx import checkpoint, distributed, sharding, train
+from recursive_tx import tree as rtx_tree
 from recursive_tx.config import ModelConfig
 from recursive_tx.data import DataConfig, Task
 from recursive_tx.losses import LossConfig
@@ -33,6 +34,31 @@ config = train.Config(
     mesh=sharding.MeshConfig(**given['mesh']))
 workdir, me = given['workdir'], jax.process_index()
 told = {'process': me, 'devices': jax.device_count(), 'losses': {}}
+
+
+def wholes(tree):
+  # {path: an array of the shape of each leaf}.
+  return {path: np.arange(x.size, dtype=np.float16).reshape(x.shape)
+          for path, x in rtx_tree.items(tree)}
+
+
+def some_at_a_time(arrays):
+  # Parts of them all, not in order.
+  for path, array in sorted(arrays.items(), key=lambda item: item[1].size):
+    if array.ndim < 3:
+      yield path, (), array
+  for i in range(9):
+    for path, array in arrays.items():
+      if array.ndim > 2 and i < len(array):
+        for j, part in enumerate(array[i]):
+          yield path, (i, j), part
+
+
+def misplaced(placed, arrays):
+  # Leaves whose shares here are not those of the whole.
+  return [path for path, x in rtx_tree.items(placed)
+          for share in x.addressable_shards
+          if not np.array_equal(share.data, arrays[path][share.index])]
 
 
 def rows_of(step, rows):
@@ -55,6 +81,13 @@ with jax.set_mesh(mesh), distributed.Preemption() as preemption:
   else:
     state, positions = checkpoint.restore(workdir, done, abstract)
     told['positions'] = [x.decode() for x in positions]
+  arrays = wholes(abstract.params)
+  placed = train.state.place_parts(
+      some_at_a_time(arrays), abstract.params, np.float32)
+  told['misplaced'] = misplaced(placed, arrays)
+  told['placed'] = len(rtx_tree.items(placed))
+  told['cut'] = sum(x.sharding.shard_shape(x.shape) != x.shape
+                    for x in jax.tree.leaves(placed))
   step_fn = train.jit_step(config, mesh, tx, abstract)
   rows = sharding.local_rows(mesh, 8)
   told['agreed'] = distributed.agree(7 + me)
@@ -148,6 +181,12 @@ def test_losses_do_not_depend_on_processes(two, one, alone):
   for step, loss in alone['losses'].items():
     assert found[step] == pytest.approx(loss, rel=2e-4)
   assert len(set(alone['losses'].values())) == LAST
+
+
+def test_parameters_are_placed_some_at_a_time(two, one, alone):
+  for each in (*two, one, alone):
+    assert each['placed'] > 9 and each['misplaced'] == []
+  assert two[0]['cut'] and one['cut'] and not alone['cut']
 
 
 def test_what_several_saved_one_restores(two, one):

@@ -10,6 +10,7 @@ Knows trees, bytes and nested dictionaries. Does not know what they mean.
 from recursive_tx.checkpoint.config import CheckpointConfig as CheckpointConfig
 from recursive_tx.checkpoint.layout import is_workdir as is_workdir
 from recursive_tx.checkpoint.layout import latest_step as latest_step
+from recursive_tx.checkpoint.restore import Params as Params
 from recursive_tx.checkpoint.restore import check_same as check_same
 from recursive_tx.checkpoint.restore import load_params as load_params
 from recursive_tx.checkpoint.restore import restore as restore

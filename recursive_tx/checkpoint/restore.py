@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from recursive_tx import tree
 from recursive_tx.checkpoint import layout
 
 # What may differ between a run and its continuation: how it is executed and
@@ -66,46 +67,76 @@ def check_same(
     )
 
 
+class Params:
+  """The parameters of a run's latest checkpoint, one leaf at a time.
+
+  Processes that read them do not wait for each other.
+
+  Attributes:
+    settings: the run's.
+    paths: of the leaves, such as 'norm/scale'.
+  """
+
+  def __init__(self, workdir: str):
+    """Reads what there is, and no leaf yet.
+
+    Raises:
+      ValueError: the directory holds no finished checkpoint.
+    """
+    step = layout.latest_step(workdir)
+    if step is None:
+      raise ValueError(
+          f'{workdir} holds no finished checkpoint; expected one in'
+          f' {layout.folder(workdir)}.'
+      )
+    logging.info('Reading the parameters of %s at step %d.', workdir, step)
+    self.settings = layout.run(workdir, step)['settings']
+    self._folder = layout.folder(workdir).absolute() / str(step) / 'state'
+    with _alone() as reader:
+      leaves = reader.metadata(self._folder).item_metadata.tree['params']
+    self._leaves = dict(tree.items(leaves))
+    self.paths = list(self._leaves)
+
+  def read(self, path: str) -> np.ndarray:
+    """A leaf, whole."""
+    leaf = self._leaves[path]
+    item, args = {}, {}
+    tree.put(item, f'params/{path}',
+             jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    tree.put(args, f'params/{path}', ocp.RestoreArgs(restore_type=np.ndarray))
+    with _alone() as reader:
+      found = reader.restore(
+          self._folder,
+          args=ocp.args.PyTreeRestore(
+              item=item, restore_args=args, partial_restore=True
+          ),
+      )
+    return tree.get(found, f'params/{path}')
+
+
 def load_params(workdir: str) -> tuple[dict[str, Any], Any]:
   """Settings and parameters (numpy, whole) of a run's latest checkpoint.
-
-  Processes that call it do not wait for each other.
 
   Raises:
     ValueError: the directory holds no finished checkpoint.
   """
-  step = layout.latest_step(workdir)
-  if step is None:
-    raise ValueError(
-        f'{workdir} holds no finished checkpoint; expected one in'
-        f' {layout.folder(workdir)}.'
-    )
-  logging.info('Reading the parameters of %s at step %d.', workdir, step)
-  alone = ocp.options.MultiprocessingOptions(
-      primary_host=jax.process_index(), active_processes={jax.process_index()},
-      barrier_sync_key_prefix=f'process_{jax.process_index()}',
+  source, params = Params(workdir), {}
+  for path in source.paths:
+    tree.put(params, path, source.read(path))
+  return source.settings, params
+
+
+def _alone() -> ocp.Checkpointer:
+  """A reader that does not wait for other processes."""
+  me = jax.process_index()
+  options = ocp.options.MultiprocessingOptions(
+      primary_host=me, active_processes={me},
+      barrier_sync_key_prefix=f'process_{me}',
   )
-  with ocp.Checkpointer(
-      ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
-      multiprocessing_options=alone,
-  ) as reader:
-    item = layout.folder(workdir).absolute() / str(step) / 'state'
-    tree = reader.metadata(item).item_metadata.tree
-    shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
-        {'params': tree['params']},
-    )
-    restored = reader.restore(
-        item,
-        args=ocp.args.PyTreeRestore(
-            item=shapes,
-            restore_args=jax.tree.map(
-                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes
-            ),
-            partial_restore=True,
-        ),
-    )
-  return layout.run(workdir, step)['settings'], restored['params']
+  return ocp.Checkpointer(
+      ocp.PyTreeCheckpointHandler(multiprocessing_options=options),
+      multiprocessing_options=options,
+  )
 
 
 def _differences(stored: Any, wanted: Any) -> list[str]:

@@ -1,5 +1,6 @@
 """Where the first state and the teacher come from, onto the mesh."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from flax.linen import meta
@@ -9,7 +10,7 @@ from jax.sharding import Mesh
 import numpy as np
 import optax
 
-from recursive_tx import model, sharding, start
+from recursive_tx import model, start, tree
 from recursive_tx.config import ModelConfig
 from recursive_tx.train import step
 from recursive_tx.train.config import Config
@@ -22,14 +23,11 @@ def first_state(
   """The state before the first step: from init_from, else random."""
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   if config.init_from:
-    variables = start.load_as(
-        config.init_from, config.model, init=config.init, lora=config.lora,
-        seed=config.seed,
+    parts = start.parts_as(
+        start.source(config.init_from), config.model, init=config.init,
+        lora=config.lora, seed=config.seed,
     )
-    params = jax.tree.map(
-        lambda x: np.asarray(x, np.float32), variables['params']
-    )
-    params = sharding.place(params, shardings.params)
+    params = place_parts(parts, abstract.params, jnp.float32)
   else:
     decoder = model.Decoder(config.model)
     params = jax.jit(
@@ -55,16 +53,78 @@ def load_teacher(config: Config, mesh: Mesh) -> tuple[ModelConfig | None, Any]:
   """The teacher's model and its variables, in the run's dtype."""
   if not config.teacher:
     return None, None
-  cfg, variables = start.load(config.teacher)
-  if cfg.V != config.model.V:
+  origin = start.source(config.teacher)
+  if origin.cfg.V != config.model.V:
     raise ValueError(
-        f'The teacher {config.teacher} has a vocabulary of {cfg.V}, the model'
-        f' of {config.model.V}; distillation needs the same.'
+        f'The teacher {config.teacher} has a vocabulary of {origin.cfg.V}, the'
+        f' model of {config.model.V}; distillation needs the same.'
     )
-  shardings = jax.tree.map(
-      lambda x: x.sharding, step.abstract_params(config, cfg, mesh)
-  )
-  params = jax.tree.map(
-      lambda x: np.asarray(x).astype(config.run.dtype), variables['params']
-  )
-  return cfg, {'params': sharding.place(params, shardings)}
+  abstract = step.abstract_params(config, origin.cfg, mesh)
+  params = place_parts(start.parts(origin), abstract, config.run.dtype)
+  return origin.cfg, {'params': params}
+
+
+def place_parts(
+    parts: Iterable[start.Part], abstract: Any, dtype: Any
+) -> dict[str, Any]:
+  """Puts parameters onto the mesh as they come, and keeps no others.
+
+  A process holds its own devices' shares and the part at hand, so that no
+  host holds a model whole.
+
+  Args:
+    parts: those of one leaf need not follow each other.
+    abstract: shapes and shardings.
+    dtype: of the arrays.
+  """
+  params, leaves = {}, {
+      path: _Leaf(x, dtype) for path, x in tree.items(abstract)
+  }
+  for path, at, array in parts:
+    if leaves[path].take(at, array):
+      tree.put(params, path, leaves.pop(path).place())
+  assert not leaves, sorted(leaves)
+  return params
+
+
+class _Leaf:
+  """This process's shares of an array, until all of it has come."""
+
+  def __init__(self, abstract: jax.ShapeDtypeStruct, dtype: Any):
+    self._abstract, self._dtype = abstract, dtype
+    self._left = abstract.size
+    self._shares = None
+
+  def take(self, at: tuple[int, ...], array: np.ndarray) -> bool:
+    """Takes what is at leading indices. Returns whether that was the last."""
+    if self._shares is None:
+      held = self._abstract.sharding.addressable_devices_indices_map(
+          self._abstract.shape)
+      self._shares = {
+          bounds: np.empty([stop - start for start, stop in bounds],
+                           self._dtype)
+          for bounds in {self._bounds(index) for index in held.values()}
+      }
+    assert array.shape == self._abstract.shape[len(at):]
+    for bounds, share in self._shares.items():
+      inside = zip(at, bounds, strict=False)
+      if all(start <= i < stop for i, (start, stop) in inside):
+        place = tuple(
+            i - start for i, (start, _) in zip(at, bounds, strict=False))
+        share[place] = array[tuple(slice(*b) for b in bounds[len(at):])]
+    self._left -= array.size
+    return not self._left
+
+  def place(self) -> jax.Array:
+    """The array, on the mesh."""
+    return jax.make_array_from_callback(
+        self._abstract.shape, self._abstract.sharding,
+        lambda index: self._shares[self._bounds(index)],
+    )
+
+  def _bounds(self, index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
+    """Start and stop along each dimension."""
+    return tuple(
+        part.indices(size)[:2]
+        for part, size in zip(index, self._abstract.shape, strict=True)
+    )
