@@ -13,7 +13,7 @@ import ml_collections
 from ml_collections import ConfigDict
 
 from recursive_tx import train
-from recursive_tx.config import ModelConfig
+from recursive_tx.config import ModelConfig, one_of
 from recursive_tx.data import DataConfig
 from recursive_tx.optim import OptimConfig
 
@@ -28,14 +28,34 @@ TABLE = (
 # The paper does not tell factors from kernels.
 PAPER_TABLE = (('adapters/.*/[ab]', 1.0, 1.0), *TABLE[1:])
 
+# What `data=` chooses: one task each, the files to be named on the command
+# line, --config.data.tasks.NAME.train=gs://BUCKET/*.jsonl, if not here.
+TASKS = {
+    name: dict(
+        kind='jsonl', train=f'data/{name}/train/**/*.jsonl',
+        heldout=f'data/{name}/validation/**/*.jsonl',
+    ) for name in ('slimpajama', 'pile')
+} | {
+    'c4': dict(
+        kind='tfds', dataset='c4/en:3.1.0', train='train',
+        heldout='validation',
+    ),
+    'text': dict(
+        kind='text', train='data/text/train/**/*.txt',
+        heldout='data/text/validation/**/*.txt',
+    ),
+}
+BASELINES = ('full', 'reduced', 'random')
 
-def parse(arg: str | None, **defaults: Any) -> ConfigDict:
+
+def parse(
+    arg: str | None, alone: dict[str, str] | None = None, **defaults: Any
+) -> ConfigDict:
   """Reads 'loops=3,rank=512,paper' into values of the defaults' types.
-
-  A name alone is True.
 
   Args:
     arg: the argument of a config file, None or '' where there is none.
+    alone: what a name without a value stands for, where it is not True.
     **defaults: every known name and its value where it is not given.
 
   Raises:
@@ -54,7 +74,9 @@ def parse(arg: str | None, **defaults: Any) -> ConfigDict:
     if name in given:
       raise ValueError(f'Config argument {name!r} is given twice in {arg!r}.')
     given.add(name)
-    values[name] = _value(name, defaults[name], text if equals else 'true')
+    if not equals:
+      text = (alone or {}).get(name, 'true')
+    values[name] = _value(name, defaults[name], text)
   return ConfigDict(values)
 
 
@@ -92,39 +114,42 @@ def section(kind: type, **values: Any) -> ConfigDict:
   return config
 
 
-def uptrain(arg: str | None, model: dict[str, Any]) -> ConfigDict:
+def uptrain(
+    arg: str | None, model: dict[str, Any], data: str = 'slimpajama'
+) -> ConfigDict:
   """The paper's recipe (its appendix E) for a pretrained vanilla model.
 
   Args:
     arg: see `parse`; `loops` and `rank` of the recursive model, `init` of its
       shared layers ('' takes 'stepwise' at rank 0, else 'average', the
-      paper's best), `tokens` in billions, and `paper`, which ties norms and
-      decays factors as the paper does.
+      paper's best), `tokens` in billions, `data` of TASKS, and
+      `teacher`: distil the final loop from the model that --config.teacher=
+      names, the full-size one.
+      `exits`: losses on the earlier loops, see `_exits`.
+      `paper`: tie norms and decay factors as the paper does.
+      `baseline`: what the paper compares with. 'full', the vanilla model
+      uptrained; 'reduced', one loop's layers from random weights; 'random',
+      the looped model from random weights. The last two want a
+      --config.tokenizer= and no init_from.
     model: the vanilla model's fields.
+    data: the default of `data`.
 
   Raises:
     ValueError: a bad argument, or loops that do not divide the layers.
   """
-  args = parse(arg, loops=2, rank='0', init='', tokens=15.0, paper=False)
-  layers = model['layers_per_loop']
-  if args.loops < 1 or layers % args.loops:
-    fits = [n for n in range(1, layers + 1) if layers % n == 0]
-    raise ValueError(
-        f'loops={args.loops} does not divide the {layers} layers; use one of'
-        f' {fits}.'
-    )
+  args = parse(
+      arg, alone={'exits': '0.1'}, loops=2, rank='0', init='', tokens=15.0,
+      data=data, teacher=False, exits='', paper=False, baseline='',
+  )
+  one_of('data', args.data, TASKS)
   config = base(model)
-  config.model.update(
-      loops=args.loops, layers_per_loop=layers // args.loops, rank=args.rank,
-      loop_norms=not args.paper,
-  )
+  config.model.update(_sizes(args, model['layers_per_loop']))
+  config.model.loop_norms = not args.paper
   config.init = args.init or ('stepwise' if args.rank == '0' else 'average')
+  if args.baseline == 'random':
+    config.init = 'random'
 
-  config.data.tasks.slimpajama = dict(
-      kind='jsonl',
-      train='data/slimpajama/train/**/*.jsonl',
-      heldout='data/slimpajama/validation/**/*.jsonl',
-  )
+  config.data.tasks[args.data] = TASKS[args.data]
   config.data.update(batch=1024, seq_len=2048)
 
   # 2M tokens a step, and warm-up over 2.8 % of them.
@@ -132,13 +157,68 @@ def uptrain(arg: str | None, model: dict[str, Any]) -> ConfigDict:
   config.optim.update(lr=2e-4, warmup=round(200 * args.tokens / 15))
   if args.paper:
     config.optim.table = PAPER_TABLE
-  if args.loops > 1:
-    # The teacher is the full-size model: --config.teacher=DIRECTORY.
+  config.losses.update(_exits(args.exits, config.model.loops))
+  if args.teacher:
     config.losses.distill = (1.0,)
 
   config.eval.update(every=500, max_tokens=1 << 20)
   config.run.update(dtype='bfloat16', remat='full')
   return config
+
+
+def _sizes(args: ConfigDict, layers: int) -> dict[str, Any]:
+  """The fields of the model that loops, rank and baseline decide."""
+  if args.loops < 1 or layers % args.loops:
+    fits = [n for n in range(1, layers + 1) if layers % n == 0]
+    raise ValueError(
+        f'loops={args.loops} does not divide the {layers} layers; use one of'
+        f' {fits}.'
+    )
+  if args.baseline:
+    one_of('baseline', args.baseline, BASELINES)
+    if args.rank != '0':
+      raise ValueError(
+          f'baseline={args.baseline} has no adapters; leave out rank='
+          f'{args.rank}.'
+      )
+  block = layers // args.loops
+  if args.baseline == 'full':
+    return dict(loops=1, layers_per_loop=layers)
+  if args.baseline == 'reduced':
+    return dict(loops=1, layers_per_loop=block)
+  return dict(loops=args.loops, layers_per_loop=block, rank=args.rank)
+
+
+def _exits(exits: str, loops: int) -> dict[str, tuple[float, ...]]:
+  """Loss weights that train every loop's output (the paper's section 3.7).
+
+  A number c is Aggressive(c): 1 for the final loop and c for each earlier
+  one; 'weighted' is i / (1 + ... + loops) for loop i. Earlier loops also
+  learn, with the same weight, the final loop's distribution, of which the
+  paper says no weight; --config.losses.self_distill="()" leaves that out.
+  """
+  if not exits:
+    return {}
+  if loops < 2:
+    raise ValueError(
+        f'exits={exits} with a model of one loop, which has no earlier exit;'
+        ' give loops=2 or more, or leave it out.'
+    )
+  if exits == 'weighted':
+    total = loops * (loops + 1) / 2
+    weights = tuple(i / total for i in range(1, loops + 1))
+  else:
+    try:
+      c = float(exits)
+    except ValueError:
+      c = 0.0
+    if not 0 < c < float('inf'):
+      raise ValueError(
+          f'exits is {exits!r}; expected exits alone (0.1), exits=weighted or'
+          ' a weight above 0, such as exits=0.3.'
+      )
+    weights = (c,) * (loops - 1) + (1.0,)
+  return dict(next_token=weights, self_distill=(*weights[:-1], 0.0))
 
 
 def _value(name: str, default: Any, text: str) -> Any:

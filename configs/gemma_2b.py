@@ -1,7 +1,7 @@
 """Gemma 2B, uptrained as a recursive model with the paper's recipe.
 
   python -m recursive_tx train --workdir=DIR \
-      --config=configs/gemma_2b.py:loops=3,rank=512 \
+      --config=configs/gemma_2b.py:loops=3,rank=512,teacher \
       --config.init_from=GEMMA_DIR --config.teacher=GEMMA_DIR
 """
 

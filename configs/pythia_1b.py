@@ -1,7 +1,7 @@
 """Pythia 1B, uptrained as a recursive model with the paper's recipe.
 
   python -m recursive_tx train --workdir=DIR \
-      --config=configs/pythia_1b.py:loops=2,rank=64 \
+      --config=configs/pythia_1b.py:loops=2,rank=64,teacher \
       --config.init_from=PYTHIA_DIR --config.teacher=PYTHIA_DIR
 """
 

@@ -1,7 +1,7 @@
 """TinyLlama 1.1B, uptrained as a recursive model with the paper's recipe.
 
   python -m recursive_tx train --workdir=DIR \
-      --config=configs/tinyllama_1b.py:loops=2,rank=64 \
+      --config=configs/tinyllama_1b.py:loops=2,rank=64,teacher \
       --config.init_from=TINYLLAMA_DIR --config.teacher=TINYLLAMA_DIR
 """
 

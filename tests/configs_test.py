@@ -14,12 +14,13 @@ import pytest
 
 from configs import common
 import recursive_tx as rtx
-from recursive_tx import families, optim, train
+from recursive_tx import families, losses, optim, sharding, train
 from recursive_tx.cli.configs import typed
 from recursive_tx.data import DataConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
-UPTRAINED = ('gemma_2b', 'tinyllama_1b', 'pythia_1b')
+UPTRAINED = (
+    'gemma_2b', 'tinyllama_1b', 'pythia_1b', 'pythia_410m', 'pythia_160m')
 
 # Paper, section 3 and tables G.2 and I.2: parameters without embeddings, in
 # billions, by rank; and the layers' LoRA parameters in millions.
@@ -39,7 +40,19 @@ VANILLA = {
     'gemma_2b': (1.98, 0.52),
     'tinyllama_1b': (0.97, 0.13),
     'pythia_1b': (0.81, 0.21),
+    'pythia_410m': (0.30, 0.10),
+    'pythia_160m': (0.09, 0.08),
 }
+
+
+def pythia(**sizes):
+  return dict(
+      model_type='gpt_neox', vocab_size=50304, layer_norm_eps=1e-5,
+      rotary_pct=0.25, rotary_emb_base=10000, hidden_act='gelu',
+      use_parallel_residual=True, tie_word_embeddings=False,
+      max_position_embeddings=2048, **sizes)
+
+
 # What the models' own config.json files say.
 HF = {
     'gemma_2b': dict(
@@ -56,13 +69,15 @@ HF = {
         hidden_act='silu', tie_word_embeddings=False, attention_bias=False,
         max_position_embeddings=2048, rope_scaling=None,
     ),
-    'pythia_1b': dict(
-        model_type='gpt_neox', vocab_size=50304, hidden_size=2048,
-        intermediate_size=8192, num_hidden_layers=16, num_attention_heads=8,
-        layer_norm_eps=1e-5, rotary_pct=0.25, rotary_emb_base=10000,
-        hidden_act='gelu', use_parallel_residual=True,
-        tie_word_embeddings=False, max_position_embeddings=2048,
-    ),
+    'pythia_1b': pythia(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+        num_attention_heads=8),
+    'pythia_410m': pythia(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
+        num_attention_heads=16),
+    'pythia_160m': pythia(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+        num_attention_heads=12),
 }
 
 
@@ -134,17 +149,126 @@ def test_every_config_builds_and_covers_its_parameters(name):
 
 
 def test_the_papers_recipe():
-  built = typed(get_config('gemma_2b', 'loops=3,rank=512,paper'))
+  built = typed(get_config('gemma_2b', 'loops=3,rank=512,paper,teacher'))
   tokens = built.data.batch * built.data.seq_len
   assert tokens == 2_097_152 and built.data.seq_len == 2048
   assert built.optim.steps == 7153 and built.optim.warmup == 200
   assert built.optim.lr == 2e-4 and built.optim.schedule == 'cosine'
   assert built.losses.distill == (1.0,)
+  assert built.losses.divergence == 'forward_kl'
+  assert built.losses.next_token == (1.0,) and not built.losses.self_distill
   assert built.init == 'average'
   long = typed(get_config('gemma_2b', 'loops=3,tokens=60'))
   assert long.optim.steps == 28610 and long.optim.warmup == 800
   assert long.init == 'stepwise'
+  assert not long.losses.distill
   assert typed(get_config('gemma_2b', 'init=lower')).init == 'lower'
+
+
+@pytest.mark.parametrize(
+    ('exits', 'earlier', 'final'),
+    [
+        ('exits', [0.1, 0.1], 1.0),
+        ('exits=0.3', [0.3, 0.3], 1.0),
+        ('exits=weighted', [1 / 6, 2 / 6], 3 / 6),
+    ],
+)
+def test_exit_losses(exits, earlier, final):
+  """The paper's, and each earlier loop learns from the final one."""
+  built = typed(get_config('gemma_2b', f'loops=3,{exits},teacher'))
+  weights = built.losses.weights(3)
+  assert weights['next_token'] == pytest.approx([*earlier, final])
+  assert weights['self_distill'] == pytest.approx([*earlier, 0.0])
+  assert weights['distill'] == (0.0, 0.0, 1.0)
+
+
+def test_baselines():
+  """As the paper compares: same layers, or same parameters."""
+  def sizes(arg):
+    built = typed(get_config('gemma_2b', arg))
+    model = built.model
+    return (model.loops, model.layers_per_loop,
+            count(shapes(model)['block']), built.init)
+
+  looped = sizes('loops=3,paper')
+  full = sizes('loops=3,baseline=full,paper')
+  reduced = sizes('loops=3,baseline=reduced,paper')
+  random = sizes('loops=3,baseline=random,paper')
+  assert full[:2] == (1, 18) and reduced[:2] == (1, 6)
+  assert full[2] == 3 * looped[2] and reduced[2] == looped[2]
+  assert random == (*looped[:3], 'random')
+
+
+@pytest.mark.parametrize(
+    ('name', 'arg', 'task', 'kind'),
+    [
+        ('gemma_2b', '', 'slimpajama', 'jsonl'),
+        ('pythia_160m', '', 'pile', 'jsonl'),
+        ('pythia_160m', 'data=slimpajama', 'slimpajama', 'jsonl'),
+        ('gemma_2b', 'data=c4', 'c4', 'tfds'),
+        ('gemma_2b', 'data=text', 'text', 'text'),
+    ],
+)
+def test_data_is_chosen_by_name(name, arg, task, kind):
+  found, = typed(get_config(name, arg)).data.tasks
+  assert (found.name, found.kind) == (task, kind)
+  assert found.train and found.heldout
+
+
+@pytest.fixture
+def quick_compiler():
+  """Tiny programs take longer to optimise than to run."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
+# Each recipe, and each way through one; all but the richest are slow.
+STEPS = [
+    ('pythia_410m', 'loops=2,teacher,exits,paper'),
+    *(pytest.param(*step, marks=pytest.mark.slow) for step in (
+        *((name, '') for name in (*UPTRAINED, 'demo', 'quickstart')),
+        ('gemma_2b', 'loops=3,rank=2,teacher,exits=weighted'),
+        ('gemma_2b', 'baseline=reduced'),
+    )),
+]
+
+
+@pytest.mark.parametrize(('name', 'arg'), STEPS)
+def test_every_config_takes_a_step(name, arg, quick_compiler):
+  """Shrunk, and moved by it as its losses say."""
+  built = typed(get_config(name, arg))
+  replace = dataclasses.replace
+  model = replace(built.model, V=16, D=8, F=8, N=2, K=1, H=8,
+                  layers_per_loop=1)
+  built = replace(
+      built, model=model, run=replace(built.run, dtype='float32'),
+      data=replace(built.data, batch=2, seq_len=8, shards=2),
+      optim=replace(built.optim, warmup=0), init_from='')
+  teacher = None
+  if losses.uses_teacher(built.losses):
+    teacher = replace(model, loops=1, rank='0')
+  mesh = sharding.make_mesh(built.mesh)
+  with jax.set_mesh(mesh):
+    tx, abstract = train.abstract_state(built, mesh)
+    state = train.first_state(built, tx, abstract)
+    before = jax.tree.map(jnp.copy, state.params)
+    batch = {
+        f'{key}_BT': jnp.ones((2, 8), jnp.int32)
+        for key in ('token', 'target', 'segment', 'position')}
+    batch['weight_BT'] = jnp.ones((2, 8))
+    given = teacher and meta.unbox(
+        rtx.Decoder(teacher).init(jax.random.key(1), batch['token_BT']))
+    state, metrics = train.jit_step(built, mesh, tx, abstract, teacher)(
+        state, batch, given)
+  named = {
+      f'{term}/loop{i + 1}'
+      for term, weights in built.losses.weights(model.loops).items()
+      for i, weight in enumerate(weights) if weight}
+  assert named <= metrics.keys()
+  assert jnp.isfinite(metrics['loss']) and metrics['skipped'] == 0
+  assert any(jax.tree.leaves(jax.tree.map(
+      lambda a, b: bool((a != b).any()), before, state.params)))
 
 
 def decays(name, arg):
@@ -208,6 +332,15 @@ def test_arguments_take_the_types_of_their_defaults():
         ('loops=2,loops=3', 'given twice'),
         ('loops=4', r'does not divide the 18 layers; use one of \[1, 2, 3, 6'),
         ('loops=0', 'does not divide'),
+        ('teacher=DIR', "teacher is 'DIR'; expected teacher alone"),
+        ('exits=often', "exits is 'often'; expected exits alone"),
+        ('exits=-1', 'a weight above 0'),
+        ('exits=nan', 'a weight above 0'),
+        ('loops=1,exits', 'has no earlier exit'),
+        ('baseline=reduced,exits', 'has no earlier exit'),
+        ('baseline=small', "baseline 'small' is not known.*expected one of f"),
+        ('baseline=random,rank=8', 'has no adapters; leave out rank=8'),
+        ('data=slimpajma', "'slimpajma' is not known, did you mean 'slimpaj"),
     ],
 )
 def test_bad_arguments_are_refused(arg, said):
@@ -250,7 +383,7 @@ def test_a_value_that_is_not_set_is_named():
         (['--config=configs/gemma_2b.py:lops=2'], "did you mean 'loops'"),
         (['--config=configs/demo.py', '--config.optim.lrr=1'], "mean 'lr'"),
         (['--config=configs/nemo.py'], 'there is no such file'),
-        (['--config=configs/gemma_2b.py'], '--config.teacher='),
+        (['--config=configs/gemma_2b.py:teacher'], '--config.teacher='),
     ],
 )
 def test_the_command_line_refuses_in_one_line(tmp_path, args, said):

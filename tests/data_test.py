@@ -670,11 +670,18 @@ BAD = {
 }
 
 
+def good_text(i: int) -> str:
+  """Of 60, the first 20 are longer than T predictions, ten of them by one;
+  the ten after them have just T."""
+  n = 3 * T if i < 10 else T - 3 if i < 20 else T - 4 if i < 30 else 9
+  return f'{i}x' + 'a' * n
+
+
 @pytest.fixture(scope='module')
 def faulty(tmp_path_factory) -> data.DataConfig:
   """60 good records, 20 of them long, among 6 bad ones and an empty file."""
   directory = tmp_path_factory.mktemp('faulty')
-  good = [f'{i}x' + 'a' * (3 * T if i < 20 else 9) for i in range(60)]
+  good = [good_text(i) for i in range(60)]
   lines = [json.dumps({'text': text}).encode() for text in good]
   for i, line in enumerate(BAD):
     lines.insert(9 * i + 4, line)
@@ -715,7 +722,7 @@ def test_faults_do_not_stop_a_stream(tok, faulty):
   known = {
       tuple(piece)
       for i in range(60)
-      for piece in cut(ids_of(f'{i}x' + 'a' * (3 * T if i < 20 else 9), tok))
+      for piece in cut(ids_of(good_text(i), tok))
   }
   assert set(bag(pieces)) == known
 
