@@ -3,6 +3,10 @@
 Adapters are values: modules here only make them, stacked over loops and
 layers by `nn.vmap`; the model's scans slice them and hand each layer its own.
 Relaxed Recursive Transformers, section 2.3, equation 3.
+
+The head may have factors too, for the exits alone: a pair for every loop but
+the final one, whose logits they leave as they are (section 3.7, where they are
+trained on a frozen model, at rank 128).
 """
 
 import math
@@ -10,6 +14,7 @@ import math
 from flax import linen as nn
 from jax.nn import initializers
 import jax.numpy as jnp
+import numpy as np
 
 from recursive_tx import config as config_lib
 
@@ -31,6 +36,34 @@ def lora_table(cfg: config_lib.ModelConfig) -> Table:
       table[name] = {'a': (inner + 'R', rank, initializers.normal(std)),
                      'b': ('R' + outer, rank, initializers.zeros)}
   return table
+
+
+def head_rank(cfg: config_lib.ModelConfig) -> int:
+  """Rank of the head's factors, capped at min(D, V); 0 is none.
+
+  A rank for all kernels, '64' or 'full', is of the block's alone.
+  """
+  return min(cfg.D, cfg.V, config_lib.parse_rank(cfg.rank).get('head', 0))
+
+
+def head_leaves(cfg: config_lib.ModelConfig) -> dict[str, tuple]:
+  """Leaves `a` [D, R] and `b` [R, V] of one loop's head; see `lora_table`."""
+  rank, std = head_rank(cfg), cfg.D**-0.5
+  return {'a': ('DR', rank, initializers.normal(std)),
+          'b': ('RV', rank, initializers.zeros)}
+
+
+def fresh_head(
+    cfg: config_lib.ModelConfig, seed: int
+) -> dict[str, np.ndarray]:
+  """Factors [loops - 1, ...] that change nothing yet, fp32; {} at rank 0."""
+  rank, exits = head_rank(cfg), cfg.loops - 1
+  if not rank:
+    return {}
+  a = np.random.default_rng([seed, rank]).normal(
+      0, cfg.D**-0.5, (exits, cfg.D, rank))
+  return {'a': a.astype(np.float32),
+          'b': np.zeros((exits, rank, cfg.V), np.float32)}
 
 
 def vector_table(cfg: config_lib.ModelConfig) -> Table:
@@ -79,9 +112,28 @@ class LayerValues(nn.Module):
             for name, leaves in self.table.items()}
 
 
-def stacked(axes: tuple[tuple[str, int], ...]):
-  """LayerValues whose every leaf has the leading `axes`, (name, size) each."""
-  module = LayerValues
+class Adapters(nn.Module):
+  """All of `params['adapters']`: the block's, and the head's if it has any."""
+  cfg: config_lib.ModelConfig
+
+  @nn.compact
+  def __call__(self, *, head: bool = False) -> dict[str, dict]:
+    """The block's values [loops, layers, ...] by name, or those of `head`.
+
+    Only what is asked for need be there, so that the head can be applied
+    without the block.
+    """
+    cfg = self.cfg
+    if head:
+      loops = (('loops', cfg.loops - 1),)
+      return stacked(loops, Leaves)(cfg, head_leaves(cfg), name='head')()
+    stack = (('loops', cfg.loops), ('layers', cfg.layers_per_loop))
+    return {name: stacked(stack, Leaves)(cfg, leaves, name=name)()
+            for name, leaves in adapter_table(cfg).items()}
+
+
+def stacked(axes: tuple[tuple[str, int], ...], module=LayerValues):
+  """A module whose every leaf has the leading `axes`, (name, size) each."""
   for name, size in reversed(axes):
     module = nn.vmap(
         module, in_axes=(), axis_size=size, variable_axes={'params': 0},

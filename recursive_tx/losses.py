@@ -5,6 +5,10 @@ that follows, `distill` with a teacher, `self_distill` with the model's own
 final loop. Each term has one weight per loop, and the loss is the weighted sum
 of the terms' means over the batch's tokens.
 
+The paper trains early exits (its section 3.7) by weights alone. For 3 loops,
+weighted: (1/6, 2/6, 3/6), aggressive with 0.1: (0.1, 0.1, 1), of `next_token`;
+what an exit learns from the final loop, `self_distill`, comes in addition.
+
 Logits are the largest arrays there are, so they are made for a few positions
 at a time, and their gradient at once: none is kept for the backward pass.
 
@@ -24,6 +28,9 @@ from recursive_tx.config import one_of
 
 TERMS = ('next_token', 'distill', 'self_distill')
 DIVERGENCES = ('forward_kl', 'reverse_kl', 'jsd', 'tvd')
+# What a batch holds of a teacher that ran before: C ids of every position, and
+# their log-probabilities.
+SAVED = ('teacher_id_BTC', 'teacher_log_p_BTC')
 
 
 class Head(NamedTuple):
@@ -32,10 +39,13 @@ class Head(NamedTuple):
   Attributes:
     params: the arrays it reads, which alone get a gradient.
     logits: (params, hidden states [..., D]) -> logits [..., V], float32.
+    exit_logits: the same of an earlier loop's hidden states, with its number
+      from 0 as a third argument; None where every loop has the same head.
   """
 
   params: Any
   logits: Callable[[Any, jax.Array], jax.Array]
+  exit_logits: Callable[[Any, jax.Array, int], jax.Array] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +65,8 @@ class LossConfig:
     divergence: of distillation, between the teacher's p and the student's q
       (the paper's section 3.6, no temperature): 'forward_kl' KL(p || q),
       'reverse_kl' KL(q || p), 'jsd' the mean of both to their mixture, 'tvd'
-      half the sum of |p - q|.
+      half the sum of |p - q|. Where only the teacher's best ids are known, p
+      and q are those of `top_divergence`.
   """
 
   next_token: tuple[float, ...] = (1.0,)
@@ -122,12 +133,14 @@ def total(
     config: the weights.
     h_LBTD: the hidden states that the head multiplies, of every loop.
     batch: `target_BT` integers and `weight_BT` floats, 0 where there is
-      nothing to predict.
+      nothing to predict; where the teacher's best guesses were saved, also
+      `teacher_id_BTC` and `teacher_log_p_BTC`, see `top_divergence`.
     head: the student's.
     norm: what sums over tokens are divided by: the sum of `weight_BT` over the
       global batch, of which this batch may be a part.
     teacher: the hidden states [B, T, D'] of the teacher's last loop and its
-      head; needed where a weight of `distill` is above 0.
+      head; needed where a weight of `distill` is above 0, unless the batch has
+      its guesses.
     chunk: positions of every sequence whose logits exist at one time, a
       divisor of T; 0 is all. Changes memory and time, not the loss.
 
@@ -136,7 +149,8 @@ def total(
     and loop with a weight above 0, unweighted: 'next_token/loop2', ...
   """
   weights = config.weights(h_LBTD.shape[0])
-  if uses_teacher(config) and teacher is None:
+  saved = [key for key in SAVED if key in batch]
+  if uses_teacher(config) and teacher is None and not saved:
     raise ValueError('losses.distill has a weight above 0 but no teacher.')
   T = batch['target_BT'].shape[1]
   if T % (chunk or T):
@@ -144,9 +158,9 @@ def total(
         f'A chunk of {chunk} does not divide the {T} positions of a sequence.'
     )
   # Arrays with T as their second dimension, and what gets no gradient.
-  fixed = {key: batch[key] for key in ('target_BT', 'weight_BT')}
+  fixed = {key: batch[key] for key in ('target_BT', 'weight_BT', *saved)}
   teacher_head = None
-  if uses_teacher(config):
+  if uses_teacher(config) and not saved:
     fixed['teacher_h_BTD'], teacher_head = teacher
   constants = (norm, teacher_head and teacher_head.params)
 
@@ -155,10 +169,7 @@ def total(
     if teacher_head is not None:
       fixed = {**fixed, 'teacher_BTV': teacher_head.logits(
           teacher_params, fixed['teacher_h_BTD'])}
-    return _nats(
-        config, weights, h_LBTD, fixed,
-        lambda h: head.logits(params, h), norm,
-    )
+    return _nats(config, weights, h_LBTD, fixed, head, params, norm)
 
   return _in_chunks(nats, chunk or T)(head.params, h_LBTD, fixed, constants)
 
@@ -180,20 +191,86 @@ def divergence(
   No gradient reaches the teacher.
   """
   teacher_BTV = lax.stop_gradient(teacher_BTV.astype(jnp.float32))
-  log_p_BTV = jax.nn.log_softmax(teacher_BTV)
-  log_q_BTV = jax.nn.log_softmax(logits_BTV.astype(jnp.float32))
-  p_BTV, q_BTV = jnp.exp(log_p_BTV), jnp.exp(log_q_BTV)
+  return _between(
+      kind, jax.nn.log_softmax(teacher_BTV),
+      jax.nn.log_softmax(logits_BTV.astype(jnp.float32)))
+
+
+def top_divergence(
+    kind: str, logits_BTV: jax.Array, id_BTC: jax.Array, log_p_BTC: jax.Array
+) -> jax.Array:
+  """`divergence` where only the teacher's C best ids are known.
+
+  p and q are then of C + 1 outcomes, the ids and "another one", r:
+
+    forward KL = sum_c p_c log(p_c / q_c) + p_r log(p_r / q_r)
+    p_r = 1 - sum_c p_c,  q_r = 1 - sum_c q_c
+
+  and the others alike. Each is at most that of all V outcomes, and equals it
+  where C = V.
+
+  Args:
+    kind: one of DIVERGENCES.
+    logits_BTV: the student's.
+    id_BTC: the ids, integers, those of a position distinct.
+    log_p_BTC: the teacher's log-probabilities of them, nats.
+  """
+  log_p_BTC = lax.stop_gradient(log_p_BTC.astype(jnp.float32))
+  logits_BTC, rest_BT = _split(logits_BTV.astype(jnp.float32), id_BTC)
+  if id_BTC.shape[-1] == logits_BTV.shape[-1]:
+    return _between(kind, log_p_BTC, jax.nn.log_softmax(logits_BTC))
+  # No less than what fp32 can tell from 0 here, as 'reverse_kl' takes its log.
+  rest_p_BT = jnp.maximum(
+      1 - jnp.sum(jnp.exp(log_p_BTC), axis=-1), jnp.finfo(jnp.float32).eps)
+  log_p = jnp.concatenate([log_p_BTC, jnp.log(rest_p_BT)[..., None]], -1)
+  logits = jnp.concatenate([logits_BTC, rest_BT[..., None]], -1)
+  return _between(kind, log_p, jax.nn.log_softmax(logits))
+
+
+def _between(kind: str, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+  """The divergence of log-probabilities over the last dimension."""
+  p, q = jnp.exp(log_p), jnp.exp(log_q)
   if kind == 'forward_kl':
-    each = p_BTV * (log_p_BTV - log_q_BTV)
+    each = p * (log_p - log_q)
   elif kind == 'reverse_kl':
-    each = q_BTV * (log_q_BTV - log_p_BTV)
+    each = q * (log_q - log_p)
   elif kind == 'jsd':
-    log_m_BTV = jnp.logaddexp(log_p_BTV, log_q_BTV) - jnp.log(2.0)
-    each = 0.5 * p_BTV * (log_p_BTV - log_m_BTV)
-    each += 0.5 * q_BTV * (log_q_BTV - log_m_BTV)
+    log_m = jnp.logaddexp(log_p, log_q) - jnp.log(2.0)
+    each = 0.5 * p * (log_p - log_m)
+    each += 0.5 * q * (log_q - log_m)
   else:
-    each = 0.5 * jnp.abs(p_BTV - q_BTV)
+    each = 0.5 * jnp.abs(p - q)
   return jnp.sum(each, axis=-1)
+
+
+@jax.custom_vjp
+def _split(logits_BTV, id_BTC):
+  """Logits of the ids, and the log of the summed exp of all others.
+
+  Of the others themselves, rather than of what the ids leave: a student that
+  is too sure of them has a rest that fp32 cannot tell from 0 by subtraction.
+  Its own rule makes one array of V gradients, not one for each result.
+  """
+  others_BTV = jnp.put_along_axis(
+      logits_BTV, id_BTC, -jnp.inf, axis=-1, inplace=False)
+  return (jnp.take_along_axis(logits_BTV, id_BTC, axis=-1),
+          jax.nn.logsumexp(others_BTV, axis=-1))
+
+
+def _split_forward(logits_BTV, id_BTC):
+  found = _split(logits_BTV, id_BTC)
+  return found, (logits_BTV, id_BTC, found[1])
+
+
+def _split_backward(saved, cotangent):
+  logits_BTV, id_BTC, rest_BT = saved
+  d_BTC, d_rest_BT = cotangent
+  d_BTV = jnp.exp(logits_BTV - rest_BT[..., None]) * d_rest_BT[..., None]
+  return jnp.put_along_axis(
+      d_BTV, id_BTC, d_BTC, axis=-1, inplace=False), None
+
+
+_split.defvjp(_split_forward, _split_backward)
 
 
 def _nats(
@@ -201,14 +278,21 @@ def _nats(
     weights: Mapping[str, tuple[float, ...]],
     h_LBTD: jax.Array,
     fixed: Mapping[str, jax.Array],
-    head: Callable[[jax.Array], jax.Array],
+    head: Head,
+    params: Any,
     norm: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Weighted sum, and each term's, of some positions; all over `norm`."""
   last = h_LBTD.shape[0] - 1
+
+  def logits(loop):
+    if loop < last and head.exit_logits is not None:
+      return head.exit_logits(params, h_LBTD[loop], loop)
+    return head.logits(params, h_LBTD[loop])
+
   final_BTV = None
   if any(weights['self_distill']):
-    final_BTV = head(h_LBTD[last])
+    final_BTV = logits(last)
   loss, terms = jnp.float32(0), {}
   for loop in range(last + 1):
     wanted = [term for term in TERMS if weights[term][loop]]
@@ -216,10 +300,13 @@ def _nats(
       continue
     logits_BTV = final_BTV
     if loop < last or final_BTV is None:
-      logits_BTV = head(h_LBTD[loop])
+      logits_BTV = logits(loop)
     for term in wanted:
       if term == 'next_token':
         nats_BT = next_token_nats(logits_BTV, fixed['target_BT'])
+      elif term == 'distill' and SAVED[0] in fixed:
+        nats_BT = top_divergence(
+            config.divergence, logits_BTV, *(fixed[key] for key in SAVED))
       else:
         teacher_BTV = fixed['teacher_BTV'] if term == 'distill' else final_BTV
         nats_BT = divergence(config.divergence, logits_BTV, teacher_BTV)

@@ -293,9 +293,7 @@ class Decoder(nn.Module):
     self.embed = Table(cfg, 'embedding', init)
     self.head = None if cfg.tied else Table(cfg, 'kernel', init)
     self.norm = adapters.Leaves(cfg, adapters.norm_leaves(cfg))
-    self.adapters = adapters.stacked(
-        (('loops', cfg.loops), ('layers', cfg.layers_per_loop)))(
-            cfg, adapters.adapter_table(cfg))
+    self.adapters = adapters.Adapters(cfg)
     stack = functools.partial(Stack, cfg, self.run)
     self.prelude = stack(cfg.prelude) if cfg.prelude else None
     self.block = stack(cfg.layers_per_loop, loops=cfg.loops,
@@ -330,13 +328,26 @@ class Decoder(nn.Module):
     h_LBTD = self.block(x_BTD, self.adapters(), context)[1]
     return jnp.stack([self._leave(h_BTD, context)[0] for h_BTD in h_LBTD])
 
-  def logits(self, h):
-    """The head: h[..., D] to fp32 logits[..., V]."""
+  def logits(self, h, loop=None):
+    """The head: h[..., D] to fp32 logits[..., V].
+
+    Args:
+      h: hidden states.
+      loop: which loop's, from 0, so that its head's factors are added; None
+        is the final loop, which has none.
+    """
     table = self.embed() if self.head is None else self.head()
     if h.ndim == 3:
       h = nn.with_logical_constraint(h, ('B_head', 'T', 'D'))
-    logits = project('TD,VD->TV', h.reshape(-1, h.shape[-1]),
-                     table.astype(h.dtype), jnp.float32)
+    h_TD = h.reshape(-1, h.shape[-1])
+    logits = project('TD,VD->TV', h_TD, table.astype(h.dtype), jnp.float32)
+    is_exit = loop is not None and loop != self.cfg.loops - 1
+    if adapters.head_rank(self.cfg) and (is_exit or self.is_initializing()):
+      factors = self.adapters(head=True)
+      a, b = (factors[leaf][loop or 0].astype(h.dtype) for leaf in 'ab')
+      # Two thin matmuls: their product has the size of the table.
+      thin = project('TD,DR->TR', h_TD, a, h.dtype)
+      logits += project('TR,RV->TV', thin, b, jnp.float32)
     logits = logits.reshape(*h.shape[:-1], -1)
     if h.ndim == 3:
       logits = nn.with_logical_constraint(logits, ('B_head', 'T', 'V'))

@@ -272,3 +272,107 @@ def test_a_missing_teacher_is_refused(arrays):
         losses.LossConfig(distill=(1.0,)), arrays['h'], arrays['batch'],
         head_of(arrays['head']), norm=1.0,
     )
+
+
+# What was saved of a teacher: its best ids and their log-probabilities.
+
+
+def saved(arrays, C):
+  """The arrays with the teacher's C best in the batch, and no teacher."""
+  log_p_BTV = jax.nn.log_softmax(arrays['teacher_h'] @ arrays['teacher_head'])
+  log_p_BTC, id_BTC = jax.lax.top_k(log_p_BTV, C)
+  batch = {**arrays['batch'], 'teacher_id_BTC': id_BTC,
+           'teacher_log_p_BTC': log_p_BTC}
+  return {**arrays, 'batch': batch, 'teacher_h': arrays['teacher_h'] * np.nan}
+
+
+def merged(logits_BTV, id_BTC):
+  """Logits of which all that are no ids are summed into one more."""
+  V = logits_BTV.shape[-1]
+  is_id_BTV = (id_BTC[..., None] == jnp.arange(V)).any(axis=-2)
+  rest_BT = jax.nn.logsumexp(
+      jnp.where(is_id_BTV, -jnp.inf, logits_BTV), axis=-1)
+  top_BTC = jnp.take_along_axis(logits_BTV, id_BTC, axis=-1)
+  return jnp.concatenate([top_BTC, rest_BT[..., None]], axis=-1)
+
+
+@pytest.mark.parametrize('divergence', losses.DIVERGENCES)
+def test_all_ids_saved_equal_the_teacher(arrays, divergence):
+  config = losses.LossConfig((0.2,), (0.4, 1.0), (), divergence)
+  found, expected = (
+      jax.jit(jax.value_and_grad(lambda h, given=given: total(
+          config, {**given, 'h': h}, 2)[0]))(arrays['h'])
+      for given in (saved(arrays, V), arrays))
+  np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+  np.testing.assert_allclose(found[1], expected[1], atol=1e-6)
+
+
+@pytest.mark.parametrize('C', [2, V - 2])
+@pytest.mark.parametrize('divergence', losses.DIVERGENCES)
+def test_ids_that_are_not_saved_are_one_outcome(arrays, divergence, C):
+  given = saved(arrays, C)['batch']
+  teacher_BTV = arrays['teacher_h'] @ arrays['teacher_head']
+
+  def by_hand(logits_BTV):
+    return losses.divergence(
+        divergence, merged(logits_BTV, given['teacher_id_BTC']),
+        merged(teacher_BTV, given['teacher_id_BTC']))
+
+  def ours(logits_BTV):
+    return losses.top_divergence(
+        divergence, logits_BTV, *(given[key] for key in losses.SAVED))
+
+  logits_BTV = arrays['h'][-1] @ arrays['head']
+  np.testing.assert_allclose(
+      ours(logits_BTV), by_hand(logits_BTV), rtol=1e-4, atol=1e-6)
+  found, expected = (
+      jax.jit(jax.grad(lambda x, of=of: of(x).sum()))(logits_BTV)
+      for of in (ours, by_hand))
+  # 1 - sum_c p_c is known to 1e-7, of which 'reverse_kl' takes the log.
+  np.testing.assert_allclose(found, expected, atol=3e-5)
+  # Knowing less, it never finds more.
+  full_BT = losses.divergence(divergence, logits_BTV, teacher_BTV)
+  assert (np.asarray(ours(logits_BTV)) <= np.asarray(full_BT) + 1e-6).all()
+
+
+def test_a_student_too_sure_of_the_ids_learns_of_the_others():
+  # Its rest has a probability of 1e-13: no difference from 1 in fp32.
+  logits = jnp.array([[[30.0, 0.0, 0.0, 0.0]]])
+  ids, log_p = jnp.array([[[0]]]), jnp.log(jnp.array([[[0.7]]]))
+  nats, d_logits = jax.value_and_grad(lambda x: losses.top_divergence(
+      'forward_kl', x, ids, log_p).sum())(logits)
+  entropy = 0.7 * np.log(0.7) + 0.3 * np.log(0.3)
+  assert nats == pytest.approx(0.3 * (30 - np.log(3)) + entropy, rel=1e-5)
+  np.testing.assert_allclose(d_logits, [[[0.3, -0.1, -0.1, -0.1]]], rtol=1e-5)
+
+
+def test_saved_guesses_in_chunks_hold_no_logits_of_the_whole_batch(arrays):
+  config = losses.LossConfig((), (0.5, 1.0))
+  small = saved(arrays, 3)
+  text = str(jax.make_jaxpr(
+      lambda x: gradients(config, {**small, **x}, 2))({'h': arrays['h']}))
+  assert f'{B},2,{V}]' in text
+  assert f'{B},{T},{V}]' not in text
+  # Nor is what the rest is made of ever laid out for every id saved.
+  assert f'{B},2,3,{V}]' not in text
+
+
+def test_an_earlier_loop_has_its_own_head_and_the_final_one_none(arrays):
+  config = losses.LossConfig((0.1, 0.2, 1.0), (), (0.5, 0.3, 0.0))
+  tables = np.stack([arrays['head'] * scale for scale in (1.0, 0.5, -2.0)])
+
+  def of(head):
+    return jax.jit(jax.value_and_grad(lambda tables: losses.total(
+        config, arrays['h'], arrays['batch'], head(tables), norm=3.0,
+        chunk=2)[0]))(tables)
+
+  # The same by hidden states that a head for all takes alike.
+  scaled = arrays['h'] * np.array([1.0, 0.5, -2.0])[:, None, None, None]
+  value, d_tables = of(lambda tables: losses.Head(
+      tables, lambda tables, h: h @ tables[2],
+      lambda tables, h, loop: h @ tables[loop]))
+  expected = losses.total(
+      config, scaled.astype(np.float32), arrays['batch'],
+      head_of(arrays['head']), norm=3.0)[0]
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+  assert all(np.abs(table).max() > 1e-3 for table in d_tables)

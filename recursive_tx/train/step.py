@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import optax
 
-from recursive_tx import losses, model, optim, sharding
+from recursive_tx import adapters, losses, model, optim, sharding
 from recursive_tx.config import ModelConfig
 from recursive_tx.train.config import Config
 
@@ -85,6 +85,36 @@ def make_step(
   return step
 
 
+def make_guess(
+    config: Config, cfg: ModelConfig, mesh: Mesh, best: int
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+  """(variables, batch) -> a model's best ids, and their log-probabilities.
+
+  Both are [B, T, best], the best first, in parts and chunks as in a step.
+  """
+  hidden = forward(config, cfg, mesh)
+  size, parts = chunk(config, mesh), config.optim.accumulate
+
+  def guess(variables, batch):
+    h_LBTD, head = hidden(variables, batch)
+
+    def of_chunk(start):
+      h_BTD = lax.dynamic_slice_in_dim(h_LBTD[-1], start, size, axis=1)
+      logits_BTV = head.logits(head.params, h_BTD)
+      log_p, ids = lax.top_k(logits_BTV, best)
+      return ids, log_p - jax.nn.logsumexp(logits_BTV, axis=-1, keepdims=True)
+
+    found = lax.map(of_chunk, jnp.arange(0, h_LBTD.shape[2], size))
+    return jax.tree.map(lambda x: _join(jnp.moveaxis(x, 0, 1), 1), found)
+
+  def of_parts(variables, batch):
+    found = lax.map(
+        lambda part: guess(variables, part), _split(batch, parts))
+    return jax.tree.map(lambda x: _join(jnp.moveaxis(x, 0, 1), 0), found)
+
+  return of_parts
+
+
 def jit_step(
     config: Config,
     mesh: Mesh,
@@ -141,7 +171,7 @@ def abstract_params(config: Config, cfg: ModelConfig, mesh: Mesh) -> Any:
 def rules(config: Config, cfg: ModelConfig, mesh: Mesh) -> sharding.Rules:
   """Where a model's letters go, for the run's batch."""
   sizes = {letter: getattr(cfg, letter) for letter in 'VDFNK'}
-  sizes['R'] = math.gcd(*cfg.ranks.values())
+  sizes['R'] = math.gcd(*cfg.ranks.values(), adapters.head_rank(cfg))
   sizes['B'] = config.data.batch // config.optim.accumulate
   return sharding.make_rules(mesh, sizes)
 
@@ -171,11 +201,15 @@ def forward(config: Config, cfg: ModelConfig, mesh: Mesh) -> Forward:
       )
 
     table = 'embed' if cfg.tied else 'head'
-    return h_LBTD, losses.Head({table: params[table]}, logits)
+    reads = {table: params[table]}
+    if not adapters.head_rank(cfg):
+      return h_LBTD, losses.Head(reads, logits)
+    reads['adapters'] = {'head': params['adapters']['head']}
+    return h_LBTD, losses.Head(reads, logits, logits)
 
-  def logits(params, h):
+  def logits(params, h, loop=None):
     with nn.logical_axis_rules(letters):
-      return decoder.apply({'params': params}, h, method='logits')
+      return decoder.apply({'params': params}, h, loop, method='logits')
 
   return hidden
 
@@ -187,14 +221,23 @@ def _sum_over_parts(
   if parts == 1:
     return function(batch)
 
-  # Part i takes rows i, i + parts, ...: every device keeps its own rows.
-  def split(x):
-    return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
-
   def add(total, part):
     return jax.tree.map(jnp.add, total, function(part)), None
 
-  batches = jax.tree.map(split, dict(batch))
+  batches = _split(batch, parts)
   one = jax.eval_shape(function, jax.tree.map(lambda x: x[0], batches))
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
   return lax.scan(add, zeros, batches)[0]
+
+
+def _split(batch: Mapping[str, jax.Array], parts: int) -> dict[str, jax.Array]:
+  """Part i takes rows i, i + parts, ...: every device keeps its own rows."""
+  return {
+      key: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+      for key, x in batch.items()
+  }
+
+
+def _join(x: jax.Array, axis: int) -> jax.Array:
+  """A dimension and the next as one."""
+  return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2:])
