@@ -11,6 +11,7 @@ from recursive_tx import config
 VERBS = {
     'convert': 'make a pretrained model recursive, or relaxed recursive',
     'cache': 'tokenise the data of a config, once for many runs',
+    'teach': "save a teacher's best guesses, for many runs to read",
     'train': 'pretrain, or uptrain with distillation',
     'plan': 'does a run fit a TPU topology, and what does a step cost',
     'compare': 'a model reduced, looped and relaxed, uptrained alike',

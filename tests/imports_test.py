@@ -20,7 +20,7 @@ ROWS = (
     ('checkpoint', 'exits', 'hf'),
     ('saved',),
     ('engine', 'export'),
-    ('evaluate', 'relax', 'serve'),
+    ('evaluate', 'relax', 'serve', 'teacher'),
     ('convert', 'start'),
     ('train',),
     ('compare',),

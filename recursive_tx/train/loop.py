@@ -26,6 +26,7 @@ from recursive_tx import (
     start,
 )
 from recursive_tx import data as data_lib
+from recursive_tx import teacher as teacher_lib
 from recursive_tx import tokenizer as tokenizer_lib
 from recursive_tx.history import History, read_metrics
 from recursive_tx.train import figures
@@ -69,6 +70,10 @@ def train(config: Config, workdir: str) -> TrainState:
     tokenizer_lib.check_vocab(tokenizer, config.model.V)
     rows = sharding.local_rows(mesh, config.data.batch)
     stream = data_lib.Stream(config.data, tokenizer, rows=rows)
+    add_guesses = teacher_lib.reader(
+        config.teacher, config.data, tokenizer, V=config.model.V, rows=rows,
+        steps=range((done or 0) + 1, steps + 1),
+    )
     heldout = data_lib.heldout(
         config.data, tokenizer, max_tokens=config.eval.max_tokens or None
     )
@@ -130,7 +135,7 @@ def train(config: Config, workdir: str) -> TrainState:
       checkpoints.mark_best(done, evaluate_at(done))
     for step in range(done + 1, steps + 1):
       with history.waiting():
-        local = next(stream)
+        local = add_guesses(step, next(stream))
       state, metrics = step_fn(
           state, sharding.place_rows(local, mesh), teacher_variables
       )

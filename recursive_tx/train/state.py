@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 import numpy as np
 import optax
 
-from recursive_tx import model, start, tree
+from recursive_tx import model, start, teacher, tree
 from recursive_tx.config import ModelConfig
 from recursive_tx.train import step
 from recursive_tx.train.config import Config
@@ -50,8 +50,8 @@ def num_bytes(abstract: Any) -> int:
 
 
 def load_teacher(config: Config, mesh: Mesh) -> tuple[ModelConfig | None, Any]:
-  """The teacher's model and its variables, in the run's dtype."""
-  if not config.teacher:
+  """The teacher's model and its variables, in the run's dtype, if it runs."""
+  if not config.teacher or teacher.is_saved(config.teacher):
     return None, None
   origin = start.source(config.teacher)
   if origin.cfg.V != config.model.V:

@@ -1,0 +1,69 @@
+"""teach: run the teacher before its students, and save its best guesses.
+
+  python -m recursive_tx teach --config=configs/gemma_2b.py:loops=3,rank=512 \\
+    --config.tokenizer=DIR --config.teacher=MODEL --best=64 --output=DIR
+  python -m recursive_tx train --config=configs/gemma_2b.py:loops=3,rank=512 \\
+    --config.tokenizer=DIR --config.teacher=DIR --workdir=...
+
+Runs over the very batches that `train` will see, so data, seed and tokenizer
+must be the same there; model, losses, optimizer and machine may be others.
+Takes 8 bytes a guess: seq_len * batch * best * 8 a step. The same command goes
+on where it was interrupted. In several processes as `train`.
+"""
+
+from absl import flags
+import jax
+from tqdm import tqdm
+
+from recursive_tx import data, distributed, sharding, start, teacher, tokenizer
+from recursive_tx.cli import arguments, configs
+from recursive_tx.train import state, step
+
+_CONFIG = configs.define()
+_OUTPUT = flags.DEFINE_string(
+    'output', None, 'Directory on a disk that all processes share.')
+_BEST = flags.DEFINE_integer(
+    'best', 64, 'Ids saved at every position; the rest of the teacher\'s'
+    ' probability is one outcome more.')
+_LAST = flags.DEFINE_integer(
+    'last', 0, 'Steps to save, from the first; 0: config.optim.steps.')
+_COORDINATOR = flags.DEFINE_string(
+    'coordinator', '', 'HOST:PORT at which process 0 meets the others.')
+_PROCESSES = flags.DEFINE_integer('processes', 0, 'How many processes.')
+_PROCESS = flags.DEFINE_integer('process', -1, 'Which this is, from 0.')
+
+
+def main(argv: list[str]) -> None:
+  """Runs the verb."""
+  arguments.check(argv, config=_CONFIG.value, output=_OUTPUT.value)
+  config = configs.typed(_CONFIG.value)
+  distributed.initialize(
+      _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+  source = config.tokenizer or start.companions(config.init_from)
+  for name, value in (('teacher', config.teacher), ('tokenizer', source)):
+    if not value:
+      raise ValueError(
+          f'There is no {name}; name its directory with --config.{name}=')
+  if teacher.is_saved(config.teacher):
+    raise ValueError(f'{config.teacher} holds guesses; expected a model.')
+  ids = tokenizer.load(source)
+  tokenizer.check_vocab(ids, config.model.V)
+  about = teacher.facts(
+      config.data, ids, V=config.model.V, best=_BEST.value,
+      teacher=config.teacher)
+  mesh = sharding.make_mesh(config.mesh)
+  rows = sharding.local_rows(mesh, config.data.batch)
+  steps = range(1, 1 + (_LAST.value or config.optim.steps))
+  with jax.set_mesh(mesh), tqdm(
+      total=len(steps), desc='teach', unit=' steps', delay=0.5,
+      disable=not distributed.is_main()) as bar:
+    cfg, variables = state.load_teacher(config, mesh)
+    guess = jax.jit(
+        step.make_guess(config, cfg, mesh, _BEST.value),
+        out_shardings=sharding.rows(mesh))
+    teacher.save(
+        _OUTPUT.value, about, data.Stream(config.data, ids, rows=rows),
+        lambda batch: guess(variables, sharding.place_rows(batch, mesh)),
+        rows=rows, steps=steps, progress=lambda at: bar.update(at - bar.n))
+  if distributed.is_main():
+    print(f'{_OUTPUT.value}; train with --config.teacher={_OUTPUT.value}')
