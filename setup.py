@@ -45,6 +45,7 @@ setuptools.setup(
         'gpu': ['jax[cuda12]'],
         'tpu': ['jax[tpu]'],
         'test': [
+            'libtpu>=0.0.40',  # The TPU compiler, for `plan`; no TPU needed.
             'pytest>=8',
             'ruff>=0.9',
             'safetensors>=0.5',
