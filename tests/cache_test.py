@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import time
 
 from data_test import make_tfds, pieces_of
 import numpy as np
@@ -295,6 +296,26 @@ def test_the_verb_refuses_in_one_line(tmp_path):
   _, said = done.communicate(timeout=120)
   assert done.returncode == 1 and '--output is missing' in said
   assert len(said.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_killed_verb_leaves_no_cache_and_no_process(tmp_path):
+  folder = tmp_path / 'text'
+  folder.mkdir()
+  line = json.dumps({'text': 'def f(): ' * 999}) + '\n'
+  for split in ('train', 'heldout'):
+    (folder / f'{split}.jsonl').write_text(line * 500)
+  run = command(
+      'cache', f'--config=configs/demo.py:text={folder}',
+      f'--output={tmp_path}/cache', '--processes=1')
+  until = time.monotonic() + 120
+  while not list(tmp_path.glob('.cache.*/new/python/*tfrecord*')):
+    assert run.poll() is None and time.monotonic() < until
+    time.sleep(0.1)
+  run.kill()
+  # The workers hold its pipes open for as long as they live.
+  run.communicate(timeout=60)
+  assert not (tmp_path / 'cache').exists()
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import functools
 import multiprocessing
 import os
 import pathlib
+import threading
 from typing import Any
 import zlib
 
@@ -112,7 +113,8 @@ def _run(
   """The results of `_write_part` for the jobs, in their order."""
   # Each process loads TensorFlow, which does not survive a fork.
   pool = concurrent.futures.ProcessPoolExecutor(
-      min(processes, len(jobs)), multiprocessing.get_context('spawn')
+      min(processes, len(jobs)), multiprocessing.get_context('spawn'),
+      initializer=_end_with_parent,
   )
   with pool:
     waiting = [
@@ -132,6 +134,20 @@ def _run(
       pool.shutdown(cancel_futures=True)
       raise
   return [done.result() for done in waiting]
+
+
+def _end_with_parent() -> None:
+  """Ends this process when the one that started it is killed.
+
+  It would wait for work for ever: nobody closes the queue.
+  """
+  parent = multiprocessing.parent_process()
+
+  def wait() -> None:
+    parent.join()
+    os._exit(1)
+
+  threading.Thread(target=wait, daemon=True).start()
 
 
 def _num_parts(config: DataConfig, task: Task, split: str) -> int:
