@@ -135,7 +135,8 @@ def test_bad_topologies_are_refused(topology, said):
 def test_the_command_prints_json():
   done = subprocess.run(
       [sys.executable, '-m', 'recursive_tx', 'plan', '--json',
-       '--config=configs/gemma_2b.py:loops=3,rank=512', '--topology=h100:64'],
+       '--config=configs/gemma_2b.py:loops=3,rank=512,teacher',
+       '--topology=h100:64'],
       cwd=ROOT, capture_output=True, text=True, env={
           **os.environ, 'PYTHONPATH': str(ROOT)})
   assert done.returncode == 0, done.stderr

@@ -1,6 +1,7 @@
 """plan: does a run fit a machine, and what would a step cost there?
 
-  python -m recursive_tx plan --config=configs/gemma_2b.py:loops=3,rank=512 \\
+  python -m recursive_tx plan \\
+    --config=configs/gemma_2b.py:loops=3,rank=512,teacher \\
     --topology=v5e:16x16 [--search] [--json]
 
 Compiles the training step ahead of time for a TPU topology (v4, v5e, v5p,

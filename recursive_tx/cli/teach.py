@@ -1,8 +1,10 @@
 """teach: run the teacher before its students, and save its best guesses.
 
-  python -m recursive_tx teach --config=configs/gemma_2b.py:loops=3,rank=512 \\
+  python -m recursive_tx teach \\
+    --config=configs/gemma_2b.py:loops=3,rank=512,teacher \\
     --config.tokenizer=DIR --config.teacher=MODEL --best=64 --output=DIR
-  python -m recursive_tx train --config=configs/gemma_2b.py:loops=3,rank=512 \\
+  python -m recursive_tx train \\
+    --config=configs/gemma_2b.py:loops=3,rank=512,teacher \\
     --config.tokenizer=DIR --config.teacher=DIR --workdir=...
 
 Runs over the very batches that `train` will see, so data, seed and tokenizer

@@ -1,6 +1,7 @@
 """train: pretrain, uptrain or distil a model; the same command resumes.
 
-  python -m recursive_tx train --config=configs/gemma_2b.py:loops=3,rank=512 \\
+  python -m recursive_tx train \\
+    --config=configs/gemma_2b.py:loops=3,rank=512,teacher \\
     --config.init_from=DIR --config.teacher=DIR --workdir=DIR
 
 The same command on every host of a TPU pod, and in every task that Slurm or
