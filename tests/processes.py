@@ -32,7 +32,8 @@ def write_files(folder: pathlib.Path) -> None:
   (folder / 'tokenizer_config.json').write_text(json.dumps({
       'add_bos_token': True, 'bos_token': '<bos>', 'eos_token': '<eos>'}))
   rng = np.random.default_rng(0)
-  for split, count in (('train', 200), ('heldout', 5)):
+  # So much that every shard has a block of its own, and all rows differ.
+  for split, count in (('train', 3000), ('heldout', 5)):
     with (folder / f'{split}.jsonl').open('w') as f:
       for _ in range(count):
         start, length = rng.integers(0, 26), rng.integers(5, 40)

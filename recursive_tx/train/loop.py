@@ -154,7 +154,7 @@ def train(config: Config, workdir: str) -> TrainState:
         score = evaluate_at(step)
       # Not in the middle of skipped steps: what came before is worth more.
       if saves.due(step) or score is not None:
-        if step == steps or not skips.in_row():
+        if not skips.in_row() or step == steps:
           save_at(step, score)
     skips.in_row()
     checkpoints.wait()
