@@ -23,6 +23,8 @@ from recursive_tx.train.skips import Skips
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAST = processes.STEPS
+# Quick to compile.
+ONE_LOOP = dict(model=dict(loops=1, rank='0'), losses=dict(next_token=(1.0,)))
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -46,8 +48,8 @@ def files(tmp_path_factory):
 @pytest.fixture(scope='module')
 def short(files):
   return processes.config(
-      files, optim=dict(steps=4), eval=dict(every=2),
-      checkpoint=dict(every=0, best='eval/loop2/loss'))
+      files, **ONE_LOOP, optim=dict(steps=4), eval=dict(every=2),
+      checkpoint=dict(every=0, best='eval/loop1/loss'))
 
 
 @pytest.fixture(scope='module')
@@ -57,9 +59,9 @@ def short_whole(short, tmp_path_factory):
 
 
 def scores(workdir):
-  return {row['step']: row['eval/loop2/loss']
+  return {row['step']: row['eval/loop1/loss']
           for row in history.read_metrics(str(workdir))
-          if 'eval/loop2/loss' in row}
+          if 'eval/loop1/loss' in row}
 
 
 def test_told_to_stop_it_saves_and_goes_on(
@@ -118,7 +120,8 @@ def test_a_run_that_only_skips_stops_and_says_where(
                                              state.params))
   # However often it is to be saved, it is not while it skips.
   config = processes.config(
-      files, checkpoint=dict(every=1), optim=dict(steps=4, max_skips=2))
+      files, **ONE_LOOP, checkpoint=dict(every=1),
+      optim=dict(steps=4, max_skips=2))
   with checkpoint.Checkpoints(workdir, config.checkpoint) as checkpoints:
     checkpoints.save(2, state=spoilt, position=positions[0],
                      settings=dataclasses.asdict(config))
