@@ -370,7 +370,8 @@ def test_an_earlier_loop_has_its_own_head_and_the_final_one_none(arrays):
   scaled = arrays['h'] * np.array([1.0, 0.5, -2.0])[:, None, None, None]
   value, d_tables = of(lambda tables: losses.Head(
       tables, lambda tables, h: h @ tables[2],
-      lambda tables, h, loop: h @ tables[loop]))
+      # Never asked for the final one.
+      lambda tables, h, loop: h @ tables[(0, 1)[loop]]))
   expected = losses.total(
       config, scaled.astype(np.float32), arrays['batch'],
       head_of(arrays['head']), norm=3.0)[0]
