@@ -92,9 +92,8 @@ class Params:
     logging.info('Reading the parameters of %s at step %d.', workdir, step)
     self.settings = layout.run(workdir, step)['settings']
     self._folder = layout.folder(workdir).absolute() / str(step) / 'state'
-    with _alone() as reader:
-      leaves = reader.metadata(self._folder).item_metadata.tree['params']
-    self._leaves = dict(tree.items(leaves))
+    stored = _alone().handler.metadata(self._folder).tree
+    self._leaves = dict(tree.items(stored['params']))
     self.paths = list(self._leaves)
 
   def read(self, path: str) -> np.ndarray:

@@ -42,8 +42,8 @@ def check_writable(workdir: str, num_bytes: int) -> None:
         path.rmdir()
   if failed:
     raise ValueError(
-        f'{said or f"process 0 cannot write to {workdir}"}; make room, or take'
-        ' another --workdir.'
+        f'{said or f"process 0 cannot write to {workdir}"}; make it writable'
+        ' and roomy, or take another --workdir.'
     )
   if not seen:
     raise ValueError(
