@@ -29,6 +29,8 @@ KERNELS = {
 }
 # Names a rank specification may use for several kernels at once.
 GROUPS = {'attn': ('q', 'k', 'v', 'o'), 'mlp': ('gate', 'up', 'down')}
+# Likewise for the head, of the loops before the final one; no group has it.
+HEAD = 'head'
 
 NORMS = ('rms', 'rms+1', 'layer')
 ACTS = ('silu', 'gelu', 'gelu_tanh', 'relu')
@@ -50,7 +52,9 @@ class ModelConfig:
     loops: how often the block runs.
     prelude, coda: unshared layers before and after the loops.
     rank: adapter rank: a number, 'full', or per kernel such as
-      'q64+k32+v32+o64+mlp128'; capped at min(in, out) per kernel.
+      'q64+k32+v32+o64+mlp128'; capped at min(in, out) per kernel. A part such
+      as 'head128' is of the head, for the logits of every loop but the final
+      one; a number or 'full' alone does not mean it.
     loop_norms: each loop has its own norm scales and biases (if loops > 1);
       False is the paper's tying.
     norm: 'rms', 'rms+1' (the scale is stored minus one), or 'layer'.
@@ -98,7 +102,11 @@ class ModelConfig:
     if isinstance(self.rope_scaling, list):  # As JSON reads it back.
       object.__setattr__(self, 'rope_scaling', tuple(self.rope_scaling))
     _check(self)
-    parse_rank(self.rank)  # Raises where the specification is bad.
+    wanted = parse_rank(self.rank)  # Raises where the specification is bad.
+    if wanted.get(HEAD) and self.loops == 1:
+      raise ValueError(
+          f'model.rank={self.rank!r} adapts the head for loops before the'
+          ' final one, but model.loops=1; leave that part out')
 
   @property
   def num_layers(self) -> int:
@@ -204,7 +212,8 @@ def parse_rank(rank: str) -> dict[str, int]:
 
   Args:
     rank: '64', 'full', or parts such as 'q64+mlp128', where 'attn' and 'mlp'
-      name groups; a kernel that is not named has none.
+      name groups; a kernel that is not named has none. The head, which is no
+      kernel of a layer, only where it is named.
 
   Raises:
     ValueError: a part is not a kernel's name and a number, or names it twice.
@@ -220,7 +229,7 @@ def parse_rank(rank: str) -> dict[str, int]:
     if not match:
       raise ValueError(f'rank={rank!r}: {part!r} is not a rank; give {way_out}')
     name, number = match.groups()
-    one_of(f'rank={rank!r}: kernel', name, (*KERNELS, *GROUPS))
+    one_of(f'rank={rank!r}: kernel', name, (*KERNELS, *GROUPS, HEAD))
     for kernel in GROUPS.get(name, (name,)):
       if kernel in wanted:
         raise ValueError(f'rank={rank!r}: {kernel!r} is named twice')

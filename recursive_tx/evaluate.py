@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
-from recursive_tx import losses, sharding
+from recursive_tx import adapters, losses, sharding
 from recursive_tx.config import ModelConfig, Run
 from recursive_tx.model import Decoder
 
@@ -95,19 +95,26 @@ def _nats_fn(cfg: ModelConfig, run: Run, mesh: Mesh | None):
     devices = mesh.size if mesh is not None else 1
     chunk = run.chunk(T, 4 * B * cfg.V / devices)
 
-    def of_loop(h_BTD):
+    def of_loop(loop, h_BTD):
       def of_chunk(start):
         h_BCD, target_BC = (
             lax.dynamic_slice_in_dim(x, start, chunk, axis=1)
             for x in (h_BTD, batch['target_BT']))
-        logits_BCV = decoder.apply(variables, h_BCD, method='logits')
+        logits_BCV = decoder.apply(variables, h_BCD, loop, method='logits')
         return losses.next_token_nats(logits_BCV, target_BC)
 
       nats_CBC = lax.map(of_chunk, jnp.arange(0, T, chunk))
       return jnp.moveaxis(nats_CBC, 0, 1).reshape(B, T)
 
-    # One loop after the other: logits are the largest arrays there are.
-    return lax.map(of_loop, h_LBTD) * batch['weight_BT']
+    # Loops whose heads are the same are compiled once.
+    loops = range(cfg.loops if adapters.head_rank(cfg) else 1)
+    heads = [functools.partial(of_loop, loop) for loop in loops]
+    # One loop after the other: logits are the largest arrays there are. A
+    # number beyond the heads' takes the last of them.
+    return lax.map(
+        lambda x: lax.switch(x[0], heads, x[1]),
+        (jnp.arange(cfg.loops), h_LBTD),
+    ) * batch['weight_BT']
 
   # Whole on every process, each of which adds them up.
   return jax.jit(nats, out_shardings=mesh and sharding.replicated(mesh))

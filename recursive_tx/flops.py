@@ -11,7 +11,7 @@ Knows sizes. Does not know arrays, meshes or chips.
 
 from collections.abc import Mapping, Sequence
 
-from recursive_tx.config import ModelConfig
+from recursive_tx.config import HEAD, ModelConfig, parse_rank
 
 
 def train_step(
@@ -85,6 +85,8 @@ def forward(
     rows, columns = cfg.in_out(kernel)
     linears += rows * columns
     rank_sums += cfg.ranks[kernel] * (rows + columns)
+  head_rank = min(cfg.D, cfg.V, parse_rank(cfg.rank).get(HEAD, 0))
+  early = sum(loop < cfg.loops for loop in exits)
   block = loops * cfg.layers_per_loop
   coda = len(exits) * cfg.coda
   # A query's product with a key, and its weight's with a value.
@@ -93,7 +95,8 @@ def forward(
       'prelude': 2 * tokens * linears * cfg.prelude,
       'block': 2 * tokens * linears * block,
       'coda': 2 * tokens * linears * coda,
-      'adapters': 2 * tokens * rank_sums * block,
+      'adapters': 2 * tokens * (
+          rank_sums * block + head_rank * (cfg.D + cfg.V) * early),
       'attention': scores * (cfg.prelude + block + coda),
       'head': 2 * tokens * cfg.D * cfg.V * len(exits),
   }

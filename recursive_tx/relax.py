@@ -9,8 +9,8 @@ import dataclasses
 
 import numpy as np
 
+from recursive_tx import adapters, model, tree, tying
 from recursive_tx import config as config_lib
-from recursive_tx import model, tree, tying
 
 # One layer of a leaf of the vanilla tree, such as 'block/layers/mlp/up/kernel'.
 Read = Callable[[str, int | None], np.ndarray]
@@ -133,6 +133,8 @@ def parts(
       yield from _vector_parts(rcfg, path, read, init)
     else:
       yield from _kernel_parts(rcfg, path, read, init, lora, seed, energy)
+  for leaf, value in adapters.fresh_head(rcfg, seed).items():
+    yield f'adapters/head/{leaf}', (), value
 
 
 def _vector_parts(rcfg, path, read, init):

@@ -6,13 +6,14 @@ Knows directories and configs. Does not know meshes, data or steps.
 from collections.abc import Callable, Iterator
 import dataclasses
 import functools
+import itertools
 import os
 import pathlib
 from typing import Any
 
 import numpy as np
 
-from recursive_tx import checkpoint, disk, hf, model, saved
+from recursive_tx import adapters, checkpoint, disk, hf, model, saved
 from recursive_tx.config import ModelConfig
 from recursive_tx.relax import parts as relaxed_parts
 from recursive_tx.relax import target
@@ -88,8 +89,9 @@ def parts_as(
 
   Args:
     origin: of `source`.
-    wanted: the model they are for. Where it is not the directory's, which
-      must then be vanilla, that is relaxed.
+    wanted: the model they are for. Where it is not the directory's, that is
+      given a fresh adapter of the head, if this is all it lacks; else it must
+      be vanilla, and is relaxed.
     init: how `relax` makes the shared layers.
     lora: how `relax` makes the adapters.
     seed: of what `relax` draws.
@@ -99,6 +101,10 @@ def parts_as(
   """
   if origin.cfg == wanted:
     return parts(origin)
+  if _lacks_head(origin.cfg, wanted):
+    head = adapters.fresh_head(wanted, seed)
+    return itertools.chain(parts(origin), (
+        (f'adapters/head/{leaf}', (), value) for leaf, value in head.items()))
   relaxed = target(
       origin.cfg, init=init, lora=lora, loops=wanted.loops, rank=wanted.rank,
       prelude=wanted.prelude, coda=wanted.coda, loop_norms=wanted.loop_norms,
@@ -124,6 +130,15 @@ def companions(directory: str) -> str:
   if directory and checkpoint.is_workdir(directory):
     return os.path.join(directory, 'model')
   return directory
+
+
+def _lacks_head(cfg: ModelConfig, wanted: ModelConfig) -> bool:
+  """Whether an adapter of the head is all that sets the two apart."""
+  return (
+      adapters.head_rank(wanted) > adapters.head_rank(cfg) == 0
+      and (cfg.loops, cfg.ranks) == (wanted.loops, wanted.ranks)
+      and dataclasses.replace(cfg, rank=wanted.rank) == wanted
+  )
 
 
 def _by_layer(

@@ -7,6 +7,7 @@ arrays come from; `relax.py` says which layers.
 import dataclasses
 import math
 
+from absl import logging
 import jax
 import numpy as np
 import scipy.linalg
@@ -99,7 +100,8 @@ def merge(
   """The vanilla model that computes the same, without loops or adapters.
 
   Args:
-    cfg, variables: any model of this library.
+    cfg, variables: any model of this library. An adapter of the head is
+      dropped, which is said: a vanilla model has no exits before its end.
 
   Returns:
     Its unrolled config and variables, fp32 wherever an
@@ -111,6 +113,9 @@ def merge(
   if flat == cfg:
     return cfg, variables
   params = jax.tree.map(np.asarray, variables['params'])
+  if 'head' in params.get('adapters', {}):
+    logging.warning(
+        'Dropped the adapter of the head: it is for exits before the end.')
   parts = [params[name] for name in ('prelude', 'block', 'coda')
            if name in params]
   middle = 'prelude' in params
