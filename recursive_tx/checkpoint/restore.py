@@ -92,7 +92,7 @@ class Params:
     logging.info('Reading the parameters of %s at step %d.', workdir, step)
     self.settings = layout.run(workdir, step)['settings']
     self._folder = layout.folder(workdir).absolute() / str(step) / 'state'
-    stored = _alone().handler.metadata(self._folder).tree
+    stored = _alone().metadata(self._folder).tree
     self._leaves = dict(tree.items(stored['params']))
     self.paths = list(self._leaves)
 
@@ -103,13 +103,12 @@ class Params:
     tree.put(item, f'params/{path}',
              jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
     tree.put(args, f'params/{path}', ocp.RestoreArgs(restore_type=np.ndarray))
-    with _alone() as reader:
-      found = reader.restore(
-          self._folder,
-          args=ocp.args.PyTreeRestore(
-              item=item, restore_args=args, partial_restore=True
-          ),
-      )
+    found = _alone().restore(
+        self._folder,
+        args=ocp.args.PyTreeRestore(
+            item=item, restore_args=args, partial_restore=True
+        ),
+    )
     return tree.get(found, f'params/{path}')
 
 
@@ -125,17 +124,14 @@ def load_params(workdir: str) -> tuple[dict[str, Any], Any]:
   return source.settings, params
 
 
-def _alone() -> ocp.Checkpointer:
+def _alone() -> ocp.PyTreeCheckpointHandler:
   """A reader that does not wait for other processes."""
   me = jax.process_index()
   options = ocp.options.MultiprocessingOptions(
       primary_host=me, active_processes={me},
       barrier_sync_key_prefix=f'process_{me}',
   )
-  return ocp.Checkpointer(
-      ocp.PyTreeCheckpointHandler(multiprocessing_options=options),
-      multiprocessing_options=options,
-  )
+  return ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
 
 
 def _differences(stored: Any, wanted: Any) -> list[str]:
