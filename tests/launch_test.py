@@ -37,7 +37,8 @@ def test_dry_run_prints_commands_and_runs_none(script):
   before = sorted(ROOT.iterdir())
   done = _dry_run(script)
   assert done.returncode == 0, done.stderr
-  assert done.stdout
+  # Where .venv is as it should be, there is nothing to make.
+  assert done.stdout or script == 'venv.sh'
   assert all(line.startswith('+ ') for line in done.stdout.splitlines())
   assert sorted(ROOT.iterdir()) == before
 
@@ -103,7 +104,9 @@ class World:
         ['bash', f'launch/{script}', *words], cwd=self.checkout,
         env=self.env | env, text=True, start_new_session=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE)
+        stderr=subprocess.PIPE,
+        # A test run in the background inherits that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
   def run(self, script, *words, plan='', **env):
     """Returns the finished process, with stdout and stderr as text."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import contextlib
 import functools
 
+from absl import logging
 import numpy as np
 import seqio
 import tensorflow as tf
@@ -302,11 +303,16 @@ def _rekey(**key_map: str) -> functools.partial:
 def _check_shards(
     config: DataConfig, task: Task, split: str, units: Documents | cache.Units
 ) -> None:
-  is_file = split == 'train' and task.document == 'file'
-  if is_file and units.num_units < config.shards:
+  if split != 'train' or units.num_units >= config.shards:
+    return
+  said = f'data task {task.name!r} has {units.num_units}'
+  if task.document == 'file':
     raise ValueError(
-        f'data task {task.name!r} has {units.num_units} documents (a file '
-        f'each) for data.shards={config.shards}, so that shards would give '
-        'the same rows; lower data.shards, or set document to a separator '
-        'line'
+        f'{said} documents (a file each) for data.shards={config.shards}, so'
+        ' that shards would give the same rows; lower data.shards, or set'
+        ' document to a separator line'
     )
+  logging.warning(
+      '%s blocks of documents for data.shards=%d: several shards read the same'
+      ' ones, so that batches repeat rows; lower data.shards.',
+      said, config.shards)
