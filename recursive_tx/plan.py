@@ -117,9 +117,11 @@ def devices_of(topology: str) -> tuple[list[Any], chips.Chip]:
       TPU_MIN_LOG_LEVEL='3', TPU_STDERR_LOG_LEVEL='3',
       TPU_ACCELERATOR_TYPE='v5litepod-1', TPU_WORKER_HOSTNAMES='localhost')
   jax.config.update('jax_platforms', 'cpu')
+  # The two cores of a v4 chip are one device to programs that train.
+  options = {'chip_config_name': 'megacore'} if kind == 'v4' else {}
   try:
     description = topologies.get_topology_desc(
-        platform='tpu', topology_name=topology)
+        platform='tpu', topology_name=topology, **options)
   except Exception as error:  # Several kinds, the text says which.
     reason = str(error).strip().splitlines()[0]
     if 'libtpu' in reason.lower():
