@@ -439,6 +439,7 @@ next(other)
 """
 
 
+@pytest.mark.slow
 def test_resume_is_exact_in_a_new_process(corpus, tmp_path):
   directory = tmp_path / 'characters'
   directory.mkdir()

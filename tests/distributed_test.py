@@ -174,6 +174,7 @@ def test_processes_meet_and_agree(two):
   assert [each['agreed'] for each in two] == [7, 7]
 
 
+@pytest.mark.slow
 def test_losses_do_not_depend_on_processes(two, one, alone):
   assert two[0]['losses'] == two[1]['losses']
   found = two[0]['losses'] | one['losses']

@@ -148,6 +148,7 @@ def test_nothing_to_predict_is_refused(variables, heldout):
     evaluate(CFG, variables, data.Heldout(empty, 5, 1))
 
 
+@pytest.mark.slow
 def test_the_command_line_tells_the_same(variables, tmp_path):
   # One id a character: 'a' is 0. BOS is 1 and EOS 2, as above.
   vocab = {'a': 0, '<bos>': BOS, '<eos>': EOS, 'b': 3, 'é': 4}

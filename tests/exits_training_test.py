@@ -89,6 +89,7 @@ WEIGHTED = (1 / 6, 2 / 6, 3 / 6)
 AGGRESSIVE = (0.1, 0.1, 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('weights', [WEIGHTED, AGGRESSIVE])
 def test_co_training_adds_exits_to_distillation(batch, weights):
   teacher = dataclasses.replace(CFG, loops=1, rank='0')

@@ -211,6 +211,7 @@ def test_nothing_but_the_head_adapter_moves(batch):
   np.testing.assert_array_equal(*final)
 
 
+@pytest.mark.slow
 def test_its_gradient_is_that_of_the_whole_model(batch):
   """What the loss's custom gradient is given is all that the head reads."""
   values = tiny.variables(CFG)

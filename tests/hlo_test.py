@@ -103,6 +103,7 @@ def _gradient(cfg, run, token_BT):
   return jax.jit(jax.grad(loss)).lower(tiny.variables(cfg)).compile()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'remat', [pytest.param('none', marks=pytest.mark.slow), 'full'])
 def test_loops_count_like_unrolled_ones(remat):

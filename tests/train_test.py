@@ -140,6 +140,7 @@ def test_another_run_in_its_workdir_is_refused(whole, config):
   assert sorted(workdir.rglob('*')) == before
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_another_ones_weights(whole, config, tmp_path):
   workdir, before = whole
   other = dataclasses.replace(
@@ -224,6 +225,7 @@ def test_frozen_parameters_stay_and_the_others_move(config, batch):
     assert np.array_equal(x, y) != moves, path
 
 
+@pytest.mark.slow
 def test_full_rank_has_nothing_to_learn_from_its_source(config, tmp_path):
   source = dataclasses.replace(
       CFG, loops=1, layers_per_loop=2, rank='0')
