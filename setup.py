@@ -47,6 +47,7 @@ setuptools.setup(
         'test': [
             'libtpu>=0.0.40',  # The TPU compiler, for `plan`; no TPU needed.
             'pytest>=8',
+            'pytest-xdist>=3.6',
             'ruff>=0.9',
             'safetensors>=0.5',
             'torch>=2.6',

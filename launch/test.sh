@@ -21,4 +21,8 @@ fi
 bash launch/venv.sh "${dry[@]}" test
 export JAX_PLATFORMS=cpu
 run .venv/bin/python -m ruff check .
-run .venv/bin/python -m pytest -q "${marked[@]}" "$@"
+# A file's tests share what they compiled, so a file stays in one process; four
+# of them hold about 10 GiB.
+cores=$(nproc)
+run .venv/bin/python -m pytest -q -n $((cores < 4 ? cores : 4)) \
+  --dist loadfile "${marked[@]}" "$@"

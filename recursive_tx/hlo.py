@@ -46,7 +46,6 @@ class _Instruction:
   opcode: str
   operands: tuple[str, ...]
   rest: str  # Everything after the operands.
-  text: str
 
   def attribute(self, name: str) -> str | None:
     match = re.search(rf'\b{name}=(%?[\w.\-]+|\{{[^}}]*\}})', self.rest)
@@ -115,8 +114,7 @@ def _instruction(name: str, text: str) -> _Instruction:
   start = text.index('(', end)
   stop = _closing(text, start)
   operands = re.findall(r'%?([\w.\-]+)(?=[,)]|$)', text[start + 1:stop])
-  return _Instruction(name, shapes, opcode, tuple(operands), text[stop + 1:],
-                      text)
+  return _Instruction(name, shapes, opcode, tuple(operands), text[stop + 1:])
 
 
 def _closing(text: str, start: int) -> int:

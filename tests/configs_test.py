@@ -215,14 +215,6 @@ def test_data_is_chosen_by_name(name, arg, task, kind):
   assert found.train and found.heldout
 
 
-@pytest.fixture
-def quick_compiler():
-  """Tiny programs take longer to optimise than to run."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 # Each recipe, and each way through one; all but the richest are slow.
 STEPS = [
     ('pythia_410m', 'loops=2,teacher,exits,paper'),

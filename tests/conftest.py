@@ -5,6 +5,7 @@ import os
 # libtpu locks the machine for one process; only `plan` may load it.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
 import tiny  # noqa: E402
 
@@ -27,3 +28,11 @@ def checkpoint(tmp_path_factory):
     return made[name, dtype]
 
   return make
+
+
+@pytest.fixture(scope='module')
+def quick_compiler():
+  """Tiny programs take longer to optimise than to run."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)

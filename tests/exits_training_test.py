@@ -20,12 +20,7 @@ CFG = rtx.ModelConfig(
 B, T = 4, 6
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick_compiler():
-  """Tiny programs take longer to optimise than to run."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
+pytestmark = pytest.mark.usefixtures('quick_compiler')
 
 
 @pytest.fixture(scope='module')

@@ -33,12 +33,7 @@ PLAIN = dataclasses.replace(CFG, rank='q2')
 HEAD_ALONE = (('adapters/head/.*', 1.0, 0.0), ('.*', 0.0, 0.0))
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick_compiler():
-  """Tiny programs take longer to optimise than to run."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
+pytestmark = pytest.mark.usefixtures('quick_compiler')
 
 
 @pytest.fixture(scope='module')

@@ -22,8 +22,12 @@ LETTERS = 'abcdefghijklmnopqrstuvwxyz '
 STEPS = 8
 
 
-def write_files(folder: pathlib.Path) -> None:
-  """A tokenizer of one id a letter, and text in which letters follow suit."""
+def write_files(folder: pathlib.Path, train: int = 3000) -> None:
+  """A tokenizer of one id a letter, and text in which letters follow suit.
+
+  By default there is so much that every shard has a block of its own, and all
+  rows differ.
+  """
   import tokenizers
 
   vocab = {c: i for i, c in enumerate([*LETTERS, '<bos>', '<eos>'])}
@@ -32,8 +36,7 @@ def write_files(folder: pathlib.Path) -> None:
   (folder / 'tokenizer_config.json').write_text(json.dumps({
       'add_bos_token': True, 'bos_token': '<bos>', 'eos_token': '<eos>'}))
   rng = np.random.default_rng(0)
-  # So much that every shard has a block of its own, and all rows differ.
-  for split, count in (('train', 3000), ('heldout', 5)):
+  for split, count in (('train', train), ('heldout', 5)):
     with (folder / f'{split}.jsonl').open('w') as f:
       for _ in range(count):
         start, length = rng.integers(0, 26), rng.integers(5, 40)

@@ -27,12 +27,7 @@ LAST = processes.STEPS
 ONE_LOOP = dict(model=dict(loops=1, rank='0'), losses=dict(next_token=(1.0,)))
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick_compiler():
-  """Tiny programs take longer to optimise than to run."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
+pytestmark = pytest.mark.usefixtures('quick_compiler')
 
 
 @pytest.fixture(scope='module')

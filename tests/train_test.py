@@ -8,8 +8,8 @@ from flax.linen import meta
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
-import tokenizers
 
 import recursive_tx as rtx
 from recursive_tx import checkpoint, history, sharding, train
@@ -17,7 +17,6 @@ from recursive_tx.data import DataConfig, Task
 from recursive_tx.losses import LossConfig
 from recursive_tx.optim import OptimConfig
 
-LETTERS = 'abcdefghijklmnopqrstuvwxyz '
 CFG = rtx.ModelConfig(
     V=32, D=16, F=32, N=4, K=2, H=4, layers_per_loop=1, loops=2, rank='2'
 )
@@ -26,30 +25,13 @@ EVERY_STEP = checkpoint.CheckpointConfig(every=1, keep=0)
 TABLE = (('.*kernel', 1.0, 1.0), ('.*', 1.0, 0.0))
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick_compiler():
-  """Tiny programs take longer to optimise than to run."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
+pytestmark = pytest.mark.usefixtures('quick_compiler')
 
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
-  """A tokenizer of one id a letter, and text in which letters follow suit."""
   folder = tmp_path_factory.mktemp('files')
-  vocab = {c: i for i, c in enumerate([*LETTERS, '<bos>', '<eos>'])}
-  model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
-  model.save(str(folder / 'tokenizer.json'))
-  (folder / 'tokenizer_config.json').write_text(json.dumps({
-      'add_bos_token': True, 'bos_token': '<bos>', 'eos_token': '<eos>'}))
-  rng = np.random.default_rng(0)
-  for split, count in (('train', 200), ('heldout', 5)):
-    with (folder / f'{split}.jsonl').open('w') as f:
-      for _ in range(count):
-        start, length = rng.integers(0, 26), rng.integers(5, 40)
-        text = ''.join(LETTERS[(start + i) % 26] for i in range(length))
-        f.write(json.dumps({'text': text}) + '\n')
+  processes.write_files(folder, train=200)
   return folder
 
 

@@ -18,7 +18,7 @@ import jax
 from tqdm import tqdm
 
 from recursive_tx import data, distributed, sharding, start, teacher, tokenizer
-from recursive_tx.cli import arguments, configs
+from recursive_tx.cli import arguments, configs, processes
 from recursive_tx.train import state, step
 
 _CONFIG = configs.define()
@@ -29,18 +29,14 @@ _BEST = flags.DEFINE_integer(
     ' probability is one outcome more.')
 _LAST = flags.DEFINE_integer(
     'last', 0, 'Steps to save, from the first; 0: config.optim.steps.')
-_COORDINATOR = flags.DEFINE_string(
-    'coordinator', '', 'HOST:PORT at which process 0 meets the others.')
-_PROCESSES = flags.DEFINE_integer('processes', 0, 'How many processes.')
-_PROCESS = flags.DEFINE_integer('process', -1, 'Which this is, from 0.')
+_JOIN = processes.define()
 
 
 def main(argv: list[str]) -> None:
   """Runs the verb."""
   arguments.check(argv, config=_CONFIG.value, output=_OUTPUT.value)
   config = configs.typed(_CONFIG.value)
-  distributed.initialize(
-      _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+  _JOIN()
   source = config.tokenizer or start.companions(config.init_from)
   for name, value in (('teacher', config.teacher), ('tokenizer', source)):
     if not value:

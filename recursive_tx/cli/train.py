@@ -11,8 +11,8 @@ say who takes part. SIGTERM saves the run and ends it with status 0.
 
 from absl import flags
 
-from recursive_tx import distributed, train
-from recursive_tx.cli import arguments, configs
+from recursive_tx import train
+from recursive_tx.cli import arguments, configs, processes
 
 _CONFIG = configs.define()
 _WORKDIR = flags.DEFINE_string(
@@ -20,19 +20,12 @@ _WORKDIR = flags.DEFINE_string(
     'Where checkpoints, metrics and the final model go. A directory that'
     ' holds the same run is resumed.',
 )
-_COORDINATOR = flags.DEFINE_string(
-    'coordinator', '', 'HOST:PORT at which process 0 meets the others.')
-_PROCESSES = flags.DEFINE_integer(
-    'processes', 0, 'How many processes the run has, all with the same'
-    ' command but for --process.')
-_PROCESS = flags.DEFINE_integer(
-    'process', -1, 'Which of them this one is, from 0.')
+_JOIN = processes.define()
 
 
 def main(argv: list[str]) -> None:
   """Runs the verb."""
   arguments.check(argv, config=_CONFIG.value, workdir=_WORKDIR.value)
   config = configs.typed(_CONFIG.value)
-  distributed.initialize(
-      _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+  _JOIN()
   train.train(config, _WORKDIR.value)
