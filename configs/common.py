@@ -20,13 +20,14 @@ from recursive_tx.optim import OptimConfig
 # (pattern, learning rate, weight decay) by parameter. Decaying the adapters'
 # factors would pull every layer back to the tied mean.
 TABLE = (
+    ('adapters/exit/.*', 1.0, 0.0),
     ('adapters/.*/[ab]', 1.0, 0.0),
     ('.*/(scale|bias)', 1.0, 0.0),
     ('embed/.*', 1.0, 0.0),
     ('.*/kernel', 1.0, 1.0),
 )
 # The paper does not tell factors from kernels.
-PAPER_TABLE = (('adapters/.*/[ab]', 1.0, 1.0), *TABLE[1:])
+PAPER_TABLE = (TABLE[0], ('adapters/.*/[ab]', 1.0, 1.0), *TABLE[2:])
 
 # What `data=` chooses: one task each, the files to be named on the command
 # line, --config.data.tasks.NAME.train=gs://BUCKET/*.jsonl, if not here.
@@ -126,6 +127,9 @@ def uptrain(
       `teacher`: distil the final loop from the model that --config.teacher=
       names, the full-size one.
       `exits`: losses on the earlier loops, see `_exits`.
+      `gate`: hidden width of an exit gate, trained along (0: none). With
+      --config.optim.table='(("adapters/exit/.*", 1, 0), (".*", 0, 0))' it is
+      trained alone.
       `paper`: tie norms and decay factors as the paper does.
       `baseline`: what the paper compares with. 'full', the vanilla model
       uptrained; 'reduced', one loop's layers from random weights; 'random',
@@ -139,7 +143,8 @@ def uptrain(
   """
   args = parse(
       arg, alone={'exits': '0.1'}, loops=2, rank='0', init='', tokens=15.0,
-      data=data, teacher=False, exits='', paper=False, baseline='',
+      data=data, teacher=False, exits='', gate=0, paper=False,
+      baseline='',
   )
   one_of('data', args.data, TASKS)
   config = base(model)
@@ -158,6 +163,14 @@ def uptrain(
   if args.paper:
     config.optim.table = PAPER_TABLE
   config.losses.update(_exits(args.exits, config.model.loops))
+  if args.gate:
+    if config.model.loops == 1:
+      raise ValueError(
+          f'gate={args.gate} with a model of one loop, which has no earlier'
+          ' exit; give loops=2 or more, or leave it out.'
+      )
+    config.model.exit_gate = args.gate
+    config.losses.gate = (1.0,) * (config.model.loops - 1) + (0.0,)
   if args.teacher:
     config.losses.distill = (1.0,)
 

@@ -6,7 +6,9 @@ Relaxed Recursive Transformers, section 2.3, equation 3.
 
 The head may have factors too, for the exits alone: a pair for every loop but
 the final one, whose logits they leave as they are (section 3.7, where they are
-trained on a frozen model, at rank 128).
+trained on a frozen model, at rank 128). So may the exits have a gate: a small
+MLP for every loop but the final one, which tells from a loop's output whether
+a token may leave. It changes no logits.
 """
 
 import math
@@ -53,17 +55,48 @@ def head_leaves(cfg: config_lib.ModelConfig) -> dict[str, tuple]:
           'b': ('RV', rank, initializers.zeros)}
 
 
-def fresh_head(
+def gate_leaves(cfg: config_lib.ModelConfig) -> dict[str, tuple]:
+  """Leaves of one loop's gate: `a` [D, E] and `b` [E], and their biases.
+
+  A fresh gate is undecided: its logit is 0.
+  """
+  zeros = initializers.zeros
+  return {'a': ('DE', None, initializers.normal(cfg.D**-0.5)),
+          'a_bias': ('E', None, zeros), 'b': ('E', None, zeros),
+          'b_bias': ('', None, zeros)}
+
+
+def exit_tables(cfg: config_lib.ModelConfig) -> Table:
+  """What every loop but the final one has for its exit."""
+  table = {'head': head_leaves(cfg)} if head_rank(cfg) else {}
+  return {**table, 'exit': gate_leaves(cfg)} if cfg.exit_gate else table
+
+
+def fresh_exits(
     cfg: config_lib.ModelConfig, seed: int
 ) -> dict[str, np.ndarray]:
-  """Factors [loops - 1, ...] that change nothing yet, fp32; {} at rank 0."""
-  rank, exits = head_rank(cfg), cfg.loops - 1
-  if not rank:
-    return {}
-  a = np.random.default_rng([seed, rank]).normal(
-      0, cfg.D**-0.5, (exits, cfg.D, rank))
-  return {'a': a.astype(np.float32),
-          'b': np.zeros((exits, rank, cfg.V), np.float32)}
+  """{'head/a': [loops - 1, ...], ...} that change nothing yet, fp32.
+
+  {} where the exits have nothing of their own.
+  """
+  exits, values = cfg.loops - 1, {}
+  for name, leaves in exit_tables(cfg).items():
+    for leaf, (letters, rank, _) in leaves.items():
+      shape = (exits, *leaf_shape(cfg, letters, rank))
+      value = np.zeros(shape, np.float32)
+      if leaf == 'a':
+        rng = np.random.default_rng([seed, shape[-1]])
+        value = rng.normal(0, cfg.D**-0.5, shape).astype(np.float32)
+      values[f'{name}/{leaf}'] = value
+  return values
+
+
+def leaf_shape(
+    cfg: config_lib.ModelConfig, letters: str, rank: int | None
+) -> tuple[int, ...]:
+  """Sizes of a leaf's dimensions."""
+  return tuple(rank if letter == 'R' else getattr(cfg, letter)
+               for letter in letters)
 
 
 def vector_table(cfg: config_lib.ModelConfig) -> Table:
@@ -94,8 +127,7 @@ class Leaves(nn.Module):
   def __call__(self) -> dict[str, jnp.ndarray]:
     values = {}
     for leaf, (letters, rank, init) in self.table.items():
-      shape = tuple(rank if letter == 'R' else getattr(self.cfg, letter)
-                    for letter in letters)
+      shape = leaf_shape(self.cfg, letters, rank)
       values[leaf] = self.param(
           leaf, nn.with_logical_partitioning(init, tuple(letters)), shape)
     return values
@@ -113,20 +145,22 @@ class LayerValues(nn.Module):
 
 
 class Adapters(nn.Module):
-  """All of `params['adapters']`: the block's, and the head's if it has any."""
+  """All of `params['adapters']`: the block's, and what the exits have."""
   cfg: config_lib.ModelConfig
 
   @nn.compact
-  def __call__(self, *, head: bool = False) -> dict[str, dict]:
-    """The block's values [loops, layers, ...] by name, or those of `head`.
+  def __call__(
+      self, *, head: bool = False, gate: bool = False
+  ) -> dict[str, dict]:
+    """The block's values [loops, layers, ...] by name.
 
-    Only what is asked for need be there, so that the head can be applied
-    without the block.
+    Or the leaves [loops - 1, ...] of `head` or `gate` instead. Only what is
+    asked for need be there, so that these can be applied without the block.
     """
     cfg = self.cfg
-    if head:
-      loops = (('loops', cfg.loops - 1),)
-      return stacked(loops, Leaves)(cfg, head_leaves(cfg), name='head')()
+    if head or gate:
+      loops, name = (('loops', cfg.loops - 1),), 'head' if head else 'exit'
+      return stacked(loops, Leaves)(cfg, exit_tables(cfg)[name], name=name)()
     stack = (('loops', cfg.loops), ('layers', cfg.layers_per_loop))
     return {name: stacked(stack, Leaves)(cfg, leaves, name=name)()
             for name, leaves in adapter_table(cfg).items()}

@@ -7,7 +7,7 @@ mesh axis.
   B batch     T query time   S key time
   V vocabulary  D model      F MLP hidden
   N heads     K key heads    G query heads per key head   H head
-  R rank      L loops
+  R rank      L loops      E exit gate's MLP hidden
 
 This module knows nothing of arrays, families or files.
 """
@@ -70,6 +70,8 @@ class ModelConfig:
     window: keys a query sees, itself included; 0 is all.
     embed_scale: embeddings are multiplied by sqrt(D).
     tied: the head is the embedding.
+    exit_gate: hidden width of the MLP that says, after every loop but the
+      final one, whether a token may leave; 0 is none. It changes no logits.
   """
   V: int
   D: int
@@ -96,6 +98,7 @@ class ModelConfig:
   window: int = 0
   embed_scale: bool = False
   tied: bool = True
+  exit_gate: int = 0
 
   def __post_init__(self):
     object.__setattr__(self, 'rank', str(self.rank))
@@ -107,6 +110,15 @@ class ModelConfig:
       raise ValueError(
           f'model.rank={self.rank!r} adapts the head for loops before the'
           ' final one, but model.loops=1; leave that part out')
+    if self.exit_gate and self.loops == 1:
+      raise ValueError(
+          f'model.exit_gate={self.exit_gate} is for loops before the final'
+          ' one, but model.loops=1; leave it out')
+
+  @property
+  def E(self) -> int:
+    """Size of the letter: the exit gate's hidden width."""
+    return self.exit_gate
 
   @property
   def num_layers(self) -> int:
@@ -257,7 +269,7 @@ def _check(cfg: ModelConfig) -> None:
     if not _is_a(value, field.type):
       kind = getattr(field.type, '__name__', field.type)
       raise ValueError(f'model.{field.name}={value!r}; expected {kind}')
-    least = 0 if field.name in ('prelude', 'coda', 'window') else 1
+    least = int(field.name not in ('prelude', 'coda', 'window', 'exit_gate'))
     if field.type is int and value < least:
       raise ValueError(
           f'model.{field.name}={value}: expected at least {least}')

@@ -39,18 +39,21 @@ def train_step(
     'head', and 'teacher' (forward, with its head). They add up to 'total', as
     do 'forward' (with the teacher) and 'backward'.
   """
-  learning = [
-      loop for loop in range(1, cfg.loops + 1)
-      if any(loops[loop - 1] for loops in weights.values())]
+  gated = _weighed([weights.get('gate', ())])
+  learning = _weighed(
+      [loops for term, loops in weights.items() if term != 'gate'])
   # The final loop's logits, where they teach the earlier ones, are made
-  # whether or not they have a loss of their own.
-  taught = any(weights.get('self_distill', ()))
-  needed = sorted({*learning, *([cfg.loops] if taught else [])})
+  # whether or not they have a loss of their own; so are those that a gate, too
+  # small to be counted, learns from without a gradient of theirs.
+  taught = gated or any(weights.get('self_distill', ()))
+  needed = sorted({*learning, *gated, *([cfg.loops] if taught else [])})
   there = forward(cfg, batch, seq_len, exits=needed)
   # A product's gradient is two products of the same size, one for each factor.
-  back = {
-      part: 2 * flops
-      for part, flops in forward(cfg, batch, seq_len, exits=learning).items()}
+  back = dict.fromkeys(there, 0.0)
+  if learning:
+    back = {
+        part: 2 * flops for part, flops in forward(
+            cfg, batch, seq_len, exits=learning).items()}
   parts = {part: there[part] + back[part] for part in there}
   parts['teacher'] = 0.0
   if teacher is not None:
@@ -100,6 +103,12 @@ def forward(
       'attention': scores * (cfg.prelude + block + coda),
       'head': 2 * tokens * cfg.D * cfg.V * len(exits),
   }
+
+
+def _weighed(terms: Sequence[Sequence[float]]) -> list[int]:
+  """Loops, from 1, where one of the terms has a weight."""
+  return [loop for loop, weights in enumerate(zip(*terms, strict=True), 1)
+          if any(weights)]
 
 
 def pairs(seq_len: int, window: int = 0) -> int:

@@ -2,8 +2,9 @@
 
 A term compares a loop's logits with something: `next_token` with the token
 that follows, `distill` with a teacher, `self_distill` with the model's own
-final loop. Each term has one weight per loop, and the loss is the weighted sum
-of the terms' means over the batch's tokens.
+final loop. `gate` compares the exit gate's logit with whether the loop's best
+token is the final loop's. Each term has one weight per loop, and the loss is
+the weighted sum of the terms' means over the batch's tokens.
 
 The paper trains early exits (its section 3.7) by weights alone. For 3 loops,
 weighted: (1/6, 2/6, 3/6), aggressive with 0.1: (0.1, 0.1, 1), of `next_token`;
@@ -24,9 +25,10 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from recursive_tx import chunks
 from recursive_tx.config import one_of
 
-TERMS = ('next_token', 'distill', 'self_distill')
+TERMS = ('next_token', 'distill', 'self_distill', 'gate')
 DIVERGENCES = ('forward_kl', 'reverse_kl', 'jsd', 'tvd')
 # What a batch holds of a teacher that ran before: C ids of every position, and
 # their log-probabilities.
@@ -67,12 +69,16 @@ class LossConfig:
       'reverse_kl' KL(q || p), 'jsd' the mean of both to their mixture, 'tvd'
       half the sum of |p - q|. Where only the teacher's best ids are known, p
       and q are those of `top_divergence`.
+    gate: weights of the cross-entropy of the exit gate with what it is to
+      foresee: 1 where the loop's best token is the final loop's, else 0. Its
+      gradient reaches the gate only; the final loop's weight is 0.
   """
 
   next_token: tuple[float, ...] = (1.0,)
   distill: tuple[float, ...] = ()
   self_distill: tuple[float, ...] = ()
   divergence: str = 'forward_kl'
+  gate: tuple[float, ...] = ()
 
   def __post_init__(self):
     one_of('losses.divergence', self.divergence, DIVERGENCES)
@@ -85,6 +91,11 @@ class LossConfig:
       raise ValueError(
           f'losses.self_distill is {self.self_distill}; its last weight is the'
           ' final loop\'s, which is what the others learn from: make it 0.'
+      )
+    if any(self.gate[-1:]):
+      raise ValueError(
+          f'losses.gate is {self.gate}; its last weight is the final loop\'s,'
+          ' which has no gate: make it 0.'
       )
 
   def weights(self, loops: int) -> dict[str, tuple[float, ...]]:
@@ -117,6 +128,11 @@ def uses_teacher(config: LossConfig) -> bool:
   return any(config.distill)
 
 
+def uses_gate(config: LossConfig) -> bool:
+  """Whether a term with a weight above 0 asks for an exit gate."""
+  return any(config.gate)
+
+
 def total(
     config: LossConfig,
     h_LBTD: jax.Array,
@@ -125,6 +141,7 @@ def total(
     *,
     norm: jax.Array,
     teacher: tuple[jax.Array, Head] | None = None,
+  gate_LBT: jax.Array | None = None,
     chunk: int = 0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """The loss of a batch and the terms it is made of.
@@ -141,6 +158,8 @@ def total(
     teacher: the hidden states [B, T, D'] of the teacher's last loop and its
       head; needed where a weight of `distill` is above 0, unless the batch has
       its guesses.
+    gate_LBT: the exit gates' logits, of every loop but the final one, float32;
+      needed where a weight of `gate` is above 0.
     chunk: positions of every sequence whose logits exist at one time, a
       divisor of T; 0 is all. Changes memory and time, not the loss.
 
@@ -152,26 +171,32 @@ def total(
   saved = [key for key in SAVED if key in batch]
   if uses_teacher(config) and teacher is None and not saved:
     raise ValueError('losses.distill has a weight above 0 but no teacher.')
+  if uses_gate(config) and gate_LBT is None:
+    raise ValueError('losses.gate has a weight above 0 but there is no gate.')
   T = batch['target_BT'].shape[1]
   if T % (chunk or T):
     raise ValueError(
         f'A chunk of {chunk} does not divide the {T} positions of a sequence.'
     )
-  # Arrays with T as their second dimension, and what gets no gradient.
+  # Arrays with T as their third dimension, which get a gradient; and as their
+  # second, which get none.
+  outputs = {'h_LBTD': h_LBTD}
+  if uses_gate(config):
+    outputs['gate_LBT'] = gate_LBT
   fixed = {key: batch[key] for key in ('target_BT', 'weight_BT', *saved)}
   teacher_head = None
   if uses_teacher(config) and not saved:
     fixed['teacher_h_BTD'], teacher_head = teacher
   constants = (norm, teacher_head and teacher_head.params)
 
-  def nats(params, h_LBTD, fixed, constants):
+  def nats(params, outputs, fixed, constants):
     norm, teacher_params = constants
     if teacher_head is not None:
       fixed = {**fixed, 'teacher_BTV': teacher_head.logits(
           teacher_params, fixed['teacher_h_BTD'])}
-    return _nats(config, weights, h_LBTD, fixed, head, params, norm)
+    return _nats(config, weights, outputs, fixed, head, params, norm)
 
-  return _in_chunks(nats, chunk or T)(head.params, h_LBTD, fixed, constants)
+  return chunks.total(nats, chunk or T)(head.params, outputs, fixed, constants)
 
 
 def next_token_nats(logits_BTV: jax.Array, target_BT: jax.Array) -> jax.Array:
@@ -181,6 +206,18 @@ def next_token_nats(logits_BTV: jax.Array, target_BT: jax.Array) -> jax.Array:
   # its gradient is not a scatter.
   hit_BTV = target_BT[..., None] == jnp.arange(log_q_BTV.shape[-1])
   return -jnp.sum(jnp.where(hit_BTV, log_q_BTV, 0.0), axis=-1)
+
+
+def gate_nats(
+    gate_BT: jax.Array, logits_BTV: jax.Array, final_BTV: jax.Array
+) -> jax.Array:
+  """Cross-entropy of a gate's logit with whether both agree, nats [B, T].
+
+  They agree where the likeliest token is the same, so that no gradient
+  reaches the logits.
+  """
+  same_BT = jnp.argmax(logits_BTV, axis=-1) == jnp.argmax(final_BTV, axis=-1)
+  return jax.nn.softplus(jnp.where(same_BT, -gate_BT, gate_BT))
 
 
 def divergence(
@@ -276,14 +313,15 @@ _split.defvjp(_split_forward, _split_backward)
 def _nats(
     config: LossConfig,
     weights: Mapping[str, tuple[float, ...]],
-    h_LBTD: jax.Array,
+    outputs: Mapping[str, jax.Array],
     fixed: Mapping[str, jax.Array],
     head: Head,
     params: Any,
     norm: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Weighted sum, and each term's, of some positions; all over `norm`."""
-  last = h_LBTD.shape[0] - 1
+  h_LBTD = outputs['h_LBTD']
+  last = len(h_LBTD) - 1
 
   def logits(loop):
     if loop < last and head.exit_logits is not None:
@@ -291,7 +329,7 @@ def _nats(
     return head.logits(params, h_LBTD[loop])
 
   final_BTV = None
-  if any(weights['self_distill']):
+  if any(weights['self_distill']) or any(weights['gate']):
     final_BTV = logits(last)
   loss, terms = jnp.float32(0), {}
   for loop in range(last + 1):
@@ -304,6 +342,8 @@ def _nats(
     for term in wanted:
       if term == 'next_token':
         nats_BT = next_token_nats(logits_BTV, fixed['target_BT'])
+      elif term == 'gate':
+        nats_BT = gate_nats(outputs['gate_LBT'][loop], logits_BTV, final_BTV)
       elif term == 'distill' and SAVED[0] in fixed:
         nats_BT = top_divergence(
             config.divergence, logits_BTV, *(fixed[key] for key in SAVED))
@@ -314,68 +354,3 @@ def _nats(
       terms[f'{term}/loop{loop + 1}'] = mean
       loss += weights[term][loop] * mean
   return loss, terms
-
-
-def _in_chunks(function, chunk: int):
-  """function(params, h_LBTD, fixed, constants), summed over chunks of T.
-
-  Where a gradient is wanted, each chunk's is computed along with its value,
-  so that its logits are made once and not kept. It is that of the function's
-  first result, a scalar; the others get none.
-  """
-
-  @jax.custom_vjp
-  def total(params, h_LBTD, fixed, constants):
-    def value(start):
-      return function(params, *_cut(h_LBTD, fixed, start, chunk), constants)
-
-    def add(sums, start):
-      return jax.tree.map(jnp.add, sums, value(start)), None
-
-    return lax.scan(add, _zeros(value), _starts(h_LBTD, chunk))[0]
-
-  def forward(params, h_LBTD, fixed, constants):
-    def value_and_grad(start):
-      found, (d_params, d_h) = jax.value_and_grad(
-          function, argnums=(0, 1), has_aux=True
-      )(params, *_cut(h_LBTD, fixed, start, chunk), constants)
-      return (found, d_params), d_h
-
-    def add(carry, start):
-      sums, d_h_LBTD = carry
-      found, d_h = value_and_grad(start)
-      # Written in place: stacked chunks would have to be transposed.
-      d_h_LBTD = lax.dynamic_update_slice_in_dim(d_h_LBTD, d_h, start, axis=2)
-      return (jax.tree.map(jnp.add, sums, found), d_h_LBTD), None
-
-    zeros = _zeros(value_and_grad)[0], jnp.zeros_like(h_LBTD)
-    (found, d_params), d_h_LBTD = lax.scan(
-        add, zeros, _starts(h_LBTD, chunk))[0]
-    return found, (d_params, d_h_LBTD)
-
-  def backward(gradients, cotangent):
-    scaled = jax.tree.map(
-        lambda g: (g * cotangent[0]).astype(g.dtype), gradients)
-    return *scaled, None, None
-
-  total.defvjp(forward, backward)
-  return total
-
-
-def _starts(h_LBTD: jax.Array, chunk: int) -> jax.Array:
-  return jnp.arange(0, h_LBTD.shape[2], chunk)
-
-
-def _zeros(function: Callable[[jax.Array], Any]) -> Any:
-  """Zeros like the result for a chunk."""
-  return jax.tree.map(
-      lambda x: jnp.zeros(x.shape, x.dtype),
-      jax.eval_shape(function, jnp.int32(0)))
-
-
-def _cut(h_LBTD, fixed, start, chunk):
-  """A chunk of every array. The batch stays whole, since it is sharded."""
-  def cut(x, axis):
-    return lax.dynamic_slice_in_dim(x, start, chunk, axis)
-
-  return cut(h_LBTD, 2), {key: cut(x, 1) for key, x in fixed.items()}

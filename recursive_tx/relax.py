@@ -133,8 +133,8 @@ def parts(
       yield from _vector_parts(rcfg, path, read, init)
     else:
       yield from _kernel_parts(rcfg, path, read, init, lora, seed, energy)
-  for leaf, value in adapters.fresh_head(rcfg, seed).items():
-    yield f'adapters/head/{leaf}', (), value
+  for path, value in adapters.fresh_exits(rcfg, seed).items():
+    yield f'adapters/{path}', (), value
 
 
 def _vector_parts(rcfg, path, read, init):

@@ -37,8 +37,8 @@ LETTERS = {
 # The batch where the vocabulary is cut along 'fsdp': at the head.
 HEAD_BATCH = 'B_head'
 # Never cut: time and heads' inner size (attention mixes them), the stacks of
-# layers and loops (small), and groups of query heads.
-WHOLE = ('T', 'S', 'H', 'G', 'L', 'layers', 'loops')
+# layers and loops and the exit gate (small), and groups of query heads.
+WHOLE = ('T', 'S', 'H', 'G', 'L', 'E', 'layers', 'loops')
 
 Rules = tuple[tuple[str, tuple[str, ...] | None], ...]
 

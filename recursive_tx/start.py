@@ -90,8 +90,8 @@ def parts_as(
   Args:
     origin: of `source`.
     wanted: the model they are for. Where it is not the directory's, that is
-      given a fresh adapter of the head, if this is all it lacks; else it must
-      be vanilla, and is relaxed.
+      given a fresh adapter of the head or exit gate, if this is all it lacks;
+      else it must be vanilla, and is relaxed.
     init: how `relax` makes the shared layers.
     lora: how `relax` makes the adapters.
     seed: of what `relax` draws.
@@ -101,14 +101,16 @@ def parts_as(
   """
   if origin.cfg == wanted:
     return parts(origin)
-  if _lacks_head(origin.cfg, wanted):
-    head = adapters.fresh_head(wanted, seed)
+  if _lacks_exits(origin.cfg, wanted):
+    there = adapters.exit_tables(origin.cfg)
+    fresh = adapters.fresh_exits(wanted, seed)
     return itertools.chain(parts(origin), (
-        (f'adapters/head/{leaf}', (), value) for leaf, value in head.items()))
-  relaxed = target(
+        (f'adapters/{path}', (), value) for path, value in fresh.items()
+        if path.split('/')[0] not in there))
+  relaxed = dataclasses.replace(target(
       origin.cfg, init=init, lora=lora, loops=wanted.loops, rank=wanted.rank,
       prelude=wanted.prelude, coda=wanted.coda, loop_norms=wanted.loop_norms,
-  )
+  ), exit_gate=wanted.exit_gate if wanted.loops > 1 else 0)
   differences = [
       f'{field.name} {getattr(relaxed, field.name)!r} but config.model has'
       f' {getattr(wanted, field.name)!r}'
@@ -132,12 +134,15 @@ def companions(directory: str) -> str:
   return directory
 
 
-def _lacks_head(cfg: ModelConfig, wanted: ModelConfig) -> bool:
-  """Whether an adapter of the head is all that sets the two apart."""
+def _lacks_exits(cfg: ModelConfig, wanted: ModelConfig) -> bool:
+  """Whether what exits have of their own is all that sets the two apart."""
+  old, new = ((adapters.head_rank(x), x.exit_gate) for x in (cfg, wanted))
   return (
-      adapters.head_rank(wanted) > adapters.head_rank(cfg) == 0
+      old != new
+      and all(x in (0, y) for x, y in zip(old, new, strict=True))
       and (cfg.loops, cfg.ranks) == (wanted.loops, wanted.ranks)
-      and dataclasses.replace(cfg, rank=wanted.rank) == wanted
+      and dataclasses.replace(
+          cfg, rank=wanted.rank, exit_gate=wanted.exit_gate) == wanted
   )
 
 

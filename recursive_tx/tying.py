@@ -100,26 +100,29 @@ def merge(
   """The vanilla model that computes the same, without loops or adapters.
 
   Args:
-    cfg, variables: any model of this library. An adapter of the head is
-      dropped, which is said: a vanilla model has no exits before its end.
+    cfg, variables: any model of this library. An adapter of the head and an
+      exit gate are dropped, which is said: a vanilla model has no exits
+      before its end.
 
   Returns:
     Its unrolled config and variables, fp32 wherever an
     adapter was added.
   """
   flat = dataclasses.replace(
-      cfg, loops=1, prelude=0, coda=0, rank='0',
+      cfg, loops=1, prelude=0, coda=0, rank='0', exit_gate=0,
       layers_per_loop=cfg.num_layers)
   if flat == cfg:
     return cfg, variables
   params = jax.tree.map(np.asarray, variables['params'])
-  if 'head' in params.get('adapters', {}):
-    logging.warning(
-        'Dropped the adapter of the head: it is for exits before the end.')
+  looped = dict(params.get('adapters', {}))
+  for name, what in (('head', 'adapter of the head'), ('exit', 'exit gate')):
+    if looped.pop(name, None):
+      logging.warning(
+          'Dropped the %s: it is for exits before the end.', what)
   parts = [params[name] for name in ('prelude', 'block', 'coda')
            if name in params]
   middle = 'prelude' in params
-  parts[middle] = _unroll(cfg, params['block'], params.get('adapters', {}))
+  parts[middle] = _unroll(cfg, params['block'], looped)
   block = jax.tree.map(lambda *stacks: np.concatenate(stacks), *parts)
   kept = {k: v for k, v in params.items() if k in ('embed', 'norm', 'head')}
   return flat, {'params': {**kept, 'block': block}}

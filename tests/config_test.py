@@ -71,7 +71,7 @@ def test_layers_are_counted():
 
 @pytest.mark.parametrize('field', [
     'V', 'D', 'F', 'N', 'K', 'H', 'layers_per_loop', 'loops', 'prelude',
-    'coda', 'window'])
+    'coda', 'window', 'exit_gate'])
 @pytest.mark.parametrize('value', [-1, 2.0, '2', True, None])
 def test_sizes_are_positive_integers(field, value):
   with tiny.refused(f'model.{field}={value!r}'):
@@ -89,6 +89,7 @@ def test_sizes_are_positive_integers(field, value):
     (dict(rope_scaling=(1.0, 2.0)), ('(1.0, 2.0)', 'linear', 'Llama 3')),
     (dict(norm='rmsnorm'), ("'rmsnorm'", "'rms'", 'layer')),
     (dict(act='gelu_tan'), ("'gelu_tan'", "'gelu_tanh'", 'silu')),
+    (dict(exit_gate=4), ('model.exit_gate=4', 'loops=1')),
 ])
 def test_what_cannot_be_computed_is_refused(change, parts):
   with tiny.refused(*parts):

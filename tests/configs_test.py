@@ -329,6 +329,8 @@ def test_arguments_take_the_types_of_their_defaults():
         ('exits=-1', 'a weight above 0'),
         ('exits=nan', 'a weight above 0'),
         ('loops=1,exits', 'has no earlier exit'),
+        ('loops=1,gate=8', 'gate=8 with a model of one loop'),
+        ('gate', 'expected gate=INT'),
         ('baseline=reduced,exits', 'has no earlier exit'),
         ('baseline=small', "baseline 'small' is not known.*expected one of f"),
         ('baseline=random,rank=8', 'has no adapters; leave out rank=8'),

@@ -157,6 +157,21 @@ def test_heads_and_loops_that_no_loss_needs_are_not_counted():
   assert both == every
 
 
+def test_a_gate_learns_from_logits_that_have_no_gradient():
+  def step(**weights):
+    return flops.train_step(BASE, weights, None, B, T)
+
+  alone = step(gate=(1.0, 0.0))
+  assert alone['backward'] == 0
+  assert alone['forward'] == sum(flops.forward(
+      BASE, B, T, exits=(1, 2)).values())
+  along = step(next_token=(0.0, 1.0), gate=(1.0, 0.0))
+  without = step(next_token=(0.0, 1.0))
+  assert along['total'] - without['total'] == 2.0 * B * T * BASE.D * BASE.V
+  every = step(next_token=(1.0, 1.0))
+  assert step(next_token=(1.0, 1.0), gate=(1.0, 0.0)) == every
+
+
 def test_every_exit_goes_through_the_coda():
   cfg = model('ends')
   one = flops.forward(cfg, B, T)

@@ -101,11 +101,12 @@ def test_a_fresh_one_changes_nothing_and_loops_differ():
   head = jax.tree.map(np.asarray, jax.tree.map(
       lambda x: x.value, made['params']['adapters']['head'],
       is_leaf=lambda x: hasattr(x, 'names')))
-  for found in (head, adapters.fresh_head(CFG, 0)):
+  fresh = adapters.fresh_exits(CFG, 0)
+  for found in (head, {leaf: fresh[f'head/{leaf}'] for leaf in 'ab'}):
     assert found['a'].shape == (2, 16, 4) and not found['b'].any()
     assert abs(found['a'].std() * 4 - 1) < 0.3
     assert (found['a'][0] != found['a'][1]).all()
-  assert adapters.fresh_head(PLAIN, 0) == {}
+  assert adapters.fresh_exits(PLAIN, 0) == {}
 
 
 # What is made of it, and from it.
@@ -189,7 +190,8 @@ def test_its_flops_are_those_of_two_thin_matmuls_an_exit():
 
 def test_nothing_but_the_head_adapter_moves(batch):
   values = tiny.variables(CFG)
-  values['params']['adapters']['head'] = adapters.fresh_head(CFG, 0)
+  for path, value in adapters.fresh_exits(CFG, 0).items():
+    tree.put(values['params']['adapters'], path, value)
   config = run(CFG, LossConfig((1.0, 1.0, 0.0)), HEAD_ALONE)
   after, rows = stepped(config, values, batch, 8)
   before = dict(tree.items(values['params']))
@@ -231,7 +233,7 @@ def test_its_gradient_is_that_of_the_whole_model(batch):
     hidden = train.step.forward(config, CFG, mesh)
 
     def ours(params):
-      h_LBTD, head = hidden({'params': params}, batch)
+      h_LBTD, _, head = hidden({'params': params}, batch)
       return losses.total(loss, h_LBTD, batch, head,
                           norm=batch['weight_BT'].sum(), chunk=2)[0]
 

@@ -13,9 +13,10 @@ PACKAGE = pathlib.Path(recursive_tx.__file__).parent
 # Who may import whom: a module imports from rows above its own only. Modules
 # of a package (data, cli) may import each other.
 ROWS = (
-    ('config', 'disk', 'distributed', 'tree', 'tokenizer'),
-    ('adapters', 'attention', 'chips', 'data', 'embedding', 'families',
+    ('chunks', 'config', 'disk', 'distributed', 'tree', 'tokenizer'),
+    ('adapters', 'attention', 'chips', 'data', 'depths', 'embedding', 'families',
      'flops', 'history', 'hlo', 'losses', 'optim', 'sampling'),
+    ('cache',),
     ('model', 'sharding', 'tying'),
     ('checkpoint', 'exits', 'hf'),
     ('saved',),

@@ -8,7 +8,7 @@ import pytest
 from recursive_tx import losses
 
 L, B, T, D, V = 3, 2, 6, 5, 7
-TERMS = ('next_token', 'distill', 'self_distill')
+TERMS = ('next_token', 'distill', 'self_distill', 'gate')
 
 
 @pytest.fixture
@@ -27,6 +27,7 @@ def arrays():
       'head': normal(D, V),
       'teacher_h': normal(B, T, D + 1),
       'teacher_head': normal(D + 1, V),
+      'gate': normal(L - 1, B, T),
       'batch': {
           'target_BT': rng.integers(0, V, (B, T)),
           'weight_BT': weight_BT,
@@ -46,13 +47,14 @@ def total(config, arrays, chunk=0):
       head_of(arrays['head']),
       norm=arrays['batch']['weight_BT'].sum(),
       teacher=(arrays['teacher_h'], head_of(arrays['teacher_head'])),
+      gate_LBT=arrays['gate'],
       chunk=chunk,
   )
 
 
 def gradients(config, arrays, chunk=0):
-  """Of thrice the loss, with respect to all four float arrays."""
-  names = ('h', 'head', 'teacher_h', 'teacher_head')
+  """Of thrice the loss, with respect to all five float arrays."""
+  names = ('h', 'head', 'teacher_h', 'teacher_head', 'gate')
   return jax.grad(
       lambda x: 3 * total(config, {**arrays, **x}, chunk)[0]
   )({name: arrays[name] for name in names})
@@ -85,6 +87,11 @@ def by_hand(arrays, divergence='forward_kl'):
     sums['distill'][loop] += weight[b, t] * diverge(p, q)
     final = log_softmax(as64('h')[-1, b, t] @ as64('head'))
     sums['self_distill'][loop] += weight[b, t] * diverge(final, q)
+    if loop < L - 1:
+      p_gate = 1 / (1 + np.exp(-as64('gate')[loop, b, t]))
+      leaves = final.argmax() == q.argmax()
+      sums['gate'][loop] -= weight[b, t] * np.log(
+          p_gate if leaves else 1 - p_gate)
   return {term: value / weight.sum() for term, value in sums.items()}
 
 
@@ -92,17 +99,19 @@ def by_hand(arrays, divergence='forward_kl'):
 @pytest.mark.parametrize('chunk', [0, 2])
 def test_equals_a_loop_over_tokens(arrays, chunk, divergence):
   config = losses.LossConfig(
-      (0.5, 0.0, 2.0), (0.3, 1.0), (0.7, 0.0), divergence)
+      (0.5, 0.0, 2.0), (0.3, 1.0), (0.7, 0.0), divergence, (0.6, 0.2, 0.0))
   loss, metrics = total(config, arrays, chunk)
   expected = by_hand(arrays, divergence)
   keys = {'next_token/loop1': 0, 'next_token/loop3': 2, 'distill/loop2': 1,
-          'distill/loop3': 2, 'self_distill/loop2': 1}
+          'distill/loop3': 2, 'self_distill/loop2': 1, 'gate/loop1': 0,
+          'gate/loop2': 1}
   assert metrics.keys() == keys.keys()
   for key, loop in keys.items():
     mean = expected[key.split('/')[0]][loop]
     np.testing.assert_allclose(metrics[key], mean, rtol=1e-5)
   parts = (expected['next_token'] @ [0.5, 0, 2] + expected['distill'] @ [
-      0, 0.3, 1] + expected['self_distill'] @ [0, 0.7, 0])
+      0, 0.3, 1] + expected['self_distill'] @ [0, 0.7, 0]
+           + expected['gate'] @ [0.6, 0.2, 0])
   np.testing.assert_allclose(loss, parts, rtol=1e-5)
   assert loss.dtype == jnp.float32
 
@@ -113,9 +122,14 @@ def plain(config, arrays):
   logits = [h @ arrays['head'] for h in arrays['h']]
   teacher = arrays['teacher_h'] @ arrays['teacher_head']
   loss = 0.0
+  best_LBT = [jnp.argmax(logits_BTV, axis=-1) for logits_BTV in logits]
   for term, weights in config.weights(L).items():
-    for weight, logits_BTV in zip(weights, logits, strict=True):
-      if term == 'next_token':
+    for loop, (weight, logits_BTV) in enumerate(
+        zip(weights, logits, strict=True)):
+      if term == 'gate':
+        sign_BT = jnp.where(best_LBT[loop] == best_LBT[-1], 1, -1)
+        nats = jnp.logaddexp(0, -sign_BT * arrays['gate'][min(loop, L - 2)])
+      elif term == 'next_token':
         nats = losses.next_token_nats(logits_BTV, arrays['batch']['target_BT'])
       else:
         target = teacher if term == 'distill' else logits[-1]
@@ -127,8 +141,9 @@ def plain(config, arrays):
 @pytest.mark.parametrize('divergence', losses.DIVERGENCES)
 def test_chunks_change_neither_loss_nor_gradients(arrays, divergence):
   config = losses.LossConfig(
-      (0.1, 0.1, 1.0), (0.2, 0.5), (0.3, 0.4, 0.0), divergence)
-  names = ('h', 'head', 'teacher_h', 'teacher_head')
+      (0.1, 0.1, 1.0), (0.2, 0.5), (0.3, 0.4, 0.0), divergence,
+      (0.2, 0.6, 0.0))
+  names = ('h', 'head', 'teacher_h', 'teacher_head', 'gate')
   value, expected = jax.value_and_grad(
       lambda x: 3 * plain(config, {**arrays, **x})
   )({name: arrays[name] for name in names})
@@ -247,6 +262,7 @@ def test_bfloat16_logits_are_summed_in_float32():
         (dict(next_token=(-1.0,)), '0 or more'),
         (dict(divergence='forward_kll'), "mean 'forward_kl'"),
         (dict(self_distill=(0.1, 1.0)), 'make it 0'),
+        (dict(gate=(1.0,)), 'which has no gate: make it 0'),
     ],
 )
 def test_bad_weights_are_refused(arrays, config, said):
@@ -264,6 +280,43 @@ def test_the_final_loop_learns_nothing_from_the_earlier(arrays):
   found = gradients(config, arrays)
   np.testing.assert_array_equal(found['h'][-1], 0)
   assert np.abs(found['h'][-2]).max() > 1e-3
+
+
+def test_the_gate_learns_from_the_loops_and_they_nothing_from_it(arrays):
+  found = gradients(losses.LossConfig((), gate=(1.0, 0.5, 0.0)), arrays)
+  for name in ('h', 'head', 'teacher_h', 'teacher_head'):
+    np.testing.assert_array_equal(found[name], 0)
+  used = arrays['batch']['weight_BT'] > 0
+  assert (found['gate'][:, used] != 0).all()
+  assert (found['gate'][:, ~used] == 0).all()
+
+
+def test_logits_are_made_once_for_all_terms_of_a_loop(arrays):
+  def made(**terms):
+    seen = []
+
+    def logits(table, h):
+      seen.append(h)
+      return h @ table
+
+    losses.total(
+        losses.LossConfig(**terms), arrays['h'], arrays['batch'],
+        losses.Head(arrays['head'], logits), norm=1.0,
+        gate_LBT=arrays['gate'])
+    return len(seen)
+
+  taught = made(next_token=(1.0,), self_distill=(1.0, 1.0, 0.0))
+  assert made(next_token=(1.0,), self_distill=(1.0, 1.0, 0.0),
+              gate=(1.0, 1.0, 0.0)) == taught
+  assert made(next_token=(), gate=(1.0, 1.0, 0.0)) == taught
+
+
+def test_a_missing_gate_is_refused(arrays):
+  with pytest.raises(ValueError, match='there is no gate'):
+    losses.total(
+        losses.LossConfig(gate=(1.0, 0.0)), arrays['h'], arrays['batch'],
+        head_of(arrays['head']), norm=1.0,
+    )
 
 
 def test_a_missing_teacher_is_refused(arrays):

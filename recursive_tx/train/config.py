@@ -83,6 +83,12 @@ def check(config: Config) -> None:
         f'teacher is {config.teacher!r} but losses.distill is'
         f' {config.losses.distill}; give it a weight, such as (1.0,).'
     )
+  if losses.uses_gate(config.losses) and not config.model.exit_gate:
+    raise ValueError(
+        f'losses.gate is {config.losses.gate} but the model has no exit gate;'
+        ' give it one with --config.model.exit_gate=64, or drop the term with'
+        ' --config.losses.gate="()"'
+    )
   if not (config.tokenizer or config.init_from):
     raise ValueError(
         'There is no tokenizer; name its directory with --config.tokenizer='

@@ -20,9 +20,11 @@ from recursive_tx import adapters, losses, model, optim, sharding
 from recursive_tx.config import ModelConfig
 from recursive_tx.train.config import Config
 
-# (variables, batch) -> every loop's hidden states h_LBTD, and the head.
+# (variables, batch) -> every loop's hidden states h_LBTD, the exit gates'
+# logits where they are asked for, and the head.
 Forward = Callable[
-    [Any, Mapping[str, jax.Array]], tuple[jax.Array, losses.Head]
+    [Any, Mapping[str, jax.Array]],
+    tuple[jax.Array, jax.Array | None, losses.Head],
 ]
 
 
@@ -42,18 +44,19 @@ def make_step(
     teacher: ModelConfig | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """The update: (state, batch, teacher's variables) -> (state, metrics)."""
-  student = forward(config, config.model, mesh)
+  student = forward(
+      config, config.model, mesh, gates=losses.uses_gate(config.losses))
   teach = teacher and forward(config, teacher, mesh)
 
   def loss_fn(params, batch, teacher_variables, norm):
-    h_LBTD, head = student({'params': params}, batch)
+    h_LBTD, gate_LBT, head = student({'params': params}, batch)
     target = None
     if teach is not None:
-      teacher_h_LBTD, teacher_head = teach(teacher_variables, batch)
+      teacher_h_LBTD, _, teacher_head = teach(teacher_variables, batch)
       target = teacher_h_LBTD[-1], teacher_head
     return losses.total(
         config.losses, h_LBTD, batch, head, norm=norm, teacher=target,
-        chunk=chunk(config, mesh),
+        gate_LBT=gate_LBT, chunk=chunk(config, mesh),
     )
 
   def step(state, batch, teacher_variables):
@@ -96,7 +99,7 @@ def make_guess(
   size, parts = chunk(config, mesh), config.optim.accumulate
 
   def guess(variables, batch):
-    h_LBTD, head = hidden(variables, batch)
+    h_LBTD, _, head = hidden(variables, batch)
 
     def of_chunk(start):
       h_BTD = lax.dynamic_slice_in_dim(h_LBTD[-1], start, size, axis=1)
@@ -187,25 +190,29 @@ def chunk(config: Config, mesh: Mesh) -> int:
       config.data.seq_len, 4 * rows * config.model.V / parts)
 
 
-def forward(config: Config, cfg: ModelConfig, mesh: Mesh) -> Forward:
-  """A model on the mesh, up to its head."""
+def forward(
+    config: Config, cfg: ModelConfig, mesh: Mesh, *, gates: bool = False
+) -> Forward:
+  """A model on the mesh, up to its head; with `gates`, its exit gates too."""
   decoder = model.Decoder(cfg, run=config.run)
   letters = rules(config, cfg, mesh)
 
   def hidden(variables, batch):
     params = variables['params']
     with nn.logical_axis_rules(letters):
-      h_LBTD = decoder.apply(
+      found = decoder.apply(
           variables, batch['token_BT'], batch['segment_BT'],
-          batch['position_BT'], method='hidden',
+          batch['position_BT'],
+          method='hidden_and_gates' if gates else 'hidden',
       )
+    h_LBTD, gate_LBT = found if gates else (found, None)
 
     table = 'embed' if cfg.tied else 'head'
     reads = {table: params[table]}
     if not adapters.head_rank(cfg):
-      return h_LBTD, losses.Head(reads, logits)
+      return h_LBTD, gate_LBT, losses.Head(reads, logits)
     reads['adapters'] = {'head': params['adapters']['head']}
-    return h_LBTD, losses.Head(reads, logits, logits)
+    return h_LBTD, gate_LBT, losses.Head(reads, logits, logits)
 
   def logits(params, h, loop=None):
     with nn.logical_axis_rules(letters):

@@ -64,7 +64,7 @@ def count(cfg: rtx.ModelConfig, sequences: int) -> float:
   forward = step.forward(config, cfg, mesh)
 
   def loss(params, batch):
-    h_LBTD, _ = forward({'params': params}, batch)
+    h_LBTD, *_ = forward({'params': params}, batch)
     return jnp.sum(h_LBTD[-1].astype(jnp.float32) ** 2)
 
   with jax.set_mesh(mesh):
