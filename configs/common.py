@@ -126,7 +126,7 @@ def uptrain(
       paper's best), `tokens` in billions, `data` of TASKS, and
       `teacher`: distil the final loop from the model that --config.teacher=
       names, the full-size one.
-      `exits`: losses on the earlier loops, see `_exits`.
+      `exits`: losses on the earlier loops, see `exit_losses`.
       `gate`: hidden width of an exit gate, trained along (0: none). With
       --config.optim.table='(("adapters/exit/.*", 1, 0), (".*", 0, 0))' it is
       trained alone.
@@ -162,7 +162,7 @@ def uptrain(
   config.optim.update(lr=2e-4, warmup=round(200 * args.tokens / 15))
   if args.paper:
     config.optim.table = PAPER_TABLE
-  config.losses.update(_exits(args.exits, config.model.loops))
+  config.losses.update(exit_losses(args.exits, config.model.loops))
   if args.gate:
     if config.model.loops == 1:
       raise ValueError(
@@ -202,7 +202,7 @@ def _sizes(args: ConfigDict, layers: int) -> dict[str, Any]:
   return dict(loops=args.loops, layers_per_loop=block, rank=args.rank)
 
 
-def _exits(exits: str, loops: int) -> dict[str, tuple[float, ...]]:
+def exit_losses(exits: str, loops: int) -> dict[str, tuple[float, ...]]:
   """Loss weights that train every loop's output (the paper's section 3.7).
 
   A number c is Aggressive(c): 1 for the final loop and c for each earlier

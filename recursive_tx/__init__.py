@@ -3,6 +3,8 @@
 
 from recursive_tx.config import ModelConfig as ModelConfig
 from recursive_tx.config import Run as Run
+from recursive_tx.engine import Engine as Engine
+from recursive_tx.engine import Request as Request
 from recursive_tx.engine import generate as generate
 from recursive_tx.families import FAMILIES as FAMILIES
 from recursive_tx.hf import load_hf as load_hf

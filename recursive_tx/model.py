@@ -13,7 +13,8 @@ import jax
 from jax.nn import initializers
 import jax.numpy as jnp
 
-from recursive_tx import adapters, attention, embedding
+from recursive_tx import adapters, attention, depths, embedding
+from recursive_tx import cache as cache_lib
 from recursive_tx import config as config_lib
 
 _ACTS = {
@@ -48,8 +49,11 @@ class Linear(nn.Module):
       a, b = adapter['a'].astype(x.dtype), adapter['b'].astype(x.dtype)
       rows, columns = self.cfg.in_out(self.kernel)
       # Adding the product to the kernel costs rows * columns a rank, two thin
-      # matmuls (rows + columns) * tokens.
-      if rows * columns < (rows + columns) * x.shape[0] * x.shape[1]:
+      # matmuls (rows + columns) * tokens; rows of several loops have no one
+      # product.
+      mask_B1R = adapter.get('mask')
+      if mask_B1R is None and (
+          rows * columns < (rows + columns) * x.shape[0] * x.shape[1]):
         kernel += jnp.einsum(f'{inner}R,R{outer}->{inner}{outer}', a, b)
         # Each device adds its part, before the parts are gathered; so does
         # the gradient go: scattered, then to the factors.
@@ -57,6 +61,7 @@ class Linear(nn.Module):
       else:
         x_letters, y_letters = spec.split(',')[0], spec.split('->')[1]
         y = jnp.einsum(f'{x_letters},{inner}R->BTR', x, a)
+        y = y if mask_B1R is None else y * mask_B1R.astype(x.dtype)
         y = jnp.einsum(f'BTR,R{outer}->{y_letters}', y, b)
     base = project(spec, x, kernel, x.dtype)
     y = base if y is None else base + y
@@ -144,25 +149,28 @@ class Attention(nn.Module):
   cfg: config_lib.ModelConfig
   run: config_lib.Run
 
-  @nn.compact
-  def __call__(self, x_BTD, adapter, context, cache):
-    def linear(name, x):
-      return Linear(self.cfg, name, name=name)(
-            x, adapter.get(name, {}))
-    q_BTNH = rotate(linear('q', x_BTD), context['rope'])
-    k_BSKH = rotate(linear('k', x_BTD), context['rope'])
-    v_BSKH = linear('v', x_BTD)
-    if cache is not None:
-      # A token's slot is its position, whatever was there before.
-      at = (jnp.arange(x_BTD.shape[0])[:, None], context['position_BT'])
-      k_BSKH = cache['k'].at[at].set(k_BSKH.astype(cache['k'].dtype))
-      v_BSKH = cache['v'].at[at].set(v_BSKH.astype(cache['v'].dtype))
-      cache = {'k': k_BSKH, 'v': v_BSKH}
-    y_BTNH = attention.attend(
-        q_BTNH, k_BSKH, v_BSKH, mask_BTS=context['mask_BTS'],
-        segment_BT=context['segment_BT'], window=self.cfg.window,
-        implementation=self.run.attention)
-    return linear('o', y_BTNH), cache
+  def setup(self):
+    self.q, self.k, self.v, self.o = (
+        Linear(self.cfg, kernel) for kernel in config_lib.GROUPS['attn'])
+
+  def __call__(self, x_BTD, adapter, context, cache=None, place=None):
+    q_BTNH = rotate(self.q(x_BTD, adapter.get('q', {})), context['rope'])
+    k_BSKH, v_BSKH = self.keys(x_BTD, adapter, context)
+    if cache is None:
+      y_BTNH = attention.attend(
+          q_BTNH, k_BSKH, v_BSKH, mask_BTS=context['mask_BTS'],
+          segment_BT=context['segment_BT'], window=self.cfg.window,
+          implementation=self.run.attention)
+    else:
+      cache = cache_lib.write(cache, place, k_BSKH, v_BSKH)
+      y_BTNH = cache_lib.attend(
+          q_BTNH, cache, place, window=self.cfg.window)
+    return self.o(y_BTNH, adapter.get('o', {})), cache
+
+  def keys(self, x_BTD, adapter, context):
+    """Keys and values, BTKH."""
+    k_BTKH = rotate(self.k(x_BTD, adapter.get('k', {})), context['rope'])
+    return k_BTKH, self.v(x_BTD, adapter.get('v', {}))
 
 
 class Mlp(nn.Module):
@@ -189,16 +197,26 @@ class Layer(nn.Module):
   cfg: config_lib.ModelConfig
   run: config_lib.Run
 
-  @nn.compact
-  def __call__(self, x_BTD, adapter, context, cache):
+  def setup(self):
+    self.attn = Attention(self.cfg, self.run)
+    self.mlp = Mlp(self.cfg)
+
+  def __call__(self, x_BTD, adapter, context, cache=None, place=None):
     cfg = self.cfg
-    attn, cache = Attention(cfg, self.run, name='attn')(
-        normalize(cfg, x_BTD, adapter['attn_norm']), adapter, context, cache)
+    attn, cache = self.attn(
+        normalize(cfg, x_BTD, adapter['attn_norm']), adapter, context, cache,
+        place)
     residual_BTD = x_BTD if cfg.parallel else x_BTD + attn
-    mlp = Mlp(cfg, name='mlp')(
+    mlp = self.mlp(
         normalize(cfg, residual_BTD, adapter['mlp_norm']), adapter)
     y_BTD = residual_BTD + mlp + (attn if cfg.parallel else 0)
     return nn.with_logical_constraint(y_BTD, ('B', 'T', 'D')), cache
+
+  def fill(self, x_BTD, adapter, context, cache, place):
+    """Only leaves keys and values in the cache; x_BTD stays as it is."""
+    keys = self.attn.keys(
+        normalize(self.cfg, x_BTD, adapter['attn_norm']), adapter, context)
+    return x_BTD, cache_lib.write(cache, place, *keys)
 
 
 class Stack(nn.Module):
@@ -217,8 +235,8 @@ class Stack(nn.Module):
   own_vectors: bool = True
 
   @nn.compact
-  def __call__(self, x_BTD, adapters_L, context, cache_L=None):
-    """Returns x_BTD, each loop's output h_LBTD and the new cache."""
+  def __call__(self, x_BTD, adapters_L, context):
+    """Returns x_BTD and each loop's output h_LBTD."""
     if self.own_vectors:
       vectors = adapters.stacked((('layers', self.layers),))(
           self.cfg, adapters.vector_table(self.cfg), name='vectors')()
@@ -231,41 +249,64 @@ class Stack(nn.Module):
                        prevent_cse=self.run.unroll)
 
     if self.run.unroll and not self.is_initializing():
-      return self._unrolled(layer, x_BTD, adapters_L, context, cache_L)
+      return self._unrolled(layer, x_BTD, adapters_L, context)
 
-    def loop(stack, x_BTD, adapter, cache):
+    def loop(stack, x_BTD, adapter):
       scan = nn.scan(
           layer, variable_axes={'params': 0}, split_rngs={'params': True},
-          in_axes=(0, nn.broadcast, 0), length=stack.layers,
+          in_axes=(0, nn.broadcast), length=stack.layers,
           metadata_params={nn.PARTITION_NAME: 'layers'})
-      x_BTD, cache = scan(stack.cfg, stack.run, name='layers')(
-          x_BTD, adapter, context, cache)
-      return x_BTD, (x_BTD, cache)
+      x_BTD, _ = scan(stack.cfg, stack.run, name='layers')(
+          x_BTD, adapter, context)
+      return x_BTD, x_BTD
 
     loops = nn.scan(
         loop, variable_broadcast='params', split_rngs={'params': False},
-        in_axes=(0, 0), length=self.loops)
-    x_BTD, (h_LBTD, cache_L) = loops(self, x_BTD, adapters_L, cache_L)
-    return x_BTD, h_LBTD, cache_L
+        in_axes=0, length=self.loops)
+    return loops(self, x_BTD, adapters_L)
 
-  def _unrolled(self, layer, x_BTD, adapters_L, context, cache_L):
+  def _unrolled(self, layer, x_BTD, adapters_L, context):
     """The same without a scan, which would stack what backward needs."""
     layer = layer(self.cfg, self.run, parent=None)
     params = _unstack(self.variables['params']['layers'], self.layers)
-    h_LBTD, caches = [], []
-    for adapter, cache in zip(
-        _unstack(adapters_L, self.loops), _unstack(cache_L, self.loops),
-        strict=True):
-      new = []
-      for leaves, values, slots in zip(
-          params, _unstack(adapter, self.layers),
-          _unstack(cache, self.layers), strict=True):
-        x_BTD, slots = layer.apply(
-            {'params': leaves}, x_BTD, values, context, slots)
-        new.append(slots)
+    h_LBTD = []
+    for adapter in _unstack(adapters_L, self.loops):
+      for leaves, values in zip(
+          params, _unstack(adapter, self.layers), strict=True):
+        x_BTD, _ = layer.apply({'params': leaves}, x_BTD, values, context)
       h_LBTD.append(x_BTD)
-      caches.append(_stack(new))
-    return x_BTD, jnp.stack(h_LBTD), _stack(caches)
+    return x_BTD, jnp.stack(h_LBTD)
+
+  def once(self, x_BTD, adapters_N, context, cache, place, method='__call__'):
+    """One pass of the layers over tokens whose earlier ones are in the cache.
+
+    Args:
+      x_BTD: what goes in; rows may be at different loops.
+      adapters_N: a dictionary of values for every layer, as `depths.at` gives.
+      context: of `Decoder._context`.
+      cache, place: see cache.py; `place` is that of the first layer.
+      method: of Layer: what to do in each.
+
+    Returns:
+      x_BTD and the cache with these tokens in it.
+    """
+    params = self.variables['params']
+    layer = Layer(self.cfg, self.run, parent=None)
+    layers_N = _list(params['layers'], self.layers)
+    vectors_N = [{}] * self.layers
+    if self.own_vectors:
+      vectors_N = _list(params['vectors'], self.layers)
+    for i in range(self.layers):
+      x_BTD, cache = layer.apply(
+          {'params': layers_N[i]}, x_BTD,
+          adapters.overlay(vectors_N[i], adapters_N[i]), context, cache,
+          place._replace(virtual_B=place.virtual_B + i), method=method)
+    return x_BTD, cache
+
+
+def _list(tree, size: int) -> list:
+  """Trees of the leading slices; serving has them apart from the start."""
+  return tree if isinstance(tree, list) else _unstack(tree, size)
 
 
 def _unstack(tree, size: int) -> list:
@@ -275,10 +316,6 @@ def _unstack(tree, size: int) -> list:
            for leaf in leaves]
   return [structure.unflatten([part[i] for part in parts])
           for i in range(size)]
-
-
-def _stack(trees: list):
-  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 class Decoder(nn.Module):
@@ -313,9 +350,12 @@ class Decoder(nn.Module):
       logits_BTV, fp32.
     """
     context = self._context(token_BT, segment_BT, position_BT)
-    x_BTD = self._enter(token_BT, context)[0]
+    x_BTD = self._enter(token_BT, context)
     x_BTD = self.block(x_BTD, self.adapters(), context)[0]
-    return self.logits(self._leave(x_BTD, context)[0])
+    h_BTD = self._leave(x_BTD, context)
+    if self.is_initializing() and self.cfg.exit_gate:
+      self.gate(h_BTD, 0)
+    return self.logits(h_BTD)
 
   def hidden(self, token_BT, segment_BT=None, position_BT=None):
     """What the head multiplies, for every loop: h_LBTD, compute dtype.
@@ -324,57 +364,137 @@ class Decoder(nn.Module):
     after that loop would.
     """
     context = self._context(token_BT, segment_BT, position_BT)
-    x_BTD = self._enter(token_BT, context)[0]
-    h_LBTD = self.block(x_BTD, self.adapters(), context)[1]
-    return jnp.stack([self._leave(h_BTD, context)[0] for h_BTD in h_LBTD])
+    x_BTD = self._enter(token_BT, context)
+    x_LBTD = self.block(x_BTD, self.adapters(), context)[1]
+    return jnp.stack([self._leave(x_BTD, context) for x_BTD in x_LBTD])
+
+  def hidden_and_gates(self, token_BT, segment_BT=None, position_BT=None):
+    """`hidden`, and gate_LBT: the exit gate's logits, but the final loop's."""
+    context = self._context(token_BT, segment_BT, position_BT)
+    x_BTD = self._enter(token_BT, context)
+    x_LBTD = self.block(x_BTD, self.adapters(), context)[1]
+    h_LBTD = jnp.stack([self._leave(x_BTD, context) for x_BTD in x_LBTD])
+    gate_LBT = jnp.stack([
+        self.gate(normalize(self.cfg, x_BTD, self.norm()), loop)
+        for loop, x_BTD in enumerate(x_LBTD[:-1])])
+    return h_LBTD, gate_LBT
+
+  def gate(self, h, loop):
+    """Whether tokens may leave: fp32 logits [...] of the exit gates.
+
+    Args:
+      h: outputs [..., D] of a loop before the coda, through the final norm.
+        No gradient reaches them: a gate does not change what it watches.
+      loop: which loop's, from 0: an int, or int32 [...] where they differ;
+        the final one has no gate, and its result no meaning.
+    """
+    h = jax.lax.stop_gradient(h.astype(jnp.float32))
+    leaves = self.adapters(gate=True)
+    if isinstance(loop, int):
+      leaves = {name: value[loop:loop + 1] for name, value in leaves.items()}
+    # All gates at once are one matmul; to gather them by row would copy them.
+    inner = jax.nn.gelu(
+        jnp.einsum('...D,LDE->...LE', h, leaves['a']) + leaves['a_bias'])
+    gate = jnp.einsum('...LE,LE->...L', inner, leaves['b']) + leaves['b_bias']
+    if isinstance(loop, int):
+      return gate[..., 0]
+    return jnp.take_along_axis(gate, loop[..., None], -1, mode='clip')[..., 0]
 
   def logits(self, h, loop=None):
     """The head: h[..., D] to fp32 logits[..., V].
 
     Args:
       h: hidden states.
-      loop: which loop's, from 0, so that its head's factors are added; None
-        is the final loop, which has none.
+      loop: which loop's, from 0, so that its head's factors are added: an
+        int, or int32 of h's leading shape; None is the final loop, which has
+        none.
     """
     table = self.embed() if self.head is None else self.head()
     if h.ndim == 3:
       h = nn.with_logical_constraint(h, ('B_head', 'T', 'D'))
     h_TD = h.reshape(-1, h.shape[-1])
     logits = project('TD,VD->TV', h_TD, table.astype(h.dtype), jnp.float32)
-    is_exit = loop is not None and loop != self.cfg.loops - 1
+    exits = self.cfg.loops - 1
+    loop = exits if loop is None else loop
+    is_exit = not isinstance(loop, int) or loop != exits
     if adapters.head_rank(self.cfg) and (is_exit or self.is_initializing()):
       factors = self.adapters(head=True)
-      a, b = (factors[leaf][loop or 0].astype(h.dtype) for leaf in 'ab')
+      a, b = (factors[leaf].astype(h.dtype) for leaf in 'ab')
       # Two thin matmuls: their product has the size of the table.
-      thin = project('TD,DR->TR', h_TD, a, h.dtype)
-      logits += project('TR,RV->TV', thin, b, jnp.float32)
+      if isinstance(loop, int):
+        loop = 0 if self.is_initializing() else loop
+        thin = project('TD,DR->TR', h_TD, a[loop], h.dtype)
+        logits += project('TR,RV->TV', thin, b[loop], jnp.float32)
+      else:
+        own_TE = jax.nn.one_hot(loop.reshape(-1), exits, dtype=h.dtype)
+        thin = jnp.einsum('TD,EDR,TE->TER', h_TD, a, own_TE)
+        logits += jnp.einsum('TER,ERV->TV', thin, b,
+                             preferred_element_type=jnp.float32)
     logits = logits.reshape(*h.shape[:-1], -1)
     if h.ndim == 3:
       logits = nn.with_logical_constraint(logits, ('B_head', 'T', 'V'))
     return logits
 
-  def decode(self, token_BT, position_BT, cache):
+  def decode(self, token_BT, position_BT, row_B, cache):
     """Logits of new tokens, whose predecessors' keys are in the cache.
 
     Args:
       token_BT: new tokens; rows may be padded on the right, since a later
-        call overwrites what padding leaves in the slots of its positions.
+        call overwrites what padding leaves at its positions.
       position_BT: their positions, below the cache's length.
-      cache: of `init_cache` or an earlier call.
+      row_B: the cache's row of each row here.
+      cache: of `cache.init` or an earlier call.
 
     Returns:
       logits_BTV, fp32, and the cache with these tokens in it.
     """
-    context = self._context(token_BT, None, position_BT)
-    slot_1S = jnp.arange(cache['block']['k'].shape[3])[None]
-    context['mask_BTS'] = attention.visible(
-        position_BT, slot_1S, window=self.cfg.window)
-    x_BTD, prelude = self._enter(token_BT, context, cache.get('prelude'))
-    x_BTD, _, block = self.block(x_BTD, self.adapters(), context,
-                                 cache['block'])
-    x_BTD, coda = self._leave(x_BTD, context, cache.get('coda'))
-    new = {'prelude': prelude, 'block': block, 'coda': coda}
-    return self.logits(x_BTD), {k: new[k] for k in cache}
+    place = cache_lib.Place(row_B, position_BT, jnp.zeros_like(row_B))
+    x_BTD, cache = self.enter(token_BT, cache, place)
+    for loop in range(self.cfg.loops):
+      x_BTD, cache = self.loop(x_BTD, loop, cache, place)
+    h_BTD, cache = self.leave(x_BTD, cache, place)
+    return self.logits(h_BTD), cache
+
+  def enter(self, token_BT, cache, place):
+    """What the first loop reads, x_BTD, and the cache after the prelude."""
+    x_BTD = self._embed(token_BT)
+    if self.prelude is None:
+      return x_BTD, cache
+    return self.prelude.once(
+        x_BTD, [{}] * self.cfg.prelude, self._place_context(place), cache,
+        place)
+
+  def loop(self, x_BTD, loop, cache, place, method='__call__'):
+    """One pass of the block: x_BTD and the cache.
+
+    Args:
+      x_BTD: what goes in.
+      loop: which loop it is, from 0: an int, or int32 [B], one for each row.
+      cache, place: see cache.py; place.virtual_B is not read.
+      method: of Layer; 'fill' leaves keys and values only.
+    """
+    cfg, params = self.cfg, self.variables['params']
+    mixed_N = params.get('mixed')  # Serving has made them.
+    if mixed_N is None:
+      mixed_N = depths.mixed(cfg, params.get('adapters', {}))
+    values_N = depths.at(cfg, mixed_N, loop)
+    first_B = jnp.broadcast_to(
+        cfg.prelude + loop * cfg.layers_per_loop, place.row_B.shape)
+    return self.block.once(
+        x_BTD, values_N, self._place_context(place), cache,
+        place._replace(virtual_B=first_B), method)
+
+  def leave(self, x_BTD, cache, place):
+    """What the head multiplies, h_BTD, and the cache after the coda."""
+    if self.coda is not None:
+      first = self.cfg.num_layers - self.cfg.coda
+      x_BTD, cache = self.coda.once(
+          x_BTD, [{}] * self.cfg.coda, self._place_context(place), cache,
+          place._replace(virtual_B=jnp.full_like(place.row_B, first)))
+    return normalize(self.cfg, x_BTD, self.norm()), cache
+
+  def _place_context(self, place):
+    return {'rope': rope_tables(self.cfg, place.position_BT)}
 
   def _context(self, token_BT, segment_BT, position_BT):
     """What every layer of one call shares."""
@@ -383,24 +503,25 @@ class Decoder(nn.Module):
       position_BT = jnp.broadcast_to(place_1T, token_BT.shape)
     mask_BTS = attention.visible(
         place_1T, place_1T, window=self.cfg.window, segment_BT=segment_BT)
-    return {'position_BT': position_BT, 'mask_BTS': mask_BTS,
-            'segment_BT': segment_BT,
+    return {'mask_BTS': mask_BTS, 'segment_BT': segment_BT,
             'rope': rope_tables(self.cfg, position_BT)}
 
-  def _enter(self, token_BT, context, cache=None):
+  def _embed(self, token_BT):
     x_BTD = embedding.lookup(self.embed(), token_BT, self.run.dtype)
     x_BTD = nn.with_logical_constraint(x_BTD, ('B', 'T', 'D'))
     if self.cfg.embed_scale:
       x_BTD *= jnp.asarray(math.sqrt(self.cfg.D), x_BTD.dtype)
-    if self.prelude is None:
-      return x_BTD, None
-    x_BTD, _, cache = self.prelude(x_BTD, {}, context, cache)
-    return x_BTD, cache
+    return x_BTD
 
-  def _leave(self, x_BTD, context, cache=None):
+  def _enter(self, token_BT, context):
+    x_BTD = self._embed(token_BT)
+    return x_BTD if self.prelude is None else self.prelude(
+        x_BTD, {}, context)[0]
+
+  def _leave(self, x_BTD, context):
     if self.coda is not None:
-      x_BTD, _, cache = self.coda(x_BTD, {}, context, cache)
-    return normalize(self.cfg, x_BTD, self.norm()), cache
+      x_BTD = self.coda(x_BTD, {}, context)[0]
+    return normalize(self.cfg, x_BTD, self.norm())
 
 
 class Table(nn.Module):
@@ -412,23 +533,6 @@ class Table(nn.Module):
   @nn.compact
   def __call__(self):
     return self.param(self.leaf, self.init, self.cfg.shape('VD'))
-
-
-def init_cache(
-    cfg: config_lib.ModelConfig, batch: int, length: int, dtype='float32'
-) -> dict:
-  """Empty keys and values of every virtual layer.
-
-  Returns:
-    {'prelude' | 'block' | 'coda': {'k' | 'v': [loops, layers, batch, length,
-    K, H]}}, without the parts that the model does not have.
-  """
-  parts = {'prelude': (1, cfg.prelude), 'coda': (1, cfg.coda),
-           'block': (cfg.loops, cfg.layers_per_loop)}
-  return {
-      name: {leaf: jnp.zeros((*stack, batch, length, cfg.K, cfg.H), dtype)
-             for leaf in 'kv'}
-      for name, stack in parts.items() if stack[1]}
 
 
 @functools.cache

@@ -1,52 +1,197 @@
-"""Generation equals choosing from full forwards, one token at a time."""
+"""Laws of the engine: what a request gets depends on nothing but itself."""
 
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
 import recursive_tx as rtx
+from recursive_tx import adapters, engine, exits, model
+
+LENGTH = 48
+MIXED = dataclasses.replace(tiny.MIXED, loops=3)
+TIED = dataclasses.replace(
+    tiny.MIXED, loops=3, prelude=0, coda=0, rank='0', loop_norms=False,
+    window=0)
+pytestmark = pytest.mark.usefixtures('quick_compiler')
 
 
-def _by_full_forwards(cfg, variables, prompt, steps):
+@functools.cache
+def _variables(cfg):
+  return tiny.variables(cfg)
+
+
+def _full(cfg, tokens):
+  """Logits of every place and loop, [L, T, V], by a full forward."""
+  token_1T = np.zeros((1, LENGTH), np.int32)
+  token_1T[0, :len(tokens)] = tokens
+  values = _variables(cfg)
+  h_LTD = tiny.decoder(cfg, method='hidden')(values, token_1T)[:, 0]
+  logits = tiny.decoder(cfg, method='logits')
+  return np.stack([logits(values, h_TD[None])[0] for h_TD in h_LTD])[
+      :, :len(tokens)]
+
+
+@functools.cache
+def _solo(cfg, prompt, count, loop=-1):
+  """Greedy tokens by full forwards, after a loop."""
   tokens = list(prompt)
-  for _ in range(steps):
-    padded = np.zeros((1, 24), np.int32)
-    padded[0, :len(tokens)] = tokens
-    logits_BTV = tiny.decoder(cfg)(variables, padded)
-    tokens.append(int(np.argmax(logits_BTV[0, len(tokens) - 1])))
+  for _ in range(count):
+    tokens.append(int(np.argmax(_full(cfg, tokens)[loop, -1])))
   return tokens[len(prompt):]
 
 
-@pytest.mark.parametrize('cfg', [tiny.MIXED, tiny.FAMILIES['gpt_neox']])
-def test_greedy_equals_full_forwards_for_prompts_of_any_length(cfg):
-  variables = tiny.variables(cfg)
-  prompts = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9]]
-  news = rtx.generate(cfg, variables, prompts, max_new_tokens=6)
-  assert news == [_by_full_forwards(cfg, variables, prompt, 6)
-                  for prompt in prompts]
+def _prompts(cfg, count, seed=0, longest=12):
+  rng = np.random.default_rng(seed)
+  return [tuple(rng.integers(0, cfg.V, rng.integers(1, longest)).tolist())
+          for _ in range(count)]
 
 
-def test_eos_ends_a_row_and_is_not_returned():
-  cfg = tiny.MIXED
-  variables = tiny.variables(cfg)
-  whole, = rtx.generate(cfg, variables, [[3, 1, 4]], max_new_tokens=8)
-  eos = whole[3]
-  cut, = rtx.generate(
-      cfg, variables, [[3, 1, 4]], max_new_tokens=8, eos_id=eos)
-  assert cut == whole[:whole.index(eos)]
+def _drain(served, ids, most=500):
+  """Every event of some requests, by id."""
+  events = {id: [] for id in ids}
+  for _ in range(most):
+    if not served.pending:
+      return events
+    for event in served.poll():
+      events[event.id].append(event)
+  raise AssertionError(f'{served.pending} requests did not end')
 
 
-def test_draws_are_a_function_of_the_seed():
-  cfg, sampler = tiny.MIXED, rtx.Sampler(temperature=2.0)
-  variables = tiny.variables(cfg)
-  def draw(seed):
-    return rtx.generate(
-        cfg, variables, [[1], [2]], max_new_tokens=8, sampler=sampler,
-        seed=seed)
-  assert draw(0) == draw(0) != draw(1)
+def _tokens(events):
+  return [[event.token for event in row] for row in events.values()]
 
 
-@pytest.mark.parametrize('prompts', [[], [[]], [[1], []], [[29]], [[-1]]])
-def test_bad_prompts_are_refused(prompts):
-  with pytest.raises(ValueError, match='empty prompt|outside'):
-    rtx.generate(tiny.MIXED, tiny.variables(tiny.MIXED), prompts)
+def _run(cfg, requests, **arguments):
+  served = rtx.Engine(cfg, _variables(cfg), **{
+      'slots': 2, 'max_len': LENGTH, 'steps': 5, **arguments})
+  return _drain(served, [served.submit(request) for request in requests])
+
+
+@pytest.mark.parametrize('cfg, schedule', [
+    (MIXED, 'cdb'),
+    *(pytest.param(*row, marks=pytest.mark.slow) for row in (
+        (MIXED, 'csb'), (MIXED, 'static'), (TIED, 'cdb'), (TIED, 'csb'),
+        (tiny.FAMILIES['gpt_neox'], 'cdb'),
+        (tiny.FAMILIES['llama'], 'csb')))])
+def test_every_request_gets_what_it_would_get_alone(cfg, schedule):
+  """More requests than slots and rows, of different lengths."""
+  prompts, counts = _prompts(cfg, 5), [7, 1, 4, 6, 2]
+  events = _run(cfg, [
+      engine.Request(prompt, count)
+      for prompt, count in zip(prompts, counts, strict=True)],
+      schedule=schedule)
+  assert _tokens(events) == [
+      _solo(cfg, prompt, count)
+      for prompt, count in zip(prompts, counts, strict=True)]
+  for row in events.values():
+    assert [event.finish for event in row] == [None] * (len(row) - 1) + [
+        'length']
+    assert {event.depth for event in row} == {cfg.loops}
+
+
+def test_log_probabilities_are_the_models():
+  prompt, = _prompts(TIED, 1)
+  row, = _run(TIED, [engine.Request(prompt, 5)]).values()
+  tokens = [*prompt, *(event.token for event in row)]
+  logits_TV = _full(TIED, tokens)[-1]
+  log_p_TV = jax.nn.log_softmax(logits_TV)
+  at = np.arange(len(prompt) - 1, len(tokens) - 1)
+  np.testing.assert_allclose(
+      [event.log_p for event in row], log_p_TV[at, tokens[len(prompt):]],
+      atol=1e-4)
+
+
+# Exits.
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _frozen_hidden(cfg, values, token_1T, depth_T, last):
+  """What the head reads of place `last` at every loop, h_LD.
+
+  By a full forward in which a token stays as it is once it has left, after
+  depth_T loops; every layer makes keys and values of what it is.
+  """
+  params = values['params']
+  bound = rtx.Decoder(cfg).bind(values)
+  context = bound._context(token_1T, None, None)
+  layer = model.Layer(cfg, rtx.Run())
+  x_1TD, at_L = bound._enter(token_1T, context), []
+  adapted = params.get('adapters', {})
+  for loop in range(cfg.loops):
+    for i in range(cfg.layers_per_loop):
+      leaves = jax.tree.map(lambda v, i=i: v[i], params['block'])
+      own = jax.tree.map(lambda v, at=(loop, i): v[at], adapted)
+      y_1TD, _ = layer.apply(
+          {'params': leaves['layers']}, x_1TD,
+          adapters.overlay(leaves.get('vectors', {}), own), context)
+      x_1TD = jnp.where((loop < depth_T)[:, None], y_1TD, x_1TD)
+    at_L.append(x_1TD[0, last])
+  h_LD = [bound._leave(x_1TD.at[0, last].set(x_D), context)[0, last]
+          for x_D in at_L]
+  return bound.logits(jnp.stack(h_LD))
+
+
+def _by_frozen_forwards(cfg, prompt, count, exit, fill):
+  """Tokens and depths, by the rule's definition."""
+  values, tokens, depths = _variables(cfg), list(prompt), []
+  for _ in range(count):
+    token_1T = np.zeros((1, LENGTH), np.int32)
+    token_1T[0, :len(tokens)] = tokens
+    depth_T = np.full(LENGTH, cfg.loops)
+    if fill == 'propagate':
+      depth_T[len(prompt) - 1:len(tokens) - 1] = depths
+    logits_LV = np.asarray(_frozen_hidden(
+        cfg, values, token_1T, depth_T, len(tokens) - 1))
+    for loop, threshold in enumerate([*exit.thresholds, -np.inf]):
+      before = logits_LV[loop - 1].argmax() if loop else -1
+      score = (0.0 if exit.rule == 'static' else np.asarray(exits.score(
+          exit.rule, logits_BV=logits_LV[loop][None],
+          before_B=np.array([before])))[0])
+      if score >= threshold:
+        break
+    tokens.append(int(logits_LV[loop].argmax()))
+    depths.append(loop + 1)
+  return tokens[len(prompt):], depths
+
+
+def _half(cfg, rule):
+  """An exit that about half of the tokens take at each loop."""
+  logits_LTV = _full(cfg, tiny.tokens(cfg, 1, LENGTH)[0])
+  before_LT = np.argmax(logits_LTV, axis=-1)
+  scores = [np.asarray(exits.score(
+      rule, logits_BV=logits_LTV[loop],
+      before_B=before_LT[loop - 1] if loop else np.full(LENGTH, -1)))
+            for loop in range(cfg.loops - 1)]
+  if rule == 'agreement':
+    return exits.Exit(rule, (0.5,) * len(scores))
+  return exits.Exit(rule, tuple(float(np.median(score)) for score in scores))
+
+
+SERIAL = dataclasses.replace(tiny.FAMILIES['gpt_neox'], loops=3,
+                             layers_per_loop=1, loop_norms=True, rank='2')
+
+
+@pytest.mark.parametrize('cfg, rule, fill', [
+    (MIXED, 'top', 'propagate'),
+    *(pytest.param(*row, marks=pytest.mark.slow) for row in (
+        (MIXED, 'top', 'complete'), (TIED, 'margin', 'propagate'),
+        (TIED, 'entropy', 'complete'), (SERIAL, 'agreement', 'propagate'),
+        (SERIAL, 2, 'propagate'), (MIXED, 1, 'complete')))])
+def test_tokens_leave_as_the_rule_says(cfg, rule, fill):
+  exit = (exits.static(rule, cfg.loops) if isinstance(rule, int)
+          else _half(cfg, rule))
+  prompts = _prompts(cfg, 3)
+  events = _run(cfg, [engine.Request(prompt, 8) for prompt in prompts],
+                exit=exit, fill=fill)
+  seen = set()
+  for prompt, row in zip(prompts, events.values(), strict=True):
+    tokens, depths = _by_frozen_forwards(cfg, prompt, 8, exit, fill)
+    assert [event.token for event in row] == tokens
+    assert [event.depth for event in row] == depths
+    seen.update(depths)
+  assert len(seen) > 1 or isinstance(rule, int), 'all leave at the same loop'

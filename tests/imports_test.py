@@ -14,14 +14,14 @@ PACKAGE = pathlib.Path(recursive_tx.__file__).parent
 # of a package (data, cli) may import each other.
 ROWS = (
     ('chunks', 'config', 'disk', 'distributed', 'tree', 'tokenizer'),
-    ('adapters', 'attention', 'chips', 'data', 'depths', 'embedding', 'families',
-     'flops', 'history', 'hlo', 'losses', 'optim', 'sampling'),
+    ('adapters', 'attention', 'chips', 'data', 'depths', 'embedding',
+     'families', 'flops', 'history', 'hlo', 'losses', 'optim', 'sampling'),
     ('cache',),
     ('model', 'sharding', 'tying'),
     ('checkpoint', 'exits', 'hf'),
-    ('saved',),
+    ('early', 'saved'),
     ('engine', 'export'),
-    ('evaluate', 'relax', 'serve', 'teacher'),
+    ('calibrate', 'evaluate', 'relax', 'serve', 'teacher'),
     ('convert', 'start'),
     ('train',),
     ('compare',),

@@ -10,10 +10,12 @@ import pytest
 import tiny
 
 import recursive_tx as rtx
+from recursive_tx import cache as cache_lib
 from recursive_tx import config as config_lib
 from recursive_tx import model, tree, tying
 
 B, T = 2, 12
+ROWS = np.arange(B, dtype=np.int32)
 # Distances are shares of max(1, max |logit|).
 ROUNDING = 1e-5
 
@@ -136,7 +138,7 @@ CACHED = [
 
 @pytest.mark.parametrize('cfg', CACHED)
 def test_step_by_step_equals_the_full_forward(cfg):
-  values, cache = tiny.variables(cfg), model.init_cache(cfg, B, T)
+  values, cache = tiny.variables(cfg), cache_lib.init(cfg, B, T)
   # The second round finds the first one's keys in the cache: a token's slot
   # is its position, whatever was there.
   for seed in range(2):
@@ -145,7 +147,7 @@ def test_step_by_step_equals_the_full_forward(cfg):
     for t in range(T):
       position_B1 = np.full((B, 1), t, np.int32)
       logits_B1V, cache = _decode(cfg)(
-          values, token_BT[:, t:t + 1], position_B1, cache)
+          values, token_BT[:, t:t + 1], position_B1, ROWS, cache)
       assert tiny.distance(logits_B1V[:, 0], full_BTV[:, t]) < ROUNDING
 
 
@@ -158,7 +160,7 @@ def test_prefill_of_padded_rows_then_steps(cfg):
   padded_BT[1, 4:] = 5  # Tokens that are not there.
   position_BT = np.broadcast_to(np.arange(width, dtype=np.int32), (B, width))
   logits_BTV, cache = _decode(cfg)(
-      values, padded_BT, position_BT, model.init_cache(cfg, B, T))
+      values, padded_BT, position_BT, ROWS, cache_lib.init(cfg, B, T))
   for row, length in enumerate(length_B):
     assert tiny.distance(logits_BTV[row, :length],
                          full_BTV[row, :length]) < ROUNDING
@@ -167,7 +169,7 @@ def test_prefill_of_padded_rows_then_steps(cfg):
     at_B = length_B + t
     logits_B1V, cache = _decode(cfg)(
         values, token_BT[rows, at_B][:, None],
-        at_B[:, None].astype(np.int32), cache)
+        at_B[:, None].astype(np.int32), ROWS, cache)
     assert tiny.distance(logits_B1V[:, 0], full_BTV[rows, at_B]) < ROUNDING
 
 
@@ -179,21 +181,61 @@ def test_prefill_as_long_as_the_cache():
   full_BTV = tiny.decoder(cfg, rtx.Run(attention='plain'))(values, token_BT)
   position_BT = np.broadcast_to(np.arange(100, dtype=np.int32), (B, 100))
   logits_BTV, _ = _decode(cfg)(
-      values, token_BT, position_BT, model.init_cache(cfg, B, 100))
+      values, token_BT, position_BT, ROWS, cache_lib.init(cfg, B, 100))
   assert tiny.distance(logits_BTV, full_BTV) < ROUNDING
 
 
-def test_every_virtual_layer_has_its_own_cache():
+def test_every_virtual_layer_has_its_own_keys():
   cfg = tiny.MIXED
-  cache = model.init_cache(cfg, 3, 5, 'bfloat16')
-  stacks = {'prelude': (1, 1), 'block': (2, 2), 'coda': (1, 1)}
-  assert {k: set(v) for k, v in cache.items()} == dict.fromkeys(
-      stacks, {'k', 'v'})
-  for name, stack in stacks.items():
-    for leaf in cache[name].values():
-      assert leaf.shape == (*stack, 3, 5, cfg.K, cfg.H)
-      assert leaf.dtype == jnp.bfloat16
-  assert set(model.init_cache(tiny.FAMILIES['llama'], 1, 1)) == {'block'}
+  cache = cache_lib.init(cfg, B, 5, 'bfloat16')
+  for leaf in cache:
+    assert leaf.shape == (cfg.num_layers, B, cfg.K, 5, cfg.H)
+    assert leaf.dtype == jnp.bfloat16
+  _, cache = _decode(cfg)(
+      tiny.variables(cfg), tiny.tokens(cfg, B, 1), np.full((B, 1), 3, np.int32),
+      ROWS[::-1], cache)
+  for leaf in cache:
+    written = np.abs(np.asarray(leaf, np.float32)).max(axis=(2, 4)) > 0
+    assert (written == (np.arange(5) == 3)).all()
+    assert len({np.asarray(x).tobytes() for x in leaf}) == cfg.num_layers
+
+
+def test_a_row_that_is_nobodys_writes_nothing():
+  cfg = tiny.MIXED
+  cache = cache_lib.init(cfg, B, 5)
+  _, cache = _decode(cfg)(
+      tiny.variables(cfg), tiny.tokens(cfg, B, 1), np.zeros((B, 1), np.int32),
+      np.array([1, B], np.int32), cache)
+  for leaf in cache:
+    assert not leaf[:, 0].any() and leaf[:, 1].any()
+
+
+@pytest.mark.parametrize('cfg', [
+    dataclasses.replace(tiny.MIXED, loops=3),
+    pytest.param(dataclasses.replace(tiny.MIXED, loops=3, loop_norms=False),
+                 marks=pytest.mark.slow),
+    pytest.param(dataclasses.replace(tiny.FAMILIES['gpt_neox'], loops=3,
+                                     layers_per_loop=1, rank='full'),
+                 marks=pytest.mark.slow)])
+def test_a_pass_over_rows_at_different_loops(cfg):
+  """Each row gets what it would get in a batch of its own loop."""
+  values = tiny.variables(cfg)
+  rows, loop_B = np.arange(4, dtype=np.int32), np.array([2, 0, 1, 2], np.int32)
+  rng = np.random.default_rng(0)
+  x_BTD = rng.normal(size=(4, 2, cfg.D)).astype(np.float32)
+  position_BT = np.broadcast_to(np.arange(2, dtype=np.int32), (4, 2))
+  place = cache_lib.Place(rows, position_BT, np.zeros(4, np.int32))
+
+  def go(loop, x_BTD):
+    return rtx.Decoder(cfg).apply(
+        values, x_BTD, loop, cache_lib.init(cfg, 4, 3), place, method='loop')
+
+  mixed_BTD, mixed = tiny.jit(functools.partial(go, loop_B))(x_BTD)
+  for row, loop in enumerate(loop_B.tolist()):
+    alone_BTD, alone = tiny.jit(functools.partial(go, loop))(x_BTD)
+    assert tiny.distance(mixed_BTD[row], alone_BTD[row]) < ROUNDING
+    for one, other in zip(mixed, alone, strict=True):
+      assert tiny.distance(one[:, row], other[:, row]) < ROUNDING
 
 
 # Exits: `hidden` is each loop's output as an exit after it would have it.
@@ -343,6 +385,7 @@ FIELDS = {
     'window': (LOOPED, dict(window=6)),
     'embed_scale': (LOOPED, dict(embed_scale=True)),
     'tied': (LOOPED, dict(tied=True)),
+    'exit_gate': (LOOPED, dict(exit_gate=3)),
 }
 # One of its two wavelengths is kept, the other is between short and long.
 _LLAMA_3 = dataclasses.replace(

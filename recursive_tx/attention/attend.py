@@ -78,25 +78,36 @@ def attend(
   Returns:
     Mixed values, BTNH, in q's dtype.
   """
-  B, T, N, H = q_BTNH.shape
-  K, S = k_BSKH.shape[2], k_BSKH.shape[1]
+  T, S, H = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[3]
   implementation = choose(implementation, T=T, S=S, window=window)
-  q_BTNH = q_BTNH * H**-0.5
   if implementation in ('splash', 'pallas'):
     return kernels.attend(
-        implementation, q_BTNH, k_BSKH, v_BSKH, segment_BT, window,
+        implementation, q_BTNH * H**-0.5, k_BSKH, v_BSKH, segment_BT, window,
         interpret=_platform() == 'cpu')
+  k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (k_BSKH, v_BSKH))
+  if implementation == 'blocks' and T == S:
+    def mix(q, k, v, mask):
+      return blocks.mix_blocks(q, k, v, mask, window)
+  else:
+    mix = blocks.mix
+  return attend_heads(q_BTNH, k_BKSH, v_BKSH, mask_BTS, mix)
+
+
+def attend_heads(
+    q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array,
+    mask_BTS: jax.Array, mix=blocks.mix,
+) -> jax.Array:
+  """The same for keys and values ordered by head; plain, or as `mix` does."""
+  B, T, N, H = q_BTNH.shape
+  K, S = k_BKSH.shape[1:3]
+  q_BTNH = q_BTNH * H**-0.5
   # One batch dimension P = B * K and contiguous rows are what XLA's CPU
   # backend multiplies fast.
   q_PGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(
       0, 2, 3, 1, 4).reshape(B * K, N // K, T, H)
-  k_PSH, v_PSH = (x.transpose(0, 2, 1, 3).reshape(B * K, S, H)
-                  for x in (k_BSKH, v_BSKH))
+  k_PSH, v_PSH = (x.reshape(B * K, S, H) for x in (k_BKSH, v_BKSH))
   mask_PTS = mask_BTS if len(mask_BTS) == 1 else jnp.repeat(mask_BTS, K, 0)
-  if implementation == 'blocks' and T == S:
-    out_PGTH = blocks.mix_blocks(q_PGTH, k_PSH, v_PSH, mask_PTS, window)
-  else:
-    out_PGTH, _ = blocks.mix(q_PGTH, k_PSH, v_PSH, mask_PTS)
+  out_PGTH = mix(q_PGTH, k_PSH, v_PSH, mask_PTS)
   out_BKGTH = out_PGTH.reshape(B, K, N // K, T, H)
   return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 

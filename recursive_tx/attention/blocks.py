@@ -14,6 +14,11 @@ _MAX_BLOCKS = 16  # Blocks are unrolled, so their number costs compile time.
 
 
 def mix(q_PGTH, k_PSH, v_PSH, mask_PTS):
+  """Mixed values."""
+  return _mix(q_PGTH, k_PSH, v_PSH, mask_PTS)[0]
+
+
+def _mix(q_PGTH, k_PSH, v_PSH, mask_PTS):
   """Mixed values, and the log of each row's softmax denominator."""
   score = _scores(q_PGTH, k_PSH, mask_PTS)
   top = jnp.max(score, axis=-1, keepdims=True)
@@ -37,7 +42,7 @@ def mix_blocks(q_PGTH, k_PSH, v_PSH, mask_PTS, window):
 
 def _blocks_forward(q, k, v, mask, window):
   out, log_total = zip(*(
-      mix(q[:, :, rows], k[:, keys], v[:, keys], mask[:, rows, keys])
+      _mix(q[:, :, rows], k[:, keys], v[:, keys], mask[:, rows, keys])
       for rows, keys in _spans(q.shape[2], window)), strict=True)
   out = jnp.concatenate(out, axis=2)
   log_total = jnp.concatenate(log_total, axis=2)

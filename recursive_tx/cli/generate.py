@@ -30,7 +30,8 @@ def main(argv: list[str]) -> None:
   """Runs the verb."""
   arguments.check(argv, checkpoint=_CHECKPOINT.value)
   sampler = sampling.Sampler(
-      temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value)
+      temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value,
+      seed=_SEED.value)
   directory = pathlib.Path(_CHECKPOINT.value)
   cfg, variables = saved.load(directory)
   tokenizer = tokenizer_lib.load(directory)
@@ -39,6 +40,6 @@ def main(argv: list[str]) -> None:
   prompts = [start + tokenizer.encode(text) for text in _PROMPT.value or ['']]
   news = engine.generate(
       cfg, variables, prompts, max_new_tokens=_MAX_NEW_TOKENS.value,
-      sampler=sampler, eos_id=tokenizer.eos_id, seed=_SEED.value)
+      sampler=sampler, eos_id=tokenizer.eos_id)
   for prompt, new in zip(prompts, news, strict=True):
     print(tokenizer.decode(prompt[len(start):] + new))

@@ -1,0 +1,88 @@
+"""Keys and values of every virtual layer, for several requests.
+
+A request has a row; what a layer wrote at a position is found under the number
+of the virtual layer, the row and the position: a token at another loop has
+other keys. Knows arrays; nothing of layers or schedules.
+"""
+
+from typing import NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from recursive_tx import attention
+from recursive_tx import config as config_lib
+
+# Attention looks at this many positions, or at twice, four times, ... as many:
+# the fewest that hold every token of the batch.
+_SHORTEST = 64
+
+
+class Cache(NamedTuple):
+  """Keys and values, [virtual layers, rows, K, positions, H]."""
+  k: jax.Array
+  v: jax.Array
+
+
+class Place(NamedTuple):
+  """Where the tokens of a batch belong.
+
+  Attributes:
+    row_B: row of the request, int32; one beyond the cache's is nobody's, whose
+      keys are dropped.
+    position_BT: position of each token, int32.
+    virtual_B: number of the virtual layer, int32; rows may be at different
+      loops.
+  """
+  row_B: jax.Array
+  position_BT: jax.Array
+  virtual_B: jax.Array
+
+
+def init(
+    cfg: config_lib.ModelConfig, rows: int, length: int, dtype='float32'
+) -> Cache:
+  """An empty cache of `length` positions a row."""
+  shape = (cfg.num_layers, rows, cfg.K, length, cfg.H)
+  return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def write(
+    cache: Cache, place: Place, k_BTKH: jax.Array, v_BTKH: jax.Array
+) -> Cache:
+  """The cache with the keys and values of some tokens in it."""
+  at = (place.virtual_B[:, None], place.row_B[:, None], slice(None),
+        place.position_BT)
+  return Cache(*(
+      leaf.at[at].set(new.astype(leaf.dtype), mode='drop')
+      for leaf, new in zip(cache, (k_BTKH, v_BTKH), strict=True)))
+
+
+def attend(
+    q_BTNH: jax.Array, cache: Cache, place: Place, *, window: int
+) -> jax.Array:
+  """Softmax attention of tokens to their rows' keys, up to their own.
+
+  Returns:
+    Mixed values, BTNH, in q's dtype.
+  """
+  longest = cache.k.shape[3]
+  lengths = [longest]
+  while lengths[0] > _SHORTEST:
+    lengths.insert(0, -(-lengths[0] // 2))
+
+  def within(length):
+    def mix(q_BTNH, cache):
+      k_BKSH, v_BKSH = (
+          leaf.at[place.virtual_B, place.row_B, :, :length].get(mode='clip')
+          for leaf in cache)
+      mask_BTS = attention.visible(
+          place.position_BT, jnp.arange(length)[None], window=window)
+      return attention.attend_heads(q_BTNH, k_BKSH, v_BKSH, mask_BTS)
+    return mix
+
+  reach = jnp.where(place.row_B < cache.k.shape[1],
+                    place.position_BT.max(axis=1) + 1, 0).max()
+  which = jnp.searchsorted(jnp.array(lengths[:-1]), reach)
+  return lax.switch(which, [within(n) for n in lengths], q_BTNH, cache)

@@ -1,0 +1,292 @@
+"""The host's part: it admits requests and collects their tokens.
+
+A burst is several steps in one dispatch. Knows token ids; nothing of text.
+"""
+
+import collections
+from collections.abc import Sequence
+import dataclasses
+import functools
+import itertools
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from recursive_tx import exits, sampling
+from recursive_tx.config import ModelConfig, Run, one_of
+from recursive_tx.engine import state as state_lib
+from recursive_tx.engine import step
+
+# A call of prefill has this many tokens, of one prompt or of several.
+_CHUNK = 256
+_SHORTEST = 16
+# Prompts' tokens between two bursts, so that long ones do not hold up the
+# requests that are being answered.
+_BETWEEN = 8 * _CHUNK
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """What is asked for.
+
+  Attributes:
+    prompt: token ids, at least one.
+    max_new_tokens: most tokens to add.
+    sampler: how they are drawn.
+    ignore_eos: go on after the end-of-text token.
+    script: of an engine whose exit is `oracle`: the tokens to give, and how
+      many loops each takes.
+  """
+  prompt: Sequence[int]
+  max_new_tokens: int = 64
+  sampler: sampling.Sampler = sampling.Sampler()
+  ignore_eos: bool = False
+  script: tuple[Sequence[int], Sequence[int]] | None = None
+
+
+class Event(NamedTuple):
+  """A token of a request.
+
+  Attributes:
+    id: the request's.
+    token: token id; the end-of-text token too.
+    depth: how many loops it took.
+    log_p: natural logarithm of its probability at temperature 1.
+    finish: None, or why it is the last: 'stop' (end of text) or 'length'.
+  """
+  id: int
+  token: int
+  depth: int
+  log_p: float
+  finish: str | None
+
+
+class Engine:
+  """Answers requests; every slot is at its own token and loop.
+
+  `submit` and `poll` until nothing is `pending`. One thread at a time.
+  """
+
+  def __init__(
+      self, cfg: ModelConfig, variables: dict, *, slots: int = 32,
+      max_len: int = 2048, exit: exits.Exit = exits.Exit(),
+      fill: str = 'propagate', schedule: str = 'cdb',
+      eos_id: int | None = None, steps: int = 16, run: Run = Run(),
+  ):
+    """Allocates the cache.
+
+    Args:
+      cfg, variables: any model of this library.
+      slots: tokens that a step computes.
+      max_len: most tokens of a prompt and its continuation.
+      exit: when a token leaves the loops.
+      fill: keys and values of the loops that it skips: 'propagate' (made of
+        the hidden state that it left with) or 'complete' (of those loops,
+        which it goes through though it is out).
+      schedule: 'cdb', 'csb' or 'static', see step.py.
+      eos_id: ends a continuation; None is none.
+      steps: passes of the block in one dispatch.
+      run: how the model is executed.
+
+    Raises:
+      ValueError: a size below 1, an unknown fill or schedule, or an exit that
+        is not this model's.
+    """
+    for name, value in (
+        ('slots', slots), ('max_len', max_len), ('steps', steps)):
+      if value < 1:
+        raise ValueError(f'{name}={value}; expected at least 1')
+    one_of('fill', fill, step.FILLS)
+    one_of('schedule', schedule, step.SCHEDULES)
+    exit.check(cfg)
+    self.cfg, self.max_len, self.slots = cfg, max_len, slots
+    self._eos = -1 if eos_id is None else eos_id
+    self._plan = step.Plan(
+        cfg, run, exit, fill, schedule, group=max(1, -(-slots // 4)))
+    self._steps, self._scripted = steps, exit.rule == 'oracle'
+    self._variables = _serving(cfg, run.dtype, variables)
+    # Half as many again wait with their prompts read.
+    self._rows = slots + -(-slots // 2)
+    self._state = state_lib.init(
+        cfg, run, slots=slots, rows=self._rows, length=max_len,
+        script=self._scripted)
+    self._ids = itertools.count()
+    self._waiting: dict[int, Request] = {}  # In the order of arrival.
+    self._owner: dict[int, tuple[int, Request]] = {}  # Of a row.
+    self._left: dict[int, int] = {}  # Tokens that may still come, by id.
+    self._free = collections.deque(range(self._rows))
+    self._cancelled: set[int] = set()
+
+  @property
+  def pending(self) -> int:
+    """Requests that are not finished."""
+    return len(self._waiting) + len(self._left) - len(self._cancelled)
+
+  @property
+  def waiting(self) -> int:
+    """Requests that have no row yet."""
+    return len(self._waiting)
+
+  def submit(self, request: Request) -> int:
+    """Queues a request; returns its id.
+
+    Raises:
+      ValueError: an empty prompt, one that leaves no room for
+        `max_new_tokens`, or ids outside the vocabulary.
+    """
+    prompt = np.asarray(request.prompt, np.int64)
+    most = request.max_new_tokens
+    if not len(prompt):
+      raise ValueError('there is an empty prompt; give at least one token')
+    if most < 1:
+      raise ValueError(f'max_new_tokens={most}; expected at least 1')
+    if len(prompt) + most > self.max_len:
+      raise ValueError(
+          f'a prompt of {len(prompt)} tokens and max_new_tokens={most} exceed '
+          f'max_len={self.max_len}; shorten one or make the other larger')
+    if prompt.min() < 0 or prompt.max() >= self.cfg.V:
+      raise ValueError(
+          f"token ids {prompt.min()}..{prompt.max()} are outside the model's "
+          f'vocabulary of {self.cfg.V}')
+    if (request.script is not None) != self._scripted:
+      raise ValueError(
+          "a request has a script where the engine's exit is 'oracle', and "
+          'nowhere else')
+    new = next(self._ids)
+    self._waiting[new] = request
+    return new
+
+  def cancel(self, id: int) -> None:
+    """Ends a request; no more of its tokens are told. Unknown ids pass."""
+    if self._waiting.pop(id, None) is None and id in self._left:
+      self._cancelled.add(id)
+
+  def poll(self) -> list[Event]:
+    """Admits what waits, runs a burst, and tells the tokens it gave."""
+    self._admit()
+    self._stop_cancelled()
+    if not self._owner:
+      return []
+    self._state, log = _burst(
+        self._plan, self._steps, self._variables, self._state, self._steps)
+    return self._collect(jax.device_get(log))
+
+  def _admit(self) -> None:
+    """Reads prompts into free rows, in the order of arrival."""
+    while self._free and self._waiting:
+      batch = []
+      budget = _BETWEEN
+      while (self._free and self._waiting and budget > 0
+             and len(batch) < self.slots):
+        id = next(iter(self._waiting))
+        request = self._waiting.pop(id)
+        batch.append((self._free.popleft(), id, request))
+        budget -= len(request.prompt)
+      self._prefill(batch)
+      self._insert(batch)
+      if budget <= 0:
+        return
+
+  def _prefill(self, batch) -> None:
+    """All but the last token of each prompt, which is a step's to read."""
+    chunks = collections.defaultdict(list)  # By their place in the prompt.
+    for row, _, request in batch:
+      prompt = request.prompt[:-1]
+      for start in range(0, len(prompt), _CHUNK):
+        tokens = prompt[start:start + _CHUNK]
+        width = _SHORTEST
+        while width < len(tokens):
+          width *= 2
+        chunks[start, width].append((row, tokens))
+    for (start, width), parts in sorted(chunks.items()):
+      most = max(1, _CHUNK // width)
+      while parts:
+        size = 1 if len(parts) == 1 else most
+        now, parts = parts[:size], parts[size:]
+        token_PT = np.zeros((size, width), np.int32)
+        row_P = np.full(size, self._rows, np.int32)
+        for i, (row, tokens) in enumerate(now):
+          token_PT[i, :len(tokens)], row_P[i] = tokens, row
+        self._state = _prefill(
+            self._plan, self._variables, self._state, token_PT,
+            np.full(size, start, np.int32), row_P)
+
+  def _insert(self, batch) -> None:
+    size = self.slots
+    row_P = np.full(size, self._rows, np.int32)
+    token_P, position_P, left_P, eos_P = np.zeros((4, size), np.int32)
+    samplers = [sampling.Sampler()] * size
+    script = None
+    if self._scripted:
+      script = (np.full((size, self.max_len), -1, np.int32),
+                np.full((size, self.max_len), self.cfg.loops - 1, np.int32))
+    for i, (row, id, request) in enumerate(batch):
+      row_P[i], token_P[i] = row, request.prompt[-1]
+      position_P[i] = len(request.prompt) - 1
+      left_P[i] = request.max_new_tokens
+      eos_P[i] = -1 if request.ignore_eos else self._eos
+      samplers[i] = request.sampler
+      if script is not None:
+        tokens, depths = request.script
+        span = slice(position_P[i], position_P[i] + len(tokens))
+        script[0][i, span], script[1][i, span] = tokens, np.array(depths) - 1
+      self._owner[row] = id, request
+      self._left[id] = request.max_new_tokens
+    self._state = _insert(self._state, row_P, state_lib.Rows(
+        token_P, position_P, left_P, eos_P, sampling.stack(samplers), script))
+
+  def _stop_cancelled(self) -> None:
+    """Makes their next token their last, which gives the row back."""
+    rows = [row for row, (id, _) in self._owner.items()
+            if id in self._cancelled]
+    if rows:
+      row_P = np.full(self._rows, self._rows, np.int32)
+      row_P[:len(rows)] = rows
+      self._state = _stop(self._state, row_P)
+
+  def _collect(self, log: state_lib.Log) -> list[Event]:
+    events = []
+    at = np.nonzero(log.row >= 0)
+    for row, token, depth, log_p in zip(
+        *(leaf[at].tolist() for leaf in log), strict=True):
+      id, request = self._owner[row]
+      self._left[id] -= 1
+      finish = None if self._left[id] else 'length'
+      if token == self._eos and not request.ignore_eos:
+        finish = 'stop'
+      if id in self._cancelled:
+        self._cancelled.remove(id)
+        finish = 'cancelled'
+      else:
+        events.append(Event(id, token, depth, log_p, finish))
+      if finish:
+        del self._owner[row], self._left[id]
+        self._free.append(row)
+    return events
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _burst(plan, steps, variables, state, most):
+  return step.burst(plan, steps, variables, state, most)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _prefill(plan, variables, state, token_PT, start_P, row_P):
+  return step.prefill(plan, variables, state, token_PT, start_P, row_P)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _insert(state, row_P, new):
+  return state_lib.insert(state, row_P, new)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _stop(state, row_P):
+  left = state.rows.left.at[row_P].set(0, mode='drop')
+  return state._replace(rows=state.rows._replace(left=left))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _serving(cfg, dtype, variables):
+  return step.serving(cfg, dtype, variables)

@@ -1,0 +1,131 @@
+"""What an engine holds on the device.
+
+A request has a row from when it is admitted until its text is complete: its
+keys and values, and what is known of it. Slots are what a step computes: each
+serves one row and is at its own token and loop. There are more rows than
+slots, so that a slot whose request ends finds the next one waiting without
+asking the host.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from recursive_tx import cache as cache_lib
+from recursive_tx import sampling
+from recursive_tx.config import ModelConfig, Run
+
+
+class Slots(NamedTuple):
+  """Of every slot, [B].
+
+  Attributes:
+    row: the row that it serves; the number of rows where it is idle.
+    x_BD: what its next pass reads, compute dtype.
+    loop: the loop of that pass.
+    token: the token that was chosen, -1 until then.
+    guess: the likeliest token after the preceding loop, -1 if not asked for.
+    done: all passes of its token are done, or it has left and nothing is
+      left to do; it waits for the others, where the schedule says so.
+  """
+  row: jax.Array
+  x_BD: jax.Array
+  loop: jax.Array
+  token: jax.Array
+  guess: jax.Array
+  done: jax.Array
+
+
+class Rows(NamedTuple):
+  """Of every request, [R].
+
+  Attributes:
+    token: its newest token, the one to be read at `position`.
+    position: int32.
+    left: how many tokens it may still get.
+    eos: the token that ends it; -1 is none.
+    samplers: how its tokens are drawn.
+    script: of `rule='oracle'`, else None: the tokens that it gets [R, S] and
+      the loops, from 0, that they leave at [R, S], by the position they are
+      predicted at.
+  """
+  token: jax.Array
+  position: jax.Array
+  left: jax.Array
+  eos: jax.Array
+  samplers: sampling.Samplers
+  script: tuple[jax.Array, jax.Array] | None
+
+
+class Queue(NamedTuple):
+  """Rows that wait for a slot: row[first % R] to row[(last - 1) % R]."""
+  row: jax.Array
+  first: jax.Array
+  last: jax.Array
+
+
+class State(NamedTuple):
+  """All of it; donated to every function that returns a new one."""
+  cache: cache_lib.Cache
+  slots: Slots
+  rows: Rows
+  queue: Queue
+
+
+class Log(NamedTuple):
+  """The tokens chosen by every step of a burst, [steps, B].
+
+  Attributes:
+    row: whose token; -1 where none was chosen.
+    token: int32.
+    depth: how many loops it took.
+    log_p: its log-probability under the model's softmax, of temperature 1.
+  """
+  row: jax.Array
+  token: jax.Array
+  depth: jax.Array
+  log_p: jax.Array
+
+
+def init(
+    cfg: ModelConfig, run: Run, *, slots: int, rows: int, length: int,
+    script: bool
+) -> State:
+  """Nothing in any slot."""
+  def full(size, value, dtype=jnp.int32):
+    return jnp.full(size, value, dtype)
+  B, R = slots, rows
+  return State(
+      cache_lib.init(cfg, R, length, run.dtype),
+      Slots(row=full(B, R), x_BD=jnp.zeros((B, cfg.D), run.dtype),
+            loop=full(B, 0), token=full(B, -1), guess=full(B, -1),
+            done=full(B, False, bool)),
+      Rows(token=full(R, 0), position=full(R, 0), left=full(R, 0),
+           eos=full(R, -1),
+           samplers=sampling.Samplers(
+               full(R, 0, jnp.float32), full(R, 0), full(R, 1, jnp.float32),
+               full(R, 0, jnp.uint32)),
+           script=(full((R, length), -1), full((R, length), cfg.loops - 1))
+           if script else None),
+      Queue(full(R, 0), full((), 0), full((), 0)))
+
+
+def insert(state: State, row_P: jax.Array, new: Rows) -> State:
+  """Hands requests over, whose keys `prefill` has put into their rows.
+
+  Args:
+    state: of `init` or a later one.
+    row_P: their rows; the number of rows where there is none, at the end.
+    new: their fields, [P].
+  """
+  rows = jax.tree.map(
+      lambda old, values: old.at[row_P].set(values, mode='drop'),
+      state.rows, new)
+  queue, R = state.queue, state.queue.row.shape[0]
+  count = (row_P < R).sum()
+  at_P = jnp.where(row_P < R, (queue.last + jnp.arange(len(row_P))) % R, R)
+  queue = queue._replace(
+      row=queue.row.at[at_P].set(row_P, mode='drop'),
+      last=queue.last + count)
+  return state._replace(rows=rows, queue=queue)

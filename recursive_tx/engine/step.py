@@ -1,0 +1,335 @@
+"""The shared block runs once over all slots, each at its own loop.
+
+A slot whose token is decided and whose passes are done starts its next token,
+or the next request that waits, at the first loop, in the same step. Relaxed
+Recursive Transformers, section 2.4: continuous depth-wise batching.
+
+Everything here is traced; nothing asks the host.
+"""
+
+import dataclasses
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from recursive_tx import cache as cache_lib
+from recursive_tx import config as config_lib
+from recursive_tx import depths, exits, sampling
+from recursive_tx.engine.state import Log, Queue, Slots, State
+from recursive_tx.model import Decoder, normalize
+
+# static: requests start together, when every one before has ended.
+# csb: continuous sequence-wise; a request's end frees its slot, all slots are
+#   at the same loop.
+# cdb: continuous depth-wise; every slot is at its own.
+SCHEDULES = ('static', 'csb', 'cdb')
+# What becomes of the keys and values of the loops that a token skips.
+# propagate: they are made of the hidden state that it left with.
+# complete: it goes through those loops all the same, though its token is out.
+FILLS = ('propagate', 'complete')
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What a burst is compiled for.
+
+  Attributes:
+    cfg, run: the model, and how it is executed.
+    exit: when a token leaves.
+    fill, schedule: see FILLS and SCHEDULES.
+    group: slots whose head is computed at once.
+  """
+  cfg: config_lib.ModelConfig
+  run: config_lib.Run
+  exit: exits.Exit
+  fill: str
+  schedule: str
+  group: int
+
+  def apply(self, variables, *args, method):
+    return Decoder(self.cfg, self.run).apply(variables, *args, method=method)
+
+
+def burst(
+    plan: Plan, steps: int, variables: dict, state: State, most: jax.Array
+) -> tuple[State, Log]:
+  """Up to `most` steps, at most `steps`; fewer once every slot is idle."""
+  B, R = len(state.slots.row), len(state.rows.token)
+  log = Log(*(jnp.full((steps, B), fill, dtype) for fill, dtype in (
+      (-1, jnp.int32), (0, jnp.int32), (0, jnp.int32), (0.0, jnp.float32))))
+
+  def goes_on(carry):
+    i, state, _ = carry
+    return (i < most) & (state.slots.row < R).any()
+
+  def body(carry):
+    i, state, log = carry
+    state, entry = _step(plan, variables, state)
+    log = Log(*(leaf.at[i].set(new)
+                for leaf, new in zip(log, entry, strict=True)))
+    return i + 1, state, log
+
+  # Requests that came while every slot was idle.
+  state = _turn(plan, variables, state)
+  _, state, log = lax.while_loop(goes_on, body, (jnp.int32(0), state, log))
+  return state, log
+
+
+def prefill(
+    plan: Plan, variables: dict, state: State, token_PT: jax.Array,
+    start_P: jax.Array, row_P: jax.Array
+) -> State:
+  """Puts the keys and values of a part of some prompts into their rows.
+
+  Args:
+    plan, variables, state: of the engine.
+    token_PT: tokens of each; what pads them on the right leaves keys that are
+      overwritten before they are seen.
+    start_P: position of the first.
+    row_P: their rows; the number of rows where there is no prompt.
+  """
+  position_PT = start_P[:, None] + jnp.arange(token_PT.shape[1])
+  _, cache = plan.apply(
+      variables, token_PT, position_PT, row_P, state.cache, method='decode')
+  return state._replace(cache=cache)
+
+
+def _step(plan, variables, state: State) -> tuple[State, Log]:
+  slots, rows = state.slots, state.rows
+  R = len(rows.token)
+  busy_B = (slots.row < R) & ~slots.done
+  row_B = jnp.where(busy_B, slots.row, R)
+  place = _place(rows, row_B)
+  x_B1D, cache = plan.apply(
+      variables, slots.x_BD[:, None], slots.loop, state.cache, place,
+      method='loop')
+  x_BD = jnp.where(busy_B[:, None], x_B1D[:, 0], slots.x_BD)
+  slots, cache, leaves_B, log_p_B = _decide(
+      plan, variables, slots._replace(x_BD=x_BD), rows, busy_B, cache, place)
+  rows = rows._replace(left=rows.left.at[jnp.where(leaves_B, row_B, R)].add(
+      -1, mode='drop'))
+  entry = Log(jnp.where(leaves_B, slots.row, -1), slots.token, slots.loop + 1,
+              log_p_B)
+  # The host may give the row to another as soon as it sees the token.
+  ends_B = leaves_B & (
+      (slots.token == rows.eos.at[row_B].get(mode='clip'))
+      | (rows.left.at[row_B].get(mode='clip') <= 0))
+  finished_B = busy_B & (slots.loop == plan.cfg.loops - 1)
+  if plan.fill == 'propagate':
+    early_B = leaves_B & ~finished_B & ~ends_B
+    cache = _propagate(plan, variables, slots, early_B, cache, place)
+    finished_B |= leaves_B
+  slots = slots._replace(
+      row=jnp.where(ends_B, R, slots.row), loop=slots.loop + ~finished_B,
+      done=slots.done | finished_B & ~ends_B)
+  state = state._replace(cache=cache, slots=slots, rows=rows)
+  return _turn(plan, variables, state), entry
+
+
+def _decide(plan, variables, slots: Slots, rows, busy_B, cache, place):
+  """Which slots' tokens leave, and what those are.
+
+  Returns:
+    The slots with their tokens, the cache, leaves_B and log_p_B.
+  """
+  cfg, rule = plan.cfg, plan.exit.rule
+  last_B = slots.loop == cfg.loops - 1
+  asked_B = busy_B & (slots.token < 0)
+  sure_B = last_B
+  if plan.exit.thresholds:
+    threshold_B = jnp.array([*plan.exit.thresholds, -jnp.inf])[slots.loop]
+  if plan.exit.needs == 'gate':
+    h_BD = normalize(cfg, slots.x_BD, variables['params']['norm'])
+    score_B = jax.nn.sigmoid(
+        plan.apply(variables, h_BD, slots.loop, method='gate'))
+    sure_B |= score_B >= threshold_B
+  elif rule == 'static':
+    sure_B |= threshold_B <= 0
+  elif rule == 'oracle':
+    at_B = (slots.row, place.position_BT[:, 0])
+    sure_B |= slots.loop >= rows.script[1].at[at_B].get(mode='clip')
+  by_head = plan.exit.needs == 'logits'
+  if not by_head:
+    asked_B &= sure_B
+
+  def choose(index_G, carry):
+    (token_B, guess_B, sure_B, log_p_B), cache = carry
+    part = _take(place, index_G, len(rows.token))
+    loop_G = slots.loop.at[index_G].get(mode='clip')
+    h_G1D, cache = plan.apply(
+        variables, slots.x_BD.at[index_G].get(mode='clip')[:, None], cache,
+        part, method='leave')
+    logits_GV = plan.apply(variables, h_G1D[:, 0], loop_G, method='logits')
+    samplers = jax.tree.map(
+        lambda leaf: leaf.at[part.row_B].get(mode='clip'), rows.samplers)
+    token_G = sampling.sample(samplers, logits_GV, part.position_BT[:, 0])
+    if rows.script is not None:
+      token_G = rows.script[0].at[part.row_B, part.position_BT[:, 0]].get(
+          mode='clip')
+    chosen_G1 = jnp.take_along_axis(logits_GV, token_G[:, None], axis=1)
+    log_p_G = chosen_G1[:, 0] - jax.nn.logsumexp(logits_GV, axis=1)
+    guess_G, sure_G = jnp.full_like(token_G, -1), jnp.full(len(index_G), True)
+    if by_head:
+      guess_G = jnp.argmax(logits_GV, axis=1).astype(jnp.int32)
+      score_G = exits.score(rule, logits_BV=logits_GV,
+                            before_B=guess_B.at[index_G].get(mode='clip'))
+      sure_G = score_G >= threshold_B.at[index_G].get(mode='clip')
+    new = (token_G, guess_G, sure_G, log_p_G)
+    return tuple(
+        old.at[index_G].set(values, mode='drop') for old, values in zip(
+            (token_B, guess_B, sure_B, log_p_B), new, strict=True)), cache
+
+  (token_B, guess_B, sure_B, log_p_B), cache = _grouped(
+      plan.group, asked_B, choose,
+      ((slots.token, slots.guess, sure_B,
+        jnp.zeros(len(busy_B), jnp.float32)), cache))
+  leaves_B = asked_B & sure_B
+  if plan.fill == 'complete' and cfg.coda:
+    # The coda saw an early state; these are the keys of the last.
+    again_B = busy_B & last_B & ~leaves_B
+    _, cache = _grouped(
+        plan.group, again_B, lambda index_G, carry: (None, plan.apply(
+            variables, slots.x_BD.at[index_G].get(mode='clip')[:, None],
+            carry[1], _take(place, index_G, len(rows.token)),
+            method='leave')[1]), (None, cache))
+  slots = slots._replace(
+      token=jnp.where(leaves_B, token_B, slots.token), guess=guess_B)
+  return slots, cache, leaves_B, log_p_B
+
+
+def _propagate(plan, variables, slots: Slots, early_B, cache, place):
+  """Keys and values of the loops that tokens skip, of what they left with."""
+  cfg = plan.cfg
+  if cfg.loops == 1 or plan.exit.rule == 'last':
+    return cache
+  R, later = cache.k.shape[1], jnp.arange(1, cfg.loops)
+
+  def fill(index_G, cache):
+    part = _take(place, index_G, R)
+    exit_G = slots.loop.at[index_G].get(mode='clip')
+    # One row for each later loop; nobody's where it is not skipped.
+    row_GL = jnp.where(later > exit_G[:, None], part.row_B[:, None], R)
+    x_GD = slots.x_BD.at[index_G].get(mode='clip')
+    loop_X = jnp.tile(later, len(index_G))
+    position_XT = jnp.repeat(part.position_BT, len(later), axis=0)
+    x_XD = jnp.repeat(x_GD, len(later), axis=0)
+    return plan.apply(
+        variables, x_XD[:, None], loop_X, cache,
+        cache_lib.Place(row_GL.reshape(-1), position_XT, loop_X), 'fill',
+        method='loop')[1]
+
+  return _grouped(plan.group, early_B, fill, cache)
+
+
+def _turn(plan, variables, state: State) -> State:
+  """Slots that are done, or idle, start their next token where they may."""
+  cache, slots, rows, queue = state
+  R = len(rows.token)
+  free_B = slots.row >= R
+  together = (slots.done | free_B).all()
+  goes_B = slots.done & (plan.schedule == 'cdb' or together)
+  at_B = jnp.where(goes_B, slots.row, R)
+  rows = rows._replace(
+      token=rows.token.at[at_B].set(slots.token, mode='drop'),
+      position=rows.position.at[at_B].add(1, mode='drop'))
+
+  may = {'cdb': True, 'csb': together, 'static': free_B.all()}[plan.schedule]
+  rank_B = jnp.cumsum(free_B) - 1
+  takes_B = free_B & may & (rank_B < queue.last - queue.first)
+  row_B = jnp.where(
+      takes_B, queue.row[(queue.first + rank_B) % R], slots.row)
+  queue = Queue(queue.row, queue.first + takes_B.sum(), queue.last)
+
+  starts_B = goes_B | takes_B
+  x_BD, cache = _enter(
+      plan, variables, rows, row_B, starts_B, slots.x_BD, cache)
+  slots = Slots(
+      row=row_B, x_BD=x_BD, loop=jnp.where(starts_B, 0, slots.loop),
+      token=jnp.where(starts_B, -1, slots.token),
+      guess=jnp.where(starts_B, -1, slots.guess),
+      done=slots.done & ~goes_B)
+  return State(cache, slots, rows, queue)
+
+
+def _enter(plan, variables, rows, row_B, starts_B, x_BD, cache):
+  """What the first loop reads, in the slots that start a token."""
+  R = len(rows.token)
+  place = _place(rows, jnp.where(starts_B, row_B, R))
+  token_B = rows.token.at[row_B].get(mode='clip')
+  if not plan.cfg.prelude:
+    new_B1D, _ = plan.apply(
+        variables, token_B[:, None], cache, place, method='enter')
+    return jnp.where(starts_B[:, None], new_B1D[:, 0], x_BD), cache
+
+  def enter(index_G, carry):
+    x_BD, cache = carry
+    new_G1D, cache = plan.apply(
+        variables, token_B.at[index_G].get(mode='clip')[:, None], cache,
+        _take(place, index_G, R), method='enter')
+    return x_BD.at[index_G].set(new_G1D[:, 0], mode='drop'), cache
+
+  return _grouped(plan.group, starts_B, enter, (x_BD, cache))
+
+
+def _grouped(group: int, mask_B, body, carry):
+  """carry = body(index_G, carry) over the slots of a mask, a group at a time.
+
+  What is done once a token costs no more than the tokens there are. Indices
+  past the last are the number of slots.
+  """
+  B = len(mask_B)
+  group = min(group, B)
+  order_B = jnp.argsort(~mask_B, stable=True).astype(jnp.int32)
+  count = mask_B.sum()
+  order = jnp.where(jnp.arange(B) < count, order_B, B)
+  order = jnp.concatenate([order, jnp.full(-B % group, B, jnp.int32)])
+
+  def next_group(carry):
+    i, inner = carry
+    return i + group, body(lax.dynamic_slice(order, (i,), (group,)), inner)
+
+  return lax.while_loop(
+      lambda carry: carry[0] < count, next_group, (jnp.int32(0), carry))[1]
+
+
+def _place(rows, row_B) -> cache_lib.Place:
+  return cache_lib.Place(
+      row_B, rows.position.at[row_B].get(mode='clip')[:, None],
+      jnp.zeros_like(row_B))
+
+
+def _take(place, index_G, R: int) -> cache_lib.Place:
+  """The places of some slots; nobody's for indices past the last."""
+  return cache_lib.Place(
+      place.row_B.at[index_G].get(mode='fill', fill_value=R),
+      place.position_BT.at[index_G].get(mode='clip'),
+      jnp.zeros_like(index_G))
+
+
+def serving(cfg: config_lib.ModelConfig, dtype: str, variables: dict) -> dict:
+  """The model's variables as a burst reads them fastest.
+
+  Layers apart, so that no step slices a stack; kernels in the compute dtype;
+  the factors of all loops side by side (see depths.py).
+  """
+  params = dict(variables['params'])
+
+  def cast(path, leaf):
+    name = path[-1].key
+    return leaf if name in ('scale', 'bias') else leaf.astype(dtype)
+
+  params = jax.tree_util.tree_map_with_path(cast, params)
+  for stack, size in (('prelude', cfg.prelude), ('coda', cfg.coda),
+                      ('block', cfg.layers_per_loop)):
+    if stack in params:
+      params[stack] = {
+          part: [jax.tree.map(lambda leaf, i=i: leaf[i], tree)
+                 for i in range(size)]
+          for part, tree in params[stack].items()}
+  if 'adapters' in params:
+    rest = {name: leaves for name, leaves in params['adapters'].items()
+            if name in ('head', 'exit')}
+    params['adapters'] = rest
+    params['mixed'] = depths.mixed(cfg, variables['params']['adapters'])
+  return {'params': params}
