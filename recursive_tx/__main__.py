@@ -16,6 +16,7 @@ VERBS = {
     'plan': 'does a run fit a TPU topology, and what does a step cost',
     'compare': 'a model reduced, looped and relaxed, uptrained alike',
     'evaluate': 'held-out loss and bits per byte of every loop',
+    'calibrate': "exit thresholds that keep to the full depth's tokens",
     'generate': 'continue a prompt',
     'export': 'write a stock Hugging Face model, loops unrolled',
 }

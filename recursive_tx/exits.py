@@ -3,7 +3,7 @@
 After every loop but the last a rule gives a token a score, and where it
 reaches that loop's threshold the token leaves. `calibrate.py` chooses the
 thresholds. Confidence by the largest probability and by the two largest is
-CALM's (Schuster et al., arxiv.org/abs/2207.07061, section 3.5).
+CALM's (Schuster et al., arxiv.org/abs/2207.07061).
 
 Knows logits; nothing of models, caches or schedules.
 """

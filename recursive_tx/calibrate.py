@@ -1,0 +1,232 @@
+"""Thresholds of exits, chosen so that full depth is agreed with.
+
+Held-out sequences are read with exits as they would happen (see early.py), and
+each has a share of tokens whose best guess is not the full depth's. Learn then
+Test (Angelopoulos et al., arxiv.org/abs/2110.01052; for exits CALM,
+arxiv.org/abs/2207.07061): thresholds are tried from the most
+careful one on, each by a p-value for "the mean share is above delta", and the
+last before the first that fails is taken. With at least the stated confidence
+over the draw of the sequences, its true mean share is then at most delta.
+
+What is promised: on text like that given, read token by token, the next token
+chosen is the full depth's at least so often. Of texts that the model goes on
+to write by itself nothing is promised, nor where sequences are not drawn
+independently, as pieces of one book are not.
+
+One threshold serves all loops. Knows a model and batches; not where they come
+from.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import scipy.special
+
+from recursive_tx import config as config_lib
+from recursive_tx import early, exits
+
+# Those whose threshold is a matter of degree.
+RULES = tuple(rule for rule in exits.RULES
+              if rule not in (*exits.SCORELESS, 'static'))
+# Equal steps of log-odds, the most careful first. They are fixed before the
+# text is seen: to choose them by it would spoil the test.
+THRESHOLDS = tuple(
+    1 / (1 + math.exp(-0.5 * step)) for step in range(28, -13, -1))
+# Where the curve that is shown ends.
+_LEAST_AGREEMENT = 0.9
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+  """One threshold: what share agreed with full depth, and at what depth."""
+  threshold: float
+  agreement: float
+  depth: float
+  p_value: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """A calibration.
+
+  Attributes:
+    rule, delta, confidence: as asked for.
+    units: sequences.
+    tokens: that were judged.
+    points: the curve, the most careful threshold first.
+    chosen: of `points`; None where not even the first one passed.
+    oracle_depth: mean of the earliest loops that agree with the final one.
+    agreement_E: share of tokens on which each exit agrees, had all gone on.
+    area_E: under the ROC curve of the score as a sign of that; 0.5 is
+      chance, NaN where all tokens are alike.
+  """
+  rule: str
+  delta: float
+  confidence: float
+  units: int
+  tokens: int
+  points: tuple[Point, ...]
+  chosen: Point | None
+  oracle_depth: float
+  agreement_E: tuple[float, ...]
+  area_E: tuple[float, ...]
+
+
+def calibrate(
+    cfg: config_lib.ModelConfig, variables: Any, heldout: Any, *, rule: str,
+    delta: float = 0.01, confidence: float = 0.95,
+    run: config_lib.Run = config_lib.Run(),
+) -> Result:
+  """Chooses a rule's threshold on held-out text.
+
+  Args:
+    cfg, variables: a model with several loops.
+    heldout: `batches`, as `evaluate` reads them; a row is a sequence.
+    rule: one of RULES.
+    delta: share of a sequence's tokens, on average, that may differ from full
+      depth.
+    confidence: probability, over the draw of the sequences, that they do not
+      differ more often.
+    run: how to execute the model.
+
+  Raises:
+    ValueError: a rule, model or number that cannot be, or too few sequences
+      for any threshold to pass.
+  """
+  _check(cfg, rule, delta, confidence)
+  tokens_U, known = [], []
+  full = early.forward(cfg, run, rule, every=True)
+  batches = [batch for batch in heldout.batches if batch['weight_BT'].any()]
+  for batch in batches:
+    passed = full(variables, batch, np.inf)
+    counted_BT = batch['weight_BT'] > 0
+    tokens_U += counted_BT.sum(axis=1).tolist()
+    same_EBT = np.asarray(passed.best_EBT) == np.asarray(passed.best_BT)
+    known.append((np.asarray(passed.best_BT), same_EBT[:, counted_BT],
+                  np.asarray(passed.score_EBT)[:, counted_BT]))
+  units = sum(tokens > 0 for tokens in tokens_U)
+  least = math.ceil(math.log(1 - confidence) / math.log(1 - delta))
+  if units < least:
+    raise ValueError(
+        f'{units} sequences are too few to be {confidence:g} sure of a delta of'
+        f' {delta:g}, even if none differed; that takes {least}: give more'
+        ' --text, a smaller --seq_len or a larger --delta')
+  once = early.forward(cfg, run, rule)
+  points, level = [], 1 - confidence
+  for threshold in thresholds(rule):
+    wrongs_U, depths_U = [], []
+    for batch, (best_BT, *_) in zip(batches, known, strict=True):
+      passed = once(variables, batch, threshold)
+      wrongs_U += _by_row(np.asarray(passed.best_BT) != best_BT, batch)
+      depths_U += _by_row(np.asarray(passed.depth_BT), batch)
+    wrong = float(np.mean(wrongs_U))
+    points.append(Point(threshold, 1 - wrong, float(np.mean(depths_U)),
+                        p_value(wrong, units, delta)))
+    if points[-1].p_value > level and 1 - wrong < _LEAST_AGREEMENT:
+      break
+  passed = last_passed([point.p_value for point in points], level)
+  same_ET, score_ET = (
+      np.concatenate(parts, axis=1) for parts in list(zip(
+          *known, strict=True))[1:])
+  return Result(
+      rule, delta, confidence, units, sum(tokens_U), tuple(points),
+      None if passed is None else points[passed],
+      float(oracle_depth(same_ET).mean()),
+      tuple(same_ET.mean(axis=1).tolist()),
+      tuple(area(score_T, same_T) for score_T, same_T in zip(
+          score_ET, same_ET, strict=True)))
+
+
+def exit_of(cfg: config_lib.ModelConfig, result: Result) -> exits.Exit:
+  """The exit that was chosen."""
+  assert result.chosen is not None
+  return exits.Exit(
+      result.rule, (result.chosen.threshold,) * (cfg.loops - 1))
+
+
+def thresholds(rule: str) -> Sequence[float]:
+  """What is tried, the most careful first."""
+  return (1.0,) if rule == 'agreement' else THRESHOLDS
+
+
+def p_value(mean: float, units: int, delta: float) -> float:
+  """Of "the mean share is above delta": Hoeffding's and Bentkus' bound.
+
+  Args:
+    mean: of shares in [0, 1].
+    units: how many there are, independent and alike.
+    delta: in (0, 1).
+
+  Returns:
+    At least the probability of so low a mean were the true one above delta
+    (the Hoeffding-Bentkus inequality of Learn then Test and of Bates et al.,
+    arxiv.org/abs/2101.02703).
+  """
+  if mean >= delta:
+    return 1.0
+  # The divergence of two coins; 0 log 0 is 0.
+  h = scipy.special.rel_entr(mean, delta) + scipy.special.rel_entr(
+      1 - mean, 1 - delta)
+  # A sum that is whole but for rounding is not rounded up.
+  successes = math.ceil(units * mean - 1e-9)
+  bentkus = math.e * scipy.special.bdtr(successes, units, delta)
+  return float(min(1.0, math.exp(-units * h), bentkus))
+
+
+def last_passed(p_values: Sequence[float], level: float) -> int | None:
+  """Number of the last before the first p-value above the level, from 0.
+
+  Tests in an order that is fixed need no correction for their number, if they
+  end at the first that fails. None where that is the very first.
+  """
+  passed = [p <= level for p in p_values]
+  count = passed.index(False) if False in passed else len(passed)
+  return count - 1 if count else None
+
+
+def oracle_depth(same_ET: np.ndarray) -> np.ndarray:
+  """Earliest loop, from 1, that agrees with the final one; depth_T.
+
+  Args:
+    same_ET: whether every loop but the final one does.
+  """
+  final_1T = np.ones((1, same_ET.shape[1]), bool)
+  return np.concatenate([same_ET, final_1T]).argmax(axis=0) + 1
+
+
+def area(score_T: np.ndarray, same_T: np.ndarray) -> float:
+  """How often a token that agrees has a higher score than one that does not.
+
+  Ties count half; NaN where there are none of a kind.
+  """
+  _, group_T, size = np.unique(
+      score_T, return_inverse=True, return_counts=True)
+  rank_T = (np.cumsum(size) - (size - 1) / 2)[group_T]
+  same = int(same_T.sum())
+  pairs = same * (len(same_T) - same)
+  if not pairs:
+    return math.nan
+  return float((rank_T[same_T].sum() - same * (same + 1) / 2) / pairs)
+
+
+def _by_row(value_BT: np.ndarray, batch: dict[str, np.ndarray]) -> list[float]:
+  """Means over the counted tokens of every row that has some."""
+  counted_BT = batch['weight_BT'] > 0
+  return [float(value_T[counted_T].mean())
+          for value_T, counted_T in zip(value_BT, counted_BT, strict=True)
+          if counted_T.any()]
+
+
+def _check(cfg, rule, delta, confidence) -> None:
+  config_lib.one_of('rule', rule, RULES)
+  for name, value in (('delta', delta), ('confidence', confidence)):
+    if not 0 < value < 1:
+      raise ValueError(f'{name} is {value}; expected above 0 and below 1')
+  if cfg.loops == 1:
+    raise ValueError(
+        'the model has one loop (model.loops=1), which no token can leave'
+        ' early; calibrate one with several')
+  exits.Exit(rule, (1.0,) * (cfg.loops - 1)).check(cfg)

@@ -1,0 +1,102 @@
+"""calibrate: thresholds of early exits that keep to the full depth's tokens.
+
+  python -m recursive_tx calibrate --checkpoint=DIR --text='held_out/*.txt'
+
+Writes exit.json beside the weights, which then go with that checkpoint. The
+promise, agreement of at least 1 - delta with the confidence stated, is of next
+tokens on text like the one given, read token by token; sequences count as
+independent draws, so give many documents rather than one long one.
+"""
+
+import dataclasses
+import pathlib
+
+from absl import flags
+
+from recursive_tx import calibrate, data, exits, saved, start
+from recursive_tx import config as config_lib
+from recursive_tx import tokenizer as tokenizer_lib
+from recursive_tx.cli import arguments
+
+_CHECKPOINT = flags.DEFINE_string(
+    'checkpoint', None,
+    'Saved model directory, or the workdir of a finished run.')
+_TEXT = flags.DEFINE_multi_string(
+    'text', [],
+    'Held-out files, a glob; give it again for more. Those named .jsonl hold'
+    ' a document in the field "text" of each line.')
+_DOCUMENT = flags.DEFINE_string(
+    'document', 'file',
+    'What a document of a text file is: file, or the line between two'
+    ' documents, such as <|endoftext|>.')
+_RULE = flags.DEFINE_string(
+    'rule', 'gate', f'One of {", ".join(calibrate.RULES)}.')
+_DELTA = flags.DEFINE_float(
+    'delta', 0.01, 'Share of tokens that may differ from full depth.')
+_CONFIDENCE = flags.DEFINE_float(
+    'confidence', 0.95, 'Probability that no more do.')
+_SEQ_LEN = flags.DEFINE_integer(
+    'seq_len', 512, 'Tokens of a sequence, the unit that is drawn.')
+_BATCH = flags.DEFINE_integer('batch', 8, 'Sequences at a time.')
+_MAX_TOKENS = flags.DEFINE_integer(
+    'max_tokens', 0, 'Stop after so many tokens, at a document; 0: never.')
+_DTYPE = flags.DEFINE_string(
+    'dtype', 'float32', 'Of the computation: float32 or bfloat16.')
+
+
+def main(argv: list[str]) -> None:
+  """Runs the verb."""
+  arguments.check(argv, checkpoint=_CHECKPOINT.value)
+  run = config_lib.Run(dtype=_DTYPE.value)
+  if not _TEXT.value:
+    raise ValueError('--text is missing; see calibrate --help')
+  directory = pathlib.Path(start.companions(_CHECKPOINT.value))
+  cfg, variables = saved.restore(directory)
+  tokenizer = tokenizer_lib.load(directory)
+  tokenizer_lib.check_vocab(tokenizer, cfg.V)
+  heldout = data.heldout(
+      data.DataConfig(
+          tuple(_task(i, glob) for i, glob in enumerate(_TEXT.value)),
+          seq_len=_SEQ_LEN.value, batch=_BATCH.value, shards=1),
+      tokenizer, max_tokens=_MAX_TOKENS.value or None)
+  result = calibrate.calibrate(
+      cfg, variables, heldout, rule=_RULE.value, delta=_DELTA.value,
+      confidence=_CONFIDENCE.value, run=run)
+  print(table(result))
+  if result.chosen is None:
+    raise ValueError(
+        f'no threshold of {result.rule!r} keeps to delta={result.delta:g};'
+        ' nothing was written: give a larger --delta, another --rule or more'
+        ' --text')
+  facts = {**dataclasses.asdict(result.chosen), 'delta': result.delta,
+           'confidence': result.confidence, 'units': result.units,
+           'tokens': result.tokens, 'seq_len': _SEQ_LEN.value}
+  facts['mean_depth'] = facts.pop('depth')
+  del facts['threshold']
+  exits.save(directory, calibrate.exit_of(cfg, result), facts)
+  print(f'{directory / "exit.json"}: agreement of at least'
+        f' {1 - result.delta:g} with full depth, {result.confidence:g} sure.')
+
+
+def table(result: calibrate.Result) -> str:
+  """The result as a person reads it."""
+  lines = [f'{result.units} sequences, {result.tokens:,} tokens; the oracle'
+           f' leaves after {result.oracle_depth:.3f} loops']
+  for loop, (agreement, area) in enumerate(
+      zip(result.agreement_E, result.area_E, strict=True), 1):
+    lines.append(f'loop {loop} agrees on {agreement:.4f} of them; {result.rule}'
+                 f' tells which with an area under the ROC curve of {area:.4f}')
+  lines.append('threshold   agreement   mean depth    p-value')
+  for point in result.points:
+    mark = '  <- chosen' if point == result.chosen else ''
+    lines.append(f'{point.threshold:9.6f}{point.agreement:12.4f}'
+                 f'{point.depth:13.4f}{point.p_value:11.2g}{mark}')
+  return '\n'.join(lines)
+
+
+def _task(number: int, glob: str) -> data.Task:
+  """All files of a glob as held-out documents."""
+  records = glob.endswith('.jsonl')
+  return data.Task(
+      f'text{number}', 'jsonl' if records else 'text', train=(glob,),
+      heldout=(glob,), document='' if records else _DOCUMENT.value)

@@ -1,0 +1,335 @@
+"""Exits are judged as they will happen, and the promise about them is kept."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import tokenizers
+
+import recursive_tx as rtx
+from recursive_tx import cache as cache_lib
+from recursive_tx import calibrate, data, early, exits
+from recursive_tx.cli import calibrate as cli
+
+CFG = rtx.ModelConfig(
+    V=29, D=16, F=24, N=4, K=2, H=4, layers_per_loop=2, loops=3, prelude=1,
+    coda=1, rank='q2', exit_gate=5)
+BARE = dataclasses.replace(
+    CFG, layers_per_loop=1, prelude=0, coda=0, loop_norms=False,
+    rank='v2+head3')
+T = 10
+
+pytestmark = pytest.mark.usefixtures('quick_compiler')
+
+
+def batch_of(cfg, B=1, T=T, seed=0):
+  return {'token_BT': tiny.tokens(cfg, B, T, seed),
+          'segment_BT': np.ones((B, T), np.int32),
+          'position_BT': np.tile(np.arange(T, dtype=np.int32), (B, 1)),
+          'weight_BT': np.ones((B, T), np.float32)}
+
+
+# A parallel pass in which tokens leave early.
+
+
+def one_by_one(cfg, variables, token_T, rule, threshold):
+  """Best tokens and depths of one row, as when it is generated."""
+  decoder, variables = rtx.Decoder(cfg), jax.tree.map(jnp.asarray, variables)
+  enter, leave = (
+      jax.jit(lambda *args, method=method: decoder.apply(
+          variables, *args, method=method)) for method in ('enter', 'leave'))
+  steps, fills, heads, gates = (
+      [jax.jit(lambda *args, loop=loop, make=make: make(loop, *args))
+       for loop in range(cfg.loops)]
+      for make in (
+          lambda loop, x, *rest: decoder.apply(
+              variables, x, loop, *rest, method='loop'),
+          lambda loop, x, *rest: decoder.apply(
+              variables, x, loop, *rest, 'fill', method='loop'),
+          lambda loop, h: decoder.apply(variables, h, loop, method='logits'),
+          lambda loop, h: decoder.apply(variables, h, loop, method='gate')))
+  # Without its coda a decoder leaves through the norm alone.
+  plain = dataclasses.replace(cfg, coda=0)
+  norm = jax.jit(lambda x: rtx.Decoder(plain).apply(
+      variables, x, None, None, method='leave')[0])
+  cache, best_T, depth_T = cache_lib.init(cfg, 1, len(token_T)), [], []
+  for t, token in enumerate(token_T):
+    place = cache_lib.Place(jnp.zeros(1, int), jnp.full((1, 1), t),
+                            jnp.zeros(1, int))
+    x_11D, cache = enter(np.full((1, 1), token), cache, place)
+    before = -1
+    for loop in range(cfg.loops):
+      x_11D, cache = steps[loop](x_11D, cache, place)
+      if loop == cfg.loops - 1:
+        break
+      if rule == 'gate':
+        score = exits.score(rule, gate_B=gates[loop](norm(x_11D)))
+      else:
+        logits_11V = heads[loop](norm(x_11D))
+        score = exits.score(rule, logits_BV=logits_11V, before_B=before)
+        before = int(logits_11V.argmax())
+      if float(score[0, 0]) >= threshold:
+        break
+    for later in range(loop + 1, cfg.loops):
+      _, cache = fills[later](x_11D, cache, place)
+    h_11D, cache = leave(x_11D, cache, place)
+    best_T.append(int(heads[loop](h_11D).argmax()))
+    depth_T.append(loop + 1)
+  return best_T, depth_T
+
+
+@pytest.mark.parametrize('cfg, rule, threshold', [
+    (CFG, 'gate', 0.45),
+    (BARE, 'top', 0.2),
+    pytest.param(BARE, 'agreement', 1.0, marks=pytest.mark.slow)])
+def test_leaving_in_parallel_is_leaving_token_by_token(cfg, rule, threshold):
+  values, batch = tiny.variables(cfg), batch_of(cfg)
+  passed = early.forward(cfg, rtx.Run(), rule)(values, batch, threshold)
+  best_T, depth_T = one_by_one(
+      cfg, values, batch['token_BT'][0], rule, threshold)
+  assert len(set(depth_T)) > 1
+  assert passed.depth_BT[0].tolist() == depth_T
+  assert passed.best_BT[0].tolist() == best_T
+
+
+def test_nobody_leaving_is_full_depth_and_everybody_the_first_exit():
+  values, batch = tiny.variables(CFG), batch_of(CFG, 2)
+  forward = early.forward(CFG, rtx.Run(), 'gate', every=True)
+  args = [batch[name] for name in ('token_BT', 'segment_BT', 'position_BT')]
+  h_LBTD, gate_LBT = tiny.decoder(CFG, method='hidden_and_gates')(
+      values, *args)
+  best_LBT = np.stack([
+      rtx.Decoder(CFG).apply(values, h_BTD, loop, method='logits').argmax(-1)
+      for loop, h_BTD in enumerate(h_LBTD)])
+  full = forward(values, batch, np.inf)
+  np.testing.assert_array_equal(full.best_BT, best_LBT[-1])
+  np.testing.assert_array_equal(full.best_EBT, best_LBT[:-1])
+  np.testing.assert_allclose(
+      full.score_EBT, jax.nn.sigmoid(gate_LBT), atol=1e-5)
+  assert (full.depth_BT == 3).all()
+  # The first exit's keys, where others read them, are those of the loop they
+  # left; only the coda reads them here, as in a model of one loop.
+  first = forward(values, batch, 0.0)
+  np.testing.assert_array_equal(first.best_BT, best_LBT[0])
+  assert (first.depth_BT == 1).all()
+
+
+def test_packed_documents_leave_as_separate_ones():
+  values = tiny.variables(BARE)
+  forward = early.forward(BARE, rtx.Run(), 'margin')
+  batch = batch_of(BARE, 1)
+  batch['segment_BT'][:, 6:] = 2
+  batch['position_BT'][:, 6:] -= 6
+  packed = forward(values, batch, 0.05)
+  tail = np.zeros_like(batch['token_BT'])
+  tail[:, :4] = batch['token_BT'][:, 6:]
+  alone = forward(values, {**batch_of(BARE, 1), 'token_BT': tail}, 0.05)
+  for one, other in ((packed.best_BT, alone.best_BT),
+                     (packed.depth_BT, alone.depth_BT)):
+    np.testing.assert_array_equal(one[:, 6:], other[:, :4])
+  assert len(set(packed.depth_BT[0].tolist())) > 1
+
+
+class _Pieces(rtx.Run):
+  """A run whose logits are made for a few positions at a time."""
+
+  def chunk(self, T, size):
+    del size
+    return T // 5
+
+
+def test_chunks_of_logits_do_not_matter():
+  values, batch = tiny.variables(BARE), batch_of(BARE, 2)
+  whole, pieces = (
+      early.forward(BARE, run, 'agreement', every=True)(values, batch, 1.0)
+      for run in (rtx.Run(), _Pieces()))
+  for one, other in zip(whole, pieces, strict=True):
+    np.testing.assert_array_equal(one, other)
+
+
+# The test of thresholds.
+
+
+def binomial(n, p):
+  return [math.comb(n, k) * p**k * (1 - p)**(n - k) for k in range(n + 1)]
+
+
+@pytest.mark.parametrize('n, delta', [(40, 0.1), (300, 0.01), (7, 0.5)])
+def test_a_p_value_is_hoeffdings_or_bentkus(n, delta):
+  mass = binomial(n, delta)
+  for k in range(n + 1):
+    mean = k / n
+    h = math.inf
+    if 0 < mean < 1:
+      h = mean * math.log(mean / delta) + (1 - mean) * math.log(
+          (1 - mean) / (1 - delta))
+    elif mean == 0:
+      h = -math.log(1 - delta)
+    expected = min(1, math.exp(-n * h), math.e * sum(mass[:k + 1]))
+    expected = 1 if mean >= delta else expected
+    assert calibrate.p_value(mean, n, delta) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize('n, delta', [(40, 0.1), (300, 0.01)])
+def test_a_p_value_is_seldom_small_where_the_mean_is_delta(n, delta):
+  mass = binomial(n, delta)
+  p_values = [calibrate.p_value(k / n, n, delta) for k in range(n + 1)]
+  for level in (0.01, 0.05, 0.2, 0.5):
+    assert sum(m for m, p in zip(mass, p_values, strict=True)
+               if p <= level) <= level
+
+
+def test_the_last_before_the_first_that_fails():
+  for p_values, expected in (
+      ([], None), ([0.2, 0.01], None), ([0.01], 0), ([0.01, 0.05, 0.06], 1),
+      ([0.01, 0.02, 0.2, 0.01], 1)):
+    assert calibrate.last_passed(p_values, 0.05) == expected
+
+
+def test_the_guarantee_holds():
+  """Over draws of sequences whose true means are known."""
+  rng, delta, confidence, n = np.random.default_rng(0), 0.05, 0.9, 200
+  risks = np.linspace(0.005, 0.15, 30)
+  wrong = found = 0
+  for _ in range(300):
+    # Sequences differ in how hard they are; shares are of 20 tokens.
+    hard_U = rng.choice([0.2, 1.8], n)
+    means = [rng.binomial(20, risk * hard_U).mean() / 20 for risk in risks]
+    last = calibrate.last_passed(
+        [calibrate.p_value(mean, n, delta) for mean in means], 1 - confidence)
+    if last is not None:
+      found += 1
+      wrong += risks[last] > delta
+  assert found > 250
+  # Three standard deviations of 300 draws above 0.1.
+  assert wrong / 300 <= 0.1 + 3 * math.sqrt(0.1 * 0.9 / 300)
+
+
+def test_area_and_oracle_against_brute_force():
+  rng = np.random.default_rng(0)
+  score_T, same_T = rng.integers(0, 6, 50) / 6, rng.random(50) < 0.6
+  pairs = [(x > y) + 0.5 * (x == y)
+           for x in score_T[same_T] for y in score_T[~same_T]]
+  assert calibrate.area(score_T, same_T) == pytest.approx(np.mean(pairs))
+  assert math.isnan(calibrate.area(score_T, same_T | True))
+  same_ET = np.array([[1, 0, 0, 1], [0, 1, 0, 1]], bool)
+  assert calibrate.oracle_depth(same_ET).tolist() == [1, 2, 3, 1]
+
+
+# All of it.
+
+
+def heldout_of(cfg, batches):
+  return data.Heldout([batch_of(cfg, 4, 6, seed) for seed in range(batches)],
+                      num_bytes=1, num_documents=1)
+
+
+def test_the_chosen_threshold_keeps_to_delta():
+  values, heldout = tiny.variables(BARE), heldout_of(BARE, 4)
+  # A row without anything to predict is no sequence; a place without is none
+  # of its tokens.
+  heldout.batches[0]['weight_BT'][0] = 0
+  heldout.batches[1]['weight_BT'][2, 3:] = 0
+  result = calibrate.calibrate(
+      BARE, values, heldout, rule='margin', delta=0.3, confidence=0.7)
+  assert (result.units, result.tokens) == (15, 15 * 6 - 3)
+  curve = result.points
+  assert [p.threshold for p in curve] == list(
+      calibrate.THRESHOLDS[:len(curve)])
+  assert curve[0].agreement == 1 and curve[0].depth == 3
+  assert curve[-1].agreement < 0.9 and curve[-1].depth < 3
+  assert curve[-1] != result.chosen
+  assert result.chosen.p_value <= 0.3
+  assert result.chosen.agreement >= 0.7
+  # One point of the curve by itself.
+  point, forward = curve[-1], early.forward(BARE, rtx.Run(), 'margin')
+  shares, depths = [], []
+  for batch in heldout.batches:
+    full, cut = (forward(values, batch, x) for x in (2.0, point.threshold))
+    for row, weight_T in enumerate(batch['weight_BT'] > 0):
+      if weight_T.any():
+        shares.append((full.best_BT[row] == cut.best_BT[row])[weight_T].mean())
+        depths.append(cut.depth_BT[row][weight_T].mean())
+  assert point.agreement == pytest.approx(np.mean(shares))
+  assert point.depth == pytest.approx(np.mean(depths))
+  assert 1 <= result.oracle_depth <= 3
+  assert result.oracle_depth <= 3 - sum(result.agreement_E[:1])
+  assert all(0 <= area <= 1 for area in result.area_E)
+  exit = calibrate.exit_of(BARE, result)
+  assert exit == exits.Exit('margin', (result.chosen.threshold,) * 2)
+  assert 'chosen' in cli.table(result)
+
+
+def test_agreement_has_one_threshold():
+  result = calibrate.calibrate(
+      BARE, tiny.variables(BARE), heldout_of(BARE, 2), rule='agreement',
+      delta=0.9, confidence=0.5)
+  assert [point.threshold for point in result.points] == [1.0]
+
+
+@pytest.mark.parametrize('cfg, change, parts', [
+    (CFG, dict(rule='top'), ("'top'", 'coda', "'gate'")),
+    (BARE, dict(rule='static'), ("'static'", 'expected one of top')),
+    (BARE, dict(rule='agrement'), ("'agreement'",)),
+    (BARE, dict(delta=0.0), ('delta is 0.0',)),
+    (BARE, dict(confidence=1.0), ('confidence is 1.0',)),
+    (BARE, dict(), ('8 sequences', '299', '--text')),
+    (dataclasses.replace(BARE, exit_gate=0), {}, ('model.exit_gate=0',)),
+    (dataclasses.replace(BARE, exit_gate=0, loops=1, rank='0'), {},
+     ('model.loops=1', 'several')),
+])
+def test_what_cannot_be_is_refused(cfg, change, parts):
+  with tiny.refused(*parts):
+    calibrate.calibrate(cfg, tiny.variables(cfg), heldout_of(cfg, 2),
+                        **{'rule': 'gate', **change})
+
+
+@pytest.mark.slow
+def test_the_command_line(tmp_path):
+  vocab = {'a': 0, '<bos>': 1, '<eos>': 2, 'b': 3, 'c': 4}
+  model = tmp_path / 'model'
+  rtx.save(model, CFG, tiny.variables(CFG))
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+  tokenizer.save(str(model / 'tokenizer.json'))
+  (model / 'tokenizer_config.json').write_text(json.dumps({
+      'add_bos_token': True, 'bos_token': '<bos>', 'eos_token': '<eos>'}))
+  (tmp_path / 'text.txt').write_text('abcabbac' * 40)
+
+  def ran(*flags):
+    return subprocess.run(
+        [sys.executable, '-m', 'recursive_tx', 'calibrate',
+         f'--checkpoint={model}', f'--text={tmp_path}/*.txt', '--seq_len=8',
+         *flags], cwd=pathlib.Path(__file__).parents[1],
+        env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+        capture_output=True, text=True, check=False)
+
+  done = ran('--delta=0.01')
+  assert done.returncode == 1 and 'too few' in done.stderr.splitlines()[-1]
+  assert exits.load(model) is None
+  done = ran('--delta=0.2', '--confidence=0.9', '--rule=gate')
+  assert done.returncode == 0, done.stderr
+  found = json.loads((model / 'exit.json').read_text())
+  exit = exits.load(model)
+  exit.check(CFG)
+  assert exit.thresholds == tuple(found['thresholds'])
+  assert found['delta'] == 0.2 and found['confidence'] == 0.9
+  assert found['units'] >= 40 and found['p_value'] <= 0.1
+  assert 0.8 <= found['agreement'] <= 1 and 1 <= found['mean_depth'] <= 3
+  assert '<- chosen' in done.stdout and 'oracle' in done.stdout
+  # No exit of a gate that is always sure passes.
+  values = tiny.variables(CFG)
+  values['params']['adapters']['exit']['b_bias'] += 100
+  rtx.save(model, CFG, values, companions=model, overwrite=True)
+  done = ran('--delta=0.02', '--confidence=0.5', '--rule=gate')
+  assert done.returncode == 1
+  assert 'nothing was written' in done.stderr.splitlines()[-1]
+  assert 'threshold' in done.stdout and exits.load(model) is None
