@@ -7,6 +7,7 @@ other keys. Knows arrays; nothing of layers or schedules.
 
 from typing import NamedTuple
 
+from flax import linen as nn
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -19,8 +20,11 @@ from recursive_tx import config as config_lib
 _SHORTEST = 64
 
 
+LETTERS = ('layers', None, 'K', 'S', 'H')
+
+
 class Cache(NamedTuple):
-  """Keys and values, [virtual layers, rows, K, positions, H]."""
+  """Keys and values, [virtual layers, rows, K, positions, H]; see LETTERS."""
   k: jax.Array
   v: jax.Array
 
@@ -55,7 +59,8 @@ def write(
   at = (place.virtual_B[:, None], place.row_B[:, None], slice(None),
         place.position_BT)
   return Cache(*(
-      leaf.at[at].set(new.astype(leaf.dtype), mode='drop')
+      nn.with_logical_constraint(
+          leaf.at[at].set(new.astype(leaf.dtype), mode='drop'), LETTERS)
       for leaf, new in zip(cache, (k_BTKH, v_BTKH), strict=True)))
 
 

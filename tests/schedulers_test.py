@@ -290,4 +290,4 @@ def test_the_printed_quotients_are_those_of_the_printed_rates(tables):
 def test_without_simulate_it_says_what_is_missing():
   done = _throughput()
   assert done.returncode == 2
-  assert 'there is no measurement yet; run it with --simulate' in done.stderr
+  assert 'give --checkpoint and --text, or --simulate' in done.stderr

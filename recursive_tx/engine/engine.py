@@ -5,15 +5,19 @@ A burst is several steps in one dispatch. Knows token ids; nothing of text.
 
 import collections
 from collections.abc import Sequence
+import contextlib
 import dataclasses
 import functools
 import itertools
 from typing import NamedTuple
 
+from flax import linen as nn
 import jax
+from jax.sharding import Mesh
 import numpy as np
 
-from recursive_tx import exits, sampling
+from recursive_tx import cache as cache_lib
+from recursive_tx import exits, model, sampling, sharding
 from recursive_tx.config import ModelConfig, Run, one_of
 from recursive_tx.engine import state as state_lib
 from recursive_tx.engine import step
@@ -73,6 +77,7 @@ class Engine:
       max_len: int = 2048, exit: exits.Exit = exits.Exit(),
       fill: str = 'propagate', schedule: str = 'cdb',
       eos_id: int | None = None, steps: int = 16, run: Run = Run(),
+      mesh: Mesh | None = None,
   ):
     """Allocates the cache.
 
@@ -88,10 +93,12 @@ class Engine:
       eos_id: ends a continuation; None is none.
       steps: passes of the block in one dispatch.
       run: how the model is executed.
+      mesh: of `sharding.make_mesh`, to cut the model along 'tensor'; None is
+        one device.
 
     Raises:
-      ValueError: a size below 1, an unknown fill or schedule, or an exit that
-        is not this model's.
+      ValueError: a size below 1, an unknown fill or schedule, an exit that is
+        not this model's, or a mesh that is cut along another axis.
     """
     for name, value in (
         ('slots', slots), ('max_len', max_len), ('steps', steps)):
@@ -102,15 +109,19 @@ class Engine:
     exit.check(cfg)
     self.cfg, self.max_len, self.slots = cfg, max_len, slots
     self._eos = -1 if eos_id is None else eos_id
+    self._mesh = mesh
+    rules = _rules(cfg, mesh) if mesh else ()
     self._plan = step.Plan(
-        cfg, run, exit, fill, schedule, group=max(1, -(-slots // 4)))
+        cfg, run, exit, fill, schedule, max(1, -(-slots // 4)), rules)
     self._steps, self._scripted = steps, exit.rule == 'oracle'
-    self._variables = _serving(cfg, run.dtype, variables)
+    if mesh:
+      params = sharding.of_boxed(model.abstract_params(cfg), mesh, rules)
+      variables = sharding.place(variables, {'params': params})
+    self._variables = self._call(_serving, cfg, run.dtype, variables)
     # Half as many again wait with their prompts read.
     self._rows = slots + -(-slots // 2)
-    self._state = state_lib.init(
-        cfg, run, slots=slots, rows=self._rows, length=max_len,
-        script=self._scripted)
+    self._state = self._call(
+        _init, self._plan, slots, self._rows, max_len, self._scripted)
     self._ids = itertools.count()
     self._waiting: dict[int, Request] = {}  # In the order of arrival.
     self._owner: dict[int, tuple[int, Request]] = {}  # Of a row.
@@ -168,8 +179,8 @@ class Engine:
     self._stop_cancelled()
     if not self._owner:
       return []
-    self._state, log = _burst(
-        self._plan, self._steps, self._variables, self._state, self._steps)
+    self._state, log = self._call(
+        _burst, self._plan, self._steps, self._variables, self._state)
     return self._collect(jax.device_get(log))
 
   def _admit(self) -> None:
@@ -208,8 +219,8 @@ class Engine:
         row_P = np.full(size, self._rows, np.int32)
         for i, (row, tokens) in enumerate(now):
           token_PT[i, :len(tokens)], row_P[i] = tokens, row
-        self._state = _prefill(
-            self._plan, self._variables, self._state, token_PT,
+        self._state = self._call(
+            _prefill, self._plan, self._variables, self._state, token_PT,
             np.full(size, start, np.int32), row_P)
 
   def _insert(self, batch) -> None:
@@ -233,8 +244,10 @@ class Engine:
         script[0][i, span], script[1][i, span] = tokens, np.array(depths) - 1
       self._owner[row] = id, request
       self._left[id] = request.max_new_tokens
-    self._state = _insert(self._state, row_P, state_lib.Rows(
-        token_P, position_P, left_P, eos_P, sampling.stack(samplers), script))
+    self._state = self._call(
+        _insert, self._plan, self._state, row_P, state_lib.Rows(
+            token_P, position_P, left_P, eos_P, sampling.stack(samplers),
+            script))
 
   def _stop_cancelled(self) -> None:
     """Makes their next token their last, which gives the row back."""
@@ -243,7 +256,7 @@ class Engine:
     if rows:
       row_P = np.full(self._rows, self._rows, np.int32)
       row_P[:len(rows)] = rows
-      self._state = _stop(self._state, row_P)
+      self._state = self._call(_stop, self._plan, self._state, row_P)
 
   def _collect(self, log: state_lib.Log) -> list[Event]:
     events = []
@@ -266,27 +279,64 @@ class Engine:
     return events
 
 
+  def _call(self, function, *args):
+    with jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext():
+      return function(*args)
+
+
+def _rules(cfg: ModelConfig, mesh: Mesh) -> sharding.Rules:
+  if mesh.shape['data'] * mesh.shape['fsdp'] > 1:
+    raise ValueError(
+        f'a mesh of {dict(mesh.shape)}; an engine is cut along tensor alone, '
+        'make the other axes 1')
+  sizes = {letter: getattr(cfg, letter) for letter in 'VDFNK'}
+  return sharding.make_rules(mesh, {**sizes, 'R': 1, 'B': 1})
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _init(plan, slots, rows, length, script):
+  return _settle(plan, state_lib.init(
+      plan.cfg, plan.run, slots=slots, rows=rows, length=length,
+      script=script))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _burst(plan, steps, variables, state, most):
-  return step.burst(plan, steps, variables, state, most)
+def _burst(plan, steps, variables, state):
+  state, log = step.burst(plan, steps, variables, state)
+  return _settle(plan, state), log
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _prefill(plan, variables, state, token_PT, start_P, row_P):
-  return step.prefill(plan, variables, state, token_PT, start_P, row_P)
+  return _settle(plan, step.prefill(
+      plan, variables, state, token_PT, start_P, row_P))
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _insert(state, row_P, new):
-  return state_lib.insert(state, row_P, new)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _insert(plan, state, row_P, new):
+  return _settle(plan, state_lib.insert(state, row_P, new))
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _stop(state, row_P):
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _stop(plan, state, row_P):
   left = state.rows.left.at[row_P].set(0, mode='drop')
-  return state._replace(rows=state.rows._replace(left=left))
+  return _settle(plan, state._replace(rows=state.rows._replace(left=left)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _serving(cfg, dtype, variables):
   return step.serving(cfg, dtype, variables)
+
+
+def _settle(plan, state):
+  """Lays a state out as it came in, whatever the compiler would prefer."""
+  if not plan.rules:
+    return state
+  with nn.logical_axis_rules(plan.rules):
+    cache = jax.tree.map(
+        lambda leaf: nn.with_logical_constraint(leaf, cache_lib.LETTERS),
+        state.cache)
+  whole = jax.sharding.PartitionSpec()
+  return jax.tree.map(
+      lambda leaf: jax.lax.with_sharding_constraint(leaf, whole),
+      state._replace(cache=None))._replace(cache=cache)

@@ -9,13 +9,14 @@ Everything here is traced; nothing asks the host.
 
 import dataclasses
 
+from flax import linen as nn
 import jax
 from jax import lax
 import jax.numpy as jnp
 
 from recursive_tx import cache as cache_lib
 from recursive_tx import config as config_lib
-from recursive_tx import depths, exits, sampling
+from recursive_tx import depths, exits, sampling, sharding
 from recursive_tx.engine.state import Log, Queue, Slots, State
 from recursive_tx.model import Decoder, normalize
 
@@ -39,6 +40,7 @@ class Plan:
     exit: when a token leaves.
     fill, schedule: see FILLS and SCHEDULES.
     group: slots whose head is computed at once.
+    rules: where letters go on the mesh, see sharding.make_rules; () without.
   """
   cfg: config_lib.ModelConfig
   run: config_lib.Run
@@ -46,22 +48,24 @@ class Plan:
   fill: str
   schedule: str
   group: int
+  rules: sharding.Rules
 
   def apply(self, variables, *args, method):
-    return Decoder(self.cfg, self.run).apply(variables, *args, method=method)
+    with nn.logical_axis_rules(self.rules):
+      return Decoder(self.cfg, self.run).apply(variables, *args, method=method)
 
 
 def burst(
-    plan: Plan, steps: int, variables: dict, state: State, most: jax.Array
+    plan: Plan, steps: int, variables: dict, state: State
 ) -> tuple[State, Log]:
-  """Up to `most` steps, at most `steps`; fewer once every slot is idle."""
+  """Up to so many steps; fewer once every slot is idle."""
   B, R = len(state.slots.row), len(state.rows.token)
   log = Log(*(jnp.full((steps, B), fill, dtype) for fill, dtype in (
       (-1, jnp.int32), (0, jnp.int32), (0, jnp.int32), (0.0, jnp.float32))))
 
   def goes_on(carry):
     i, state, _ = carry
-    return (i < most) & (state.slots.row < R).any()
+    return (i < steps) & (state.slots.row < R).any()
 
   def body(carry):
     i, state, log = carry
