@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 
+import hypothesis
+from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,8 +112,8 @@ def test_log_probabilities_are_the_models():
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _frozen_hidden(cfg, values, token_1T, depth_T, last):
-  """What the head reads of place `last` at every loop, h_LD.
+def _frozen(cfg, values, token_1T, depth_T, last):
+  """Logits and gates of place `last` at every loop, [L, V] and [L].
 
   By a full forward in which a token stays as it is once it has left, after
   depth_T loops; every layer makes keys and values of what it is.
@@ -133,7 +135,12 @@ def _frozen_hidden(cfg, values, token_1T, depth_T, last):
     at_L.append(x_1TD[0, last])
   h_LD = [bound._leave(x_1TD.at[0, last].set(x_D), context)[0, last]
           for x_D in at_L]
-  return bound.logits(jnp.stack(h_LD))
+  gate_L = jnp.zeros(cfg.loops)
+  if cfg.exit_gate:
+    gate_L = jnp.stack([
+        bound.gate(model.normalize(cfg, x_D, params['norm']), loop)
+        for loop, x_D in enumerate(at_L)])
+  return bound.logits(jnp.stack(h_LD)), gate_L
 
 
 def _by_frozen_forwards(cfg, prompt, count, exit, fill):
@@ -145,13 +152,13 @@ def _by_frozen_forwards(cfg, prompt, count, exit, fill):
     depth_T = np.full(LENGTH, cfg.loops)
     if fill == 'propagate':
       depth_T[len(prompt) - 1:len(tokens) - 1] = depths
-    logits_LV = np.asarray(_frozen_hidden(
+    logits_LV, gate_L = map(np.asarray, _frozen(
         cfg, values, token_1T, depth_T, len(tokens) - 1))
     for loop, threshold in enumerate([*exit.thresholds, -np.inf]):
       before = logits_LV[loop - 1].argmax() if loop else -1
       score = (0.0 if exit.rule == 'static' else np.asarray(exits.score(
           exit.rule, logits_BV=logits_LV[loop][None],
-          before_B=np.array([before])))[0])
+          gate_B=gate_L[loop][None], before_B=np.array([before])))[0])
       if score >= threshold:
         break
     tokens.append(int(logits_LV[loop].argmax()))
@@ -161,17 +168,18 @@ def _by_frozen_forwards(cfg, prompt, count, exit, fill):
 
 def _half(cfg, rule):
   """An exit that about half of the tokens take at each loop."""
+  if rule in ('agreement', 'gate'):
+    return exits.Exit(rule, (0.5,) * (cfg.loops - 1))
   logits_LTV = _full(cfg, tiny.tokens(cfg, 1, LENGTH)[0])
   before_LT = np.argmax(logits_LTV, axis=-1)
   scores = [np.asarray(exits.score(
       rule, logits_BV=logits_LTV[loop],
       before_B=before_LT[loop - 1] if loop else np.full(LENGTH, -1)))
             for loop in range(cfg.loops - 1)]
-  if rule == 'agreement':
-    return exits.Exit(rule, (0.5,) * len(scores))
   return exits.Exit(rule, tuple(float(np.median(score)) for score in scores))
 
 
+GATED = dataclasses.replace(MIXED, exit_gate=5, loop_norms=False)
 SERIAL = dataclasses.replace(tiny.FAMILIES['gpt_neox'], loops=3,
                              layers_per_loop=1, loop_norms=True, rank='2')
 
@@ -179,7 +187,8 @@ SERIAL = dataclasses.replace(tiny.FAMILIES['gpt_neox'], loops=3,
 @pytest.mark.parametrize('cfg, rule, fill', [
     (MIXED, 'top', 'propagate'),
     *(pytest.param(*row, marks=pytest.mark.slow) for row in (
-        (MIXED, 'top', 'complete'), (TIED, 'margin', 'propagate'),
+        (MIXED, 'top', 'complete'), (GATED, 'gate', 'propagate'),
+        (GATED, 'gate', 'complete'), (TIED, 'margin', 'propagate'),
         (TIED, 'entropy', 'complete'), (SERIAL, 'agreement', 'propagate'),
         (SERIAL, 2, 'propagate'), (MIXED, 1, 'complete')))])
 def test_tokens_leave_as_the_rule_says(cfg, rule, fill):
@@ -195,3 +204,148 @@ def test_tokens_leave_as_the_rule_says(cfg, rule, fill):
     assert [event.depth for event in row] == depths
     seen.update(depths)
   assert len(seen) > 1 or isinstance(rule, int), 'all leave at the same loop'
+
+
+# Any order of arrival, any neighbours.
+
+
+@functools.cache
+def _served(slots, schedule):
+  return rtx.Engine(
+      MIXED, _variables(MIXED), slots=slots, max_len=LENGTH, steps=4,
+      schedule=schedule, exit=_half(MIXED, 'top'), fill='complete')
+
+
+@functools.cache
+def _alone(prompt, count, sampler):
+  """What a request gets in an engine of its own."""
+  served = _served(1, 'cdb')
+  rows = _drain(served, [served.submit(engine.Request(
+      prompt, count, sampler))])
+  return [(event.token, event.depth) for row in rows.values() for event in row]
+
+
+PROMPTS = _prompts(MIXED, 4)
+SAMPLERS = [rtx.Sampler(), rtx.Sampler(temperature=1.0, seed=1),
+            rtx.Sampler(temperature=1.0, seed=2, top_k=9, top_p=0.9)]
+ARRIVALS = st.lists(st.tuples(
+    st.integers(0, 3),  # Polls before it comes.
+    st.sampled_from(PROMPTS), st.integers(1, 6), st.sampled_from(SAMPLERS),
+    st.none() | st.integers(0, 3),  # Polls before it is cancelled.
+), min_size=1, max_size=8)
+
+
+def _any_schedule(arrivals, slots, schedule):
+  served = _served(slots, schedule)
+  wanted, got, cancels = {}, {}, {}
+  cancelled = set()
+  clock = 0
+
+  def poll():
+    for event in served.poll():
+      assert event.id not in cancelled, 'told after it was cancelled'
+      got[event.id].append((event.token, event.depth))
+
+  for wait, prompt, count, sampler, patience in arrivals:
+    for _ in range(wait):
+      poll()
+      clock += 1
+    id = served.submit(engine.Request(prompt, count, sampler))
+    wanted[id], got[id] = _alone(prompt, count, sampler), []
+    if patience is not None:
+      cancels[id] = clock + patience
+    for late in [late for late, when in cancels.items() if when <= clock]:
+      del cancels[late]
+      served.cancel(late)
+      cancelled.add(late)
+  for _ in range(300):
+    if not served.pending:
+      break
+    poll()
+  assert not served.pending
+  for id, tokens in wanted.items():
+    if id in cancelled:
+      assert got[id] == tokens[:len(got[id])]
+    else:
+      assert got[id] == tokens
+
+
+@hypothesis.settings(max_examples=30, deadline=None, derandomize=True,
+                     database=None)
+@hypothesis.given(ARRIVALS)
+def test_neighbours_and_arrivals_change_nothing(arrivals):
+  _any_schedule(arrivals, 2, 'cdb')
+
+
+@pytest.mark.slow
+@hypothesis.settings(max_examples=500, deadline=None, derandomize=True,
+                     database=None)
+@hypothesis.given(ARRIVALS, st.sampled_from([1, 2, 3, 5]),
+                  st.sampled_from(['cdb', 'csb', 'static']))
+def test_neighbours_slots_and_schedules_change_nothing(
+    arrivals, slots, schedule):
+  _any_schedule(arrivals, slots, schedule)
+
+
+# What ends a request, and what is refused.
+
+
+def test_the_end_of_text_ends_a_request():
+  prompt = PROMPTS[0]
+  whole = _solo(MIXED, prompt, 8)
+  events = _run(MIXED, [engine.Request(prompt, 8),
+                        engine.Request(prompt, 8, ignore_eos=True)],
+                eos_id=whole[3])
+  stopped, went_on = _tokens(events)
+  assert stopped == whole[:whole.index(whole[3]) + 1]
+  assert went_on == whole
+  assert [row[-1].finish for row in events.values()] == ['stop', 'length']
+
+
+def test_generate_leaves_the_end_of_text_out():
+  prompts = PROMPTS[:2]
+  whole = [_solo(MIXED, prompt, 6) for prompt in prompts]
+  eos = whole[0][2]
+  news = rtx.generate(MIXED, _variables(MIXED), prompts, max_new_tokens=6,
+                      eos_id=eos)
+  assert news == [
+      row[:row.index(eos)] if eos in row else row for row in whole]
+
+
+@pytest.mark.parametrize('request_, part', [
+    (engine.Request(()), 'empty prompt'),
+    (engine.Request((1,), 0), 'max_new_tokens=0'),
+    (engine.Request((1,), LENGTH), f'max_len={LENGTH}'),
+    (engine.Request((29,), 1), 'outside'),
+    (engine.Request((-1,), 1), 'outside'),
+    (engine.Request((1,), 2, script=((1, 2), (1, 1))), 'oracle')])
+def test_bad_requests_are_refused(request_, part):
+  with tiny.refused(part):
+    _served(2, 'cdb').submit(request_)
+
+
+@pytest.mark.parametrize('arguments, part', [
+    (dict(slots=0), 'slots=0'), (dict(max_len=0), 'max_len=0'),
+    (dict(fill='share'), 'propagate'), (dict(schedule='cbd'), "'csb'"),
+    (dict(exit=exits.Exit('top', (0.5,))), 'thresholds')])
+def test_bad_engines_are_refused(arguments, part):
+  with tiny.refused(part):
+    rtx.Engine(MIXED, _variables(MIXED), **arguments)
+
+
+def test_an_oracles_script_is_followed():
+  prompt = PROMPTS[0]
+  script = ((5, 7, 5, 3), (3, 1, 2, 1))
+  row, = _run(MIXED, [engine.Request(prompt, 4, script=script)],
+              exit=exits.Exit('oracle')).values()
+  assert [(e.token, e.depth) for e in row] == list(zip(*script, strict=True))
+
+
+def test_long_prompts_are_read_in_chunks(monkeypatch):
+  import recursive_tx.engine.engine as module
+  monkeypatch.setattr(module, '_CHUNK', 8)
+  monkeypatch.setattr(module, '_SHORTEST', 4)
+  prompts = [tuple(tiny.tokens(MIXED, 1, n, n)[0].tolist())
+             for n in (3, 9, 10, 25, 30)]
+  events = _run(MIXED, [engine.Request(prompt, 3) for prompt in prompts])
+  assert _tokens(events) == [_solo(MIXED, prompt, 3) for prompt in prompts]

@@ -320,8 +320,10 @@ def serving(cfg: config_lib.ModelConfig, dtype: str, variables: dict) -> dict:
   params = dict(variables['params'])
 
   def cast(path, leaf):
-    name = path[-1].key
-    return leaf if name in ('scale', 'bias') else leaf.astype(dtype)
+    # Norms, biases and gates are computed in fp32.
+    names = [step.key for step in path]
+    exact = names[-1] in ('scale', 'bias') or 'exit' in names
+    return leaf if exact else leaf.astype(dtype)
 
   params = jax.tree_util.tree_map_with_path(cast, params)
   for stack, size in (('prelude', cfg.prelude), ('coda', cfg.coda),
