@@ -157,10 +157,12 @@ def test_chunks_change_neither_loss_nor_gradients(arrays, divergence):
     )
 
 
-def test_chunks_hold_no_logits_of_the_whole_batch(arrays):
+@pytest.mark.parametrize('config', [
+    losses.LossConfig(), losses.LossConfig((), gate=(1.0, 1.0, 0.0))])
+def test_chunks_hold_no_logits_of_the_whole_batch(arrays, config):
   text = str(jax.make_jaxpr(
-      lambda x: gradients(losses.LossConfig(), {**arrays, **x}, 2)
-  )({'h': arrays['h']}))
+      lambda x: gradients(config, {**arrays, **x}, 2)
+  )({'h': arrays['h'], 'gate': arrays['gate']}))
   assert f'{B},2,{V}]' in text
   assert f'{B},{T},{V}]' not in text
   # Nor are those of the chunks kept for the backward pass.
