@@ -34,7 +34,7 @@ RULES = tuple(rule for rule in exits.RULES
 # Equal steps of log-odds, the most careful first. They are fixed before the
 # text is seen: to choose them by it would spoil the test.
 THRESHOLDS = tuple(
-    1 / (1 + math.exp(-0.5 * step)) for step in range(28, -13, -1))
+    1 / (1 + math.exp(-0.25 * step)) for step in range(56, -25, -1))
 # Where the curve that is shown ends.
 _LEAST_AGREEMENT = 0.9
 
@@ -97,7 +97,7 @@ def calibrate(
       for any threshold to pass.
   """
   _check(cfg, rule, delta, confidence)
-  tokens_U, known = [], []
+  tokens_U, known, surest = [], [], -math.inf
   full = early.forward(cfg, run, rule, every=True)
   batches = [batch for batch in heldout.batches if batch['weight_BT'].any()]
   for batch in batches:
@@ -107,6 +107,7 @@ def calibrate(
     same_EBT = np.asarray(passed.best_EBT) == np.asarray(passed.best_BT)
     known.append((np.asarray(passed.best_BT), same_EBT[:, counted_BT],
                   np.asarray(passed.score_EBT)[:, counted_BT]))
+    surest = max(surest, float(passed.score_EBT.max()))
   units = sum(tokens > 0 for tokens in tokens_U)
   least = math.ceil(math.log(1 - confidence) / math.log(1 - delta))
   if units < least:
@@ -117,11 +118,14 @@ def calibrate(
   once = early.forward(cfg, run, rule)
   points, level = [], 1 - confidence
   for threshold in thresholds(rule):
-    wrongs_U, depths_U = [], []
-    for batch, (best_BT, *_) in zip(batches, known, strict=True):
-      passed = once(variables, batch, threshold)
-      wrongs_U += _by_row(np.asarray(passed.best_BT) != best_BT, batch)
-      depths_U += _by_row(np.asarray(passed.depth_BT), batch)
+    wrongs_U, depths_U = [0.0], [float(cfg.loops)]
+    # Above the highest score nobody leaves.
+    if np.float32(threshold) <= surest:
+      wrongs_U, depths_U = [], []
+      for batch, (best_BT, *_) in zip(batches, known, strict=True):
+        passed = once(variables, batch, threshold)
+        wrongs_U += _by_row(np.asarray(passed.best_BT) != best_BT, batch)
+        depths_U += _by_row(np.asarray(passed.depth_BT), batch)
     wrong = float(np.mean(wrongs_U))
     points.append(Point(threshold, 1 - wrong, float(np.mean(depths_U)),
                         p_value(wrong, units, delta)))

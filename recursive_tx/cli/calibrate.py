@@ -87,7 +87,9 @@ def table(result: calibrate.Result) -> str:
     lines.append(f'loop {loop} agrees on {agreement:.4f} of them; {result.rule}'
                  f' tells which with an area under the ROC curve of {area:.4f}')
   lines.append('threshold   agreement   mean depth    p-value')
-  for point in result.points:
+  # Of those at which no token leaves the last is enough.
+  idle = sum(point.depth == result.points[0].depth for point in result.points)
+  for point in result.points[max(0, idle - 1):]:
     mark = '  <- chosen' if point == result.chosen else ''
     lines.append(f'{point.threshold:9.6f}{point.agreement:12.4f}'
                  f'{point.depth:13.4f}{point.p_value:11.2g}{mark}')
