@@ -11,7 +11,8 @@ over the draw of the sequences, its true mean share is then at most delta.
 What is promised: on text like that given, read token by token, the next token
 chosen is the full depth's at least so often. Of texts that the model goes on
 to write by itself nothing is promised, nor where sequences are not drawn
-independently, as pieces of one book are not.
+independently, as pieces of one book are not. Every token of a sequence may
+leave here, where a prompt would be read at full depth.
 
 One threshold serves all loops. Knows a model and batches; not where they come
 from.
