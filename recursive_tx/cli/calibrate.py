@@ -13,33 +13,22 @@ import pathlib
 
 from absl import flags
 
-from recursive_tx import calibrate, data, exits, saved, start
+from recursive_tx import calibrate, exits, saved, start
 from recursive_tx import config as config_lib
 from recursive_tx import tokenizer as tokenizer_lib
-from recursive_tx.cli import arguments
+from recursive_tx.cli import arguments, heldout
 
 _CHECKPOINT = flags.DEFINE_string(
     'checkpoint', None,
     'Saved model directory, or the workdir of a finished run.')
-_TEXT = flags.DEFINE_multi_string(
-    'text', [],
-    'Held-out files, a glob; give it again for more. Those named .jsonl hold'
-    ' a document in the field "text" of each line.')
-_DOCUMENT = flags.DEFINE_string(
-    'document', 'file',
-    'What a document of a text file is: file, or the line between two'
-    ' documents, such as <|endoftext|>.')
+_HELDOUT = heldout.define(
+    'calibrate', 512, 'Tokens of a sequence, the unit that is drawn.')
 _RULE = flags.DEFINE_string(
     'rule', 'gate', f'One of {", ".join(calibrate.RULES)}.')
 _DELTA = flags.DEFINE_float(
     'delta', 0.01, 'Share of tokens that may differ from full depth.')
 _CONFIDENCE = flags.DEFINE_float(
     'confidence', 0.95, 'Probability that no more do.')
-_SEQ_LEN = flags.DEFINE_integer(
-    'seq_len', 512, 'Tokens of a sequence, the unit that is drawn.')
-_BATCH = flags.DEFINE_integer('batch', 8, 'Sequences at a time.')
-_MAX_TOKENS = flags.DEFINE_integer(
-    'max_tokens', 0, 'Stop after so many tokens, at a document; 0: never.')
 _DTYPE = flags.DEFINE_string(
     'dtype', 'float32', 'Of the computation: float32 or bfloat16.')
 
@@ -48,19 +37,12 @@ def main(argv: list[str]) -> None:
   """Runs the verb."""
   arguments.check(argv, checkpoint=_CHECKPOINT.value)
   run = config_lib.Run(dtype=_DTYPE.value)
-  if not _TEXT.value:
-    raise ValueError('--text is missing; see calibrate --help')
   directory = pathlib.Path(start.companions(_CHECKPOINT.value))
   cfg, variables = saved.restore(directory)
   tokenizer = tokenizer_lib.load(directory)
   tokenizer_lib.check_vocab(tokenizer, cfg.V)
-  heldout = data.heldout(
-      data.DataConfig(
-          tuple(_task(i, glob) for i, glob in enumerate(_TEXT.value)),
-          seq_len=_SEQ_LEN.value, batch=_BATCH.value, shards=1),
-      tokenizer, max_tokens=_MAX_TOKENS.value or None)
   result = calibrate.calibrate(
-      cfg, variables, heldout, rule=_RULE.value, delta=_DELTA.value,
+      cfg, variables, _HELDOUT(tokenizer), rule=_RULE.value, delta=_DELTA.value,
       confidence=_CONFIDENCE.value, run=run)
   print(table(result))
   if result.chosen is None:
@@ -70,7 +52,7 @@ def main(argv: list[str]) -> None:
         ' --text')
   facts = {**dataclasses.asdict(result.chosen), 'delta': result.delta,
            'confidence': result.confidence, 'units': result.units,
-           'tokens': result.tokens, 'seq_len': _SEQ_LEN.value}
+           'tokens': result.tokens, 'seq_len': flags.FLAGS.seq_len}
   facts['mean_depth'] = facts.pop('depth')
   del facts['threshold']
   exits.save(directory, calibrate.exit_of(cfg, result), facts)
@@ -94,11 +76,3 @@ def table(result: calibrate.Result) -> str:
     lines.append(f'{point.threshold:9.6f}{point.agreement:12.4f}'
                  f'{point.depth:13.4f}{point.p_value:11.2g}{mark}')
   return '\n'.join(lines)
-
-
-def _task(number: int, glob: str) -> data.Task:
-  """All files of a glob as held-out documents."""
-  records = glob.endswith('.jsonl')
-  return data.Task(
-      f'text{number}', 'jsonl' if records else 'text', train=(glob,),
-      heldout=(glob,), document='' if records else _DOCUMENT.value)

@@ -1,0 +1,52 @@
+"""The flags of held-out text, for the verbs that read some."""
+
+from collections.abc import Callable
+
+from absl import flags
+
+from recursive_tx import data
+
+# Whoever calls `define` owns the flags, and shows them in its help.
+flags.disclaim_key_flags()
+
+
+def define(verb: str, seq_len: int, help_len: str) -> Callable:
+  """Defines them.
+
+  Args:
+    verb: whose they are.
+    seq_len: default of --seq_len.
+    help_len: what a sequence is to the verb.
+
+  Returns:
+    tokenizer -> held-out batches, of one sequence after the other.
+  """
+  text = flags.DEFINE_multi_string(
+      'text', [],
+      'Held-out files, a glob; give it again for more. Those named .jsonl hold'
+      ' a document in the field "text" of each line.')
+  document = flags.DEFINE_string(
+      'document', 'file',
+      'What a document of a text file is: file, or the line between two'
+      ' documents, such as <|endoftext|>.')
+  length = flags.DEFINE_integer('seq_len', seq_len, help_len)
+  batch = flags.DEFINE_integer('batch', 8, 'Sequences at a time.')
+  max_tokens = flags.DEFINE_integer(
+      'max_tokens', 0, 'Stop after so many tokens, at a document; 0: never.')
+
+  def task(number, glob):
+    records = glob.endswith('.jsonl')
+    return data.Task(
+        f'text{number}', 'jsonl' if records else 'text', train=(glob,),
+        heldout=(glob,), document='' if records else document.value)
+
+  def read(tokenizer):
+    if not text.value:
+      raise ValueError(f'--text is missing; see {verb} --help')
+    tasks = tuple(task(i, glob) for i, glob in enumerate(text.value))
+    config = data.DataConfig(
+        tasks, seq_len=length.value, batch=batch.value, shards=1)
+    return data.heldout(
+        config, tokenizer, max_tokens=max_tokens.value or None)
+
+  return read
