@@ -5,6 +5,12 @@ import pathlib
 import setuptools
 
 _README = pathlib.Path(__file__).parent / 'README.md'
+_SERVE = [
+    'jinja2>=3.1',
+    'prometheus_client>=0.20',
+    'starlette>=0.45',
+    'uvicorn>=0.30',
+]
 
 setuptools.setup(
     name='recursive_tx',
@@ -14,8 +20,11 @@ setuptools.setup(
     long_description_content_type='text/markdown',
     python_requires='>=3.11',
     packages=setuptools.find_packages(include=['recursive_tx*']),
-    package_data={'recursive_tx.demo': [
-        '*.json', '*.model', '*.safetensors', 'README.md']},
+    package_data={
+        'recursive_tx.demo': [
+            '*.json', '*.model', '*.safetensors', 'README.md'],
+        'recursive_tx.serve': ['page.html'],
+    },
     entry_points={'console_scripts': [
         'recursive-tx = recursive_tx.__main__:main']},
     install_requires=[
@@ -44,8 +53,13 @@ setuptools.setup(
     extras_require={
         'gpu': ['jax[cuda12]'],
         'tpu': ['jax[tpu]'],
+        'serve': _SERVE,
         'test': [
+            *_SERVE,
+            'httpx>=0.27',
+            'hypothesis>=6.100',
             'libtpu>=0.0.40',  # The TPU compiler, for `plan`; no TPU needed.
+            'openai>=2.0',
             'pytest>=8',
             'pytest-xdist>=3.6',
             'ruff>=0.9',

@@ -18,6 +18,7 @@ VERBS = {
     'evaluate': 'held-out loss and bits per byte of every loop',
     'calibrate': "exit thresholds that keep to the full depth's tokens",
     'generate': 'continue a prompt',
+    'serve': 'answer over HTTP, as OpenAI does',
     'export': 'write a stock Hugging Face model, loops unrolled',
 }
 

@@ -16,8 +16,10 @@ _BROKEN = '\ufffd'
 # Bytes of a character that lacks its last; decoders write at most one
 # _BROKEN for each.
 _LONGEST = 3
-# Enough of a prompt to decode what follows it.
-_CONTEXT = 16
+# Tokens that decide how those after them decode, with much to spare.
+_CONTEXT = 32
+# Tokens for which a character is awaited, while others say nothing.
+_PATIENCE = 4 * _CONTEXT
 
 
 class TextStream:
@@ -61,11 +63,14 @@ class TextStream:
       return ''
     self._pending.append(token)
     text, whole = self._decode()
+    whole |= len(self._pending) >= _PATIENCE
     sure = text if whole else text[:len(text) - min(
         len(text) - len(text.rstrip(_BROKEN)), _LONGEST)]
     new, self._sent = sure[self._sent:], max(self._sent, len(sure))
     if whole:
-      self._advance()
+      self._advance(text)
+    elif len(self._pending) % _CONTEXT == 0:
+      self._forget(text)
     return self._give(new)
 
   def finish(self) -> str:
@@ -91,13 +96,27 @@ class TextStream:
       text = self._tokenizer.decode(self._pending)
     return text, not both.endswith(_BROKEN)
 
-  def _advance(self) -> None:
+  def _advance(self, text: str) -> None:
     """The pending tokens become what later ones are decoded with."""
-    text = self._tokenizer.decode(self._pending)
-    # After what decodes to nothing a tokenizer takes the next for the first.
-    self._context = self._pending if text else self._context + self._pending
-    self._before = text or self._tokenizer.decode(self._context)
+    if text or not self._before:  # Others say nothing, and change nothing.
+      alone = self._tokenizer.decode(self._pending)
+      # After what decodes to nothing a tokenizer takes the next for the first.
+      self._context = (self._pending if alone else
+                       (self._context + self._pending)[-2 * _CONTEXT:])
+      self._before = alone or self._tokenizer.decode(self._context)
     self._pending, self._sent = [], 0
+
+  def _forget(self, text: str) -> None:
+    """Makes context of pending tokens whose text is given, in a long run of
+    bytes that make no characters; else every token would cost more."""
+    for cut in range(len(self._pending) - 1, 0, -1):
+      old, rest = self._pending[:cut], self._pending[cut:]
+      given = self._tokenizer.decode(self._context + old)[len(self._before):]
+      if text.startswith(given) and len(given) <= self._sent:
+        self._context, self._pending = old[-_CONTEXT:], rest
+        self._before = self._tokenizer.decode(self._context)
+        self._sent -= len(given)
+        return
 
   def _give(self, new: str) -> str:
     """Lets go what is no part of a stop string, and never can be."""

@@ -14,6 +14,7 @@ PACKAGE = pathlib.Path(recursive_tx.__file__).parent
 # of a package (data, cli) may import each other.
 ROWS = (
     ('chunks', 'config', 'disk', 'distributed', 'tree', 'tokenizer'),
+    ('text_stream',),
     ('adapters', 'attention', 'chips', 'data', 'depths', 'embedding',
      'families', 'flops', 'history', 'hlo', 'losses', 'optim', 'sampling'),
     ('cache',),

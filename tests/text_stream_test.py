@@ -18,8 +18,10 @@ class Pieces:
 
   def __init__(self, pieces):
     self.pieces = pieces
+    self.work = 0
 
   def decode(self, ids):
+    self.work += len(ids)
     return b''.join(self.pieces[i] for i in ids).decode('utf-8', 'replace')
 
 
@@ -94,6 +96,21 @@ def test_nothing_half_is_ever_given(text, where, data):
     assert BROKEN not in seen or BROKEN in text
     assert text[:where].startswith(seen)
   assert stream.stopped and seen == text[:where]
+
+
+@given(st.lists(st.sampled_from(
+    [b'\xe6', b'\x97', b'\xa5', b'\xff', b'\xf0\x9f', b'', b'a']),
+    max_size=20), st.integers(1, 60))
+@example([b'\xff'], 60)
+@example([b'\xe6', b'\x97'], 60)
+@example([b''], 60)
+@settings(deadline=None, derandomize=True, max_examples=200)
+def test_long_runs_that_say_nothing_cost_no_more(pieces, times):
+  tokenizer = Pieces([*pieces, '日'.encode()])
+  ids = [*list(range(len(pieces))) * times, len(pieces)]
+  given_, _ = _stream(tokenizer, [], ids)
+  assert tokenizer.work < 500 * len(ids) + 100
+  assert ''.join(given_) == tokenizer.decode(ids)
 
 
 def test_what_is_certain_is_given_at_once():

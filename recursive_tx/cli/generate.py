@@ -1,20 +1,34 @@
-"""generate: continue a prompt.
+"""generate: continue prompts.
 
   python -m recursive_tx generate --checkpoint=DIR --prompt='Once upon a time'
+  python -m recursive_tx generate --checkpoint=DIR --prompts=FILE --show_depth
+
+One prompt is shown with what follows it as that comes; several in their order,
+each under its number. --show_depth colours each token by the loop that it left
+at.
 """
 
-import pathlib
+from collections.abc import Iterator
+import dataclasses
+import json
+import os
+import sys
 
 from absl import flags
 
-from recursive_tx import engine, sampling, saved
+from recursive_tx import engine, sampling, start
 from recursive_tx import tokenizer as tokenizer_lib
-from recursive_tx.cli import arguments
+from recursive_tx.cli import arguments, exits
+from recursive_tx.text_stream import TextStream
 
 _CHECKPOINT = flags.DEFINE_string(
-    'checkpoint', None, 'Saved model directory, or a Hugging Face one.')
+    'checkpoint', None,
+    'Saved model directory, a Hugging Face one, or the workdir of a run.')
 _PROMPT = flags.DEFINE_multi_string(
     'prompt', [], 'Text to continue; give it again for several at once.')
+_PROMPTS = flags.DEFINE_string(
+    'prompts', '', 'File of prompts, one a line, or (.jsonl) in the field'
+    ' "prompt" or "text" of each line; - reads lines from standard input.')
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
     'max_new_tokens', 64, 'Most tokens to add.')
 _TEMPERATURE = flags.DEFINE_float(
@@ -23,7 +37,21 @@ _TOP_K = flags.DEFINE_integer(
     'top_k', 0, 'Draw among this many likeliest tokens; 0 among all.')
 _TOP_P = flags.DEFINE_float(
     'top_p', 1.0, 'Draw among the fewest tokens of this probability.')
-_SEED = flags.DEFINE_integer('seed', 0, 'Of the draws.')
+_SEED = flags.DEFINE_integer(
+    'seed', 0, 'Of the draws; plus the number of the prompt.')
+_STOP = flags.DEFINE_multi_string(
+    'stop', [], 'Text that ends a continuation, and is not shown.')
+_SLOTS = flags.DEFINE_integer('slots', 32, 'Prompts continued at once.')
+_SHOW_DEPTH = flags.DEFINE_bool(
+    'show_depth', False, 'Colour each token by the loop that it left at.')
+flags.DEFINE_alias('show-depth', 'show_depth')
+_COLOR = flags.DEFINE_enum(
+    'color', 'auto', ['auto', 'always', 'never'],
+    'Whether to colour; auto: where the output is a terminal.')
+_EXIT = exits.define()
+
+# Backgrounds from blue to red, of xterm's 256.
+_COLORS = (24, 30, 64, 136, 130, 124)
 
 
 def main(argv: list[str]) -> None:
@@ -32,14 +60,124 @@ def main(argv: list[str]) -> None:
   sampler = sampling.Sampler(
       temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value,
       seed=_SEED.value)
-  directory = pathlib.Path(_CHECKPOINT.value)
-  cfg, variables = saved.load(directory)
+  if not all(_STOP.value):
+    raise ValueError('--stop is empty; give the text to stop at')
+  texts = prompts()
+  cfg, variables = start.load(_CHECKPOINT.value)
+  directory = start.companions(_CHECKPOINT.value)
   tokenizer = tokenizer_lib.load(directory)
   tokenizer_lib.check_vocab(tokenizer, cfg.V)
-  start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-  prompts = [start + tokenizer.encode(text) for text in _PROMPT.value or ['']]
-  news = engine.generate(
-      cfg, variables, prompts, max_new_tokens=_MAX_NEW_TOKENS.value,
-      sampler=sampler, eos_id=tokenizer.eos_id)
-  for prompt, new in zip(prompts, news, strict=True):
-    print(tokenizer.decode(prompt[len(start):] + new))
+  exit, fill = _EXIT(directory, cfg)
+  bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+  ids = [tokenizer.encode(text) for text in texts]
+  longest = max(map(len, ids)) + len(bos) + _MAX_NEW_TOKENS.value
+  served = engine.Engine(
+      cfg, variables, slots=min(_SLOTS.value, len(ids)), exit=exit, fill=fill,
+      # Compiled once for each multiple of 64, not for each length.
+      max_len=-(-longest // 64) * 64, eos_id=tokenizer.eos_id)
+  requests = [
+      engine.Request(bos + prompt, _MAX_NEW_TOKENS.value,
+                     dataclasses.replace(sampler, seed=sampler.seed + i))
+      for i, prompt in enumerate(ids)]
+  streams = [TextStream(tokenizer, prompt, _STOP.value) for prompt in ids]
+  colors = _SHOW_DEPTH.value and (
+      _COLOR.value == 'always'
+      or _COLOR.value == 'auto' and sys.stdout.isatty())
+  try:
+    _show(texts, continuations(served, requests, streams), cfg.loops, colors)
+  except BrokenPipeError:  # Whoever read it has seen enough.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def prompts() -> list[str]:
+  """The prompts of all flags; one that is empty where there is none.
+
+  Raises:
+    ValueError: a file that cannot be read, or holds none.
+  """
+  path, texts = _PROMPTS.value, list(_PROMPT.value)
+  if path:
+    try:
+      if path == '-':
+        lines = sys.stdin.read().splitlines()
+      else:
+        with open(path, encoding='utf-8') as f:
+          lines = f.read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+      raise ValueError(f'--prompts={path} cannot be read ({error})') from None
+    records = path.endswith('.jsonl')
+    texts += [_record(path, i, line) if records else line
+              for i, line in enumerate(lines, 1) if line.strip()]
+    if not texts:
+      raise ValueError(f'--prompts={path} holds no prompt; write one a line')
+  return texts or ['']
+
+
+def continuations(
+    served: engine.Engine, requests: list[engine.Request],
+    streams: list[TextStream],
+) -> Iterator[tuple[int, str, int, bool]]:
+  """(number of the prompt, text, loops it took, whether it is the last)."""
+  numbers = {served.submit(request): i for i, request in enumerate(requests)}
+  while served.pending:
+    for event in served.poll():
+      i = numbers[event.id]
+      stream = streams[i]
+      if stream.stopped:
+        continue
+      text = '' if event.finish == 'stop' else stream.push(event.token)
+      if event.finish:
+        text += stream.finish()
+      elif stream.stopped:
+        served.cancel(event.id)
+      yield i, text, event.depth, bool(event.finish) or stream.stopped
+
+
+def _show(texts: list[str], pieces, loops: int, colors: bool) -> None:
+  """Prints continuations in the order of their prompts."""
+  def paint(text, depth):
+    if not colors:
+      return text
+    # Line by line, or a terminal colours the rest of the line as well.
+    code = f'\x1b[97;48;5;{_color(depth, loops)}m'
+    return '\n'.join(
+        line and f'{code}{line}\x1b[0m' for line in text.split('\n'))
+
+  if colors:
+    print('loops taken:', *(paint(f' {depth} ', depth)
+                            for depth in range(1, loops + 1)))
+  shown, ready, ended = 0, {i: '' for i in range(len(texts))}, set()
+
+  def begin(i):
+    number = f'[{i + 1}]\n' if len(texts) > 1 else ''
+    print(number + texts[i], end='', flush=True)
+
+  if len(texts) == 1:
+    begin(0)
+  for i, text, depth, last in pieces:
+    if text and len(texts) == 1:
+      print(paint(text, depth), end='', flush=True)
+    elif text:
+      ready[i] += paint(text, depth)
+    if last:
+      ended.add(i)
+    while shown in ended:
+      if len(texts) > 1:
+        begin(shown)
+      print(ready.pop(shown), flush=True)
+      shown += 1
+
+
+def _color(depth: int, loops: int) -> int:
+  return _COLORS[(len(_COLORS) - 1) * (depth - 1) // max(1, loops - 1)]
+
+
+def _record(path: str, number: int, line: str) -> str:
+  try:
+    found = json.loads(line)
+    text = found.get('prompt', found.get('text'))
+    if isinstance(text, str):
+      return text
+  except (ValueError, AttributeError):
+    pass
+  raise ValueError(f'{path}:{number} has no string "prompt" or "text"')

@@ -1,0 +1,57 @@
+"""The flags of when tokens leave, for the verbs that generate."""
+
+from collections.abc import Callable
+
+from absl import flags
+
+from recursive_tx import exits
+from recursive_tx.config import ModelConfig, one_of
+
+# Whoever calls `define` owns the flags, and shows them in its help.
+flags.disclaim_key_flags()
+
+_FORM = ("expected none, static=LOOP, or a rule and a threshold for every loop"
+         " but the last, such as top=0.9,0.8")
+
+
+def define() -> Callable[[str, ModelConfig], tuple[exits.Exit, str]]:
+  """Defines them. Returns (directory, cfg) -> the exit and the fill."""
+  rule = flags.DEFINE_string(
+      'exit', '', 'When a token leaves the loops: none, after the last;'
+      ' static=LOOP, after that loop, from 1; RULE=THRESHOLD,... with a'
+      ' threshold for every loop but the last, RULE being top, margin, entropy,'
+      " agreement or gate. Empty: the checkpoint's exit.json, else none.")
+  fill = flags.DEFINE_string(
+      'fill', 'propagate', 'Keys and values of the loops that a token skips:'
+      ' propagate (made of what it left with) or complete (it goes through'
+      ' them all the same).')
+
+  def read(directory: str, cfg: ModelConfig) -> tuple[exits.Exit, str]:
+    found = (parse(rule.value, cfg) if rule.value else
+             exits.load(directory) or exits.Exit())
+    found.check(cfg)
+    return found, fill.value
+
+  return read
+
+
+def parse(text: str, cfg: ModelConfig) -> exits.Exit:
+  """An exit from what --exit says.
+
+  Raises:
+    ValueError: not of that form, or not for this model.
+  """
+  if text == 'none':
+    return exits.Exit()
+  rule, _, values = text.partition('=')
+  one_of('exit rule', rule, [x for x in exits.RULES if x not in
+                             exits.SCORELESS] + ['none'])
+  try:
+    numbers = [float(value) for value in values.split(',')]
+  except ValueError:
+    raise ValueError(f'--exit={text}: {_FORM}') from None
+  if rule == 'static':
+    if len(numbers) > 1 or not numbers[0].is_integer():
+      raise ValueError(f'--exit={text}: {_FORM}')
+    return exits.static(int(numbers[0]), cfg.loops)
+  return exits.Exit(rule, tuple(numbers))

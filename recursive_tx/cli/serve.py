@@ -1,0 +1,76 @@
+"""serve: an HTTP server that OpenAI's clients understand.
+
+  python -m recursive_tx serve --checkpoint=DIR
+  curl http://127.0.0.1:8000/v1/completions \\
+    -H 'content-type: application/json' \\
+    -d '{"prompt": "Once upon a time", "max_tokens": 64}'
+
+/v1/completions, /v1/chat/completions, /v1/models, /health, /metrics for
+Prometheus, and at / a page to try it. Needs the extra [serve]. There is no
+password: whoever reaches --host may ask. SIGTERM or Ctrl-C lets running
+requests finish and ends with status 0.
+"""
+
+import pathlib
+import sys
+
+from absl import flags
+
+from recursive_tx import engine, start
+from recursive_tx import tokenizer as tokenizer_lib
+from recursive_tx.cli import arguments, exits
+from recursive_tx.config import Run
+
+_CHECKPOINT = flags.DEFINE_string(
+    'checkpoint', None,
+    'Saved model directory, a Hugging Face one, or the workdir of a run.')
+_HOST = flags.DEFINE_string(
+    'host', '127.0.0.1', 'Address to listen at; 0.0.0.0 is all of them.')
+_PORT = flags.DEFINE_integer(
+    'port', 8000, 'Port to listen at; 0 takes any that is free.')
+_NAME = flags.DEFINE_string(
+    'name', '', "Of the model, to clients. Empty: the directory's.")
+_SLOTS = flags.DEFINE_integer('slots', 32, 'Tokens computed at once.')
+_MAX_LEN = flags.DEFINE_integer(
+    'max_len', 2048, 'Most tokens of a prompt and its answer.')
+_QUEUE = flags.DEFINE_integer(
+    'queue', 256, 'Requests that may wait; beyond them the answer is 429.')
+_MAX_BODY = flags.DEFINE_integer('max_body', 2**20, 'Bytes of a request.')
+_DRAIN = flags.DEFINE_float(
+    'drain', 30.0, 'Seconds for running requests after SIGTERM.')
+_WARM_UP = flags.DEFINE_integer(
+    'warm_up', 512, 'Longest prompt, in tokens, to compile for before the first'
+    ' request.')
+_DTYPE = flags.DEFINE_string(
+    'dtype', 'float32', 'Of the computation: float32 or bfloat16.')
+_EXIT = exits.define()
+
+
+def main(argv: list[str]) -> None:
+  """Runs the verb."""
+  arguments.check(argv, checkpoint=_CHECKPOINT.value)
+  try:
+    from recursive_tx import serve
+  except ModuleNotFoundError as error:
+    raise ValueError(f'there is no {error.name}; install the extra:'
+                     " pip install 'recursive_tx[serve]'") from None
+  for flag in (_QUEUE, _MAX_BODY, _DRAIN):
+    if flag.value < 0:
+      raise ValueError(f'--{flag.name}={flag.value}; expected at least 0')
+  sock = serve.bind(_HOST.value, _PORT.value)
+  cfg, variables = start.load(_CHECKPOINT.value)
+  directory = start.companions(_CHECKPOINT.value)
+  tokenizer = tokenizer_lib.load(directory)
+  tokenizer_lib.check_vocab(tokenizer, cfg.V)
+  exit, fill = _EXIT(directory, cfg)
+  service = serve.Service(
+      serve.Worker(engine.Engine(
+          cfg, variables, slots=_SLOTS.value, max_len=_MAX_LEN.value,
+          exit=exit, fill=fill, eos_id=tokenizer.eos_id,
+          run=Run(dtype=_DTYPE.value))),
+      tokenizer, serve.Chat(directory, tokenizer),
+      serve.Limits(_MAX_LEN.value, _QUEUE.value, _MAX_BODY.value),
+      _NAME.value or pathlib.Path(_CHECKPOINT.value).resolve().name,
+      cfg.loops, cfg.V)
+  sys.exit(serve.run(service, sock, drain=_DRAIN.value,
+                     warm_up=_WARM_UP.value))

@@ -1,0 +1,183 @@
+"""The one thread that drives the engine; others hand it requests.
+
+Requests go in under a condition, on which the thread sleeps while there is
+nothing to do; tokens come out as calls in the asyncio loop. Knows nothing of
+HTTP or text.
+"""
+
+import asyncio
+import collections
+from collections.abc import Callable
+import dataclasses
+import logging
+import threading
+
+from recursive_tx.engine import Engine, Event, Request
+
+# What a ticket's owner is called with: some tokens, or why there are none.
+Deliver = Callable[[list[Event] | Exception], None]
+
+
+@dataclasses.dataclass(eq=False)
+class Ticket:
+  """A request on its way through the engine.
+
+  Attributes:
+    request: what is asked for.
+    deliver: called in the loop, with every token once, in order.
+    gone: nobody waits for it any more.
+    id: the engine's; the thread's to know.
+  """
+  request: Request
+  deliver: Deliver
+  gone: bool = False
+  id: int = -1
+
+
+class Worker:
+  """Drives an engine from a thread of its own.
+
+  But for the thread, everything is called from the asyncio loop.
+
+  Attributes:
+    live: requests that hold a place in the engine or its queue.
+    failure: what ended the thread; None while all is well.
+  """
+
+  def __init__(self, engine: Engine):
+    self.live = 0
+    self.failure: Exception | None = None
+    self._engine = engine
+    self._tickets: dict[int, Ticket] = {}  # By the engine's id.
+    self._change = threading.Condition()
+    self._orders: collections.deque[tuple[str, Ticket]] = collections.deque()
+    self._stopping = False
+    self._thread = threading.Thread(target=self._run, name='engine',
+                                    daemon=True)
+
+  @property
+  def slots(self) -> int:
+    """Tokens that the engine computes at once."""
+    return self._engine.slots
+
+  def warm_up(self, longest: int) -> None:
+    """Compiles what requests will need; before `start`.
+
+    Prompts of all lengths, alone and in pairs, since the engine compiles for
+    some lengths and numbers of prompts.
+
+    Args:
+      longest: tokens of a prompt; the engine reads long ones in parts, so
+        some hundreds do for all.
+    """
+    most = max(1, min(longest, self._engine.max_len - 1))
+    lengths = {min(2**k + 1, most) for k in range(most.bit_length())}
+    for length in sorted(lengths):
+      for count in (1, 2):
+        self._answer(length, count)
+    self._answer(1, 1, cancel=True)
+
+  def start(self, loop: asyncio.AbstractEventLoop) -> None:
+    """Begins to answer, calling back in a loop."""
+    self._loop = loop
+    self._thread.start()
+
+  def submit(self, request: Request, deliver: Deliver) -> Ticket:
+    """Queues a request."""
+    ticket = Ticket(request, deliver)
+    self.live += 1
+    self._order('submit', ticket)
+    return ticket
+
+  def cancel(self, ticket: Ticket) -> None:
+    """Nothing more is delivered; its slot is freed soon."""
+    if not ticket.gone:
+      ticket.gone = True
+      self._order('cancel', ticket)
+
+  def stop(self) -> None:
+    """Ends the thread after what it does now."""
+    with self._change:
+      self._stopping = True
+      self._change.notify()
+    if self._thread.ident:
+      self._thread.join()
+
+  def _answer(self, length: int, count: int, cancel: bool = False) -> None:
+    """Lets the engine answer prompts of nothing; or begin to."""
+    room = self._engine.max_len - length
+    for _ in range(count):
+      new = self._engine.submit(Request(
+          [0] * length, room if cancel else 1, ignore_eos=True))
+    self._engine.poll()
+    if cancel:
+      self._engine.cancel(new)
+      self._engine.poll()
+    while self._engine.pending:
+      self._engine.poll()
+
+  def _order(self, what: str, ticket: Ticket) -> None:
+    with self._change:
+      self._orders.append((what, ticket))
+      self._change.notify()
+
+  # In the thread.
+
+  def _run(self) -> None:
+    try:
+      while not self._stopping:
+        with self._change:
+          self._change.wait_for(
+              lambda: self._orders or self._engine.pending or self._stopping)
+          orders = list(self._orders)
+          self._orders.clear()
+        self._turn(orders)
+    except Exception as error:
+      logging.getLogger(__name__).exception('The engine failed.')
+      self._call(self._fail, error)
+
+  def _turn(self, orders: list[tuple[str, Ticket]]) -> None:
+    """Carries orders out, and one burst."""
+    told: dict[Ticket, list[Event] | Exception] = {}
+    ended: list[Ticket] = []
+    for what, ticket in orders:
+      if what == 'submit':
+        try:
+          ticket.id = self._engine.submit(ticket.request)
+          self._tickets[ticket.id] = ticket
+        except ValueError as error:
+          told[ticket] = error
+          ended.append(ticket)
+      elif self._tickets.pop(ticket.id, None):  # Else it ended meanwhile.
+        self._engine.cancel(ticket.id)
+        ended.append(ticket)
+    # Once more after a cancel, for it is a burst that frees the slot.
+    for event in self._engine.poll():
+      ticket = self._tickets[event.id]
+      told.setdefault(ticket, []).append(event)
+      if event.finish:
+        ended.append(self._tickets.pop(event.id))
+    if told or ended:
+      self._call(self._tell, told, len(ended))
+
+  def _call(self, function: Callable[..., None], *arguments) -> None:
+    try:
+      self._loop.call_soon_threadsafe(function, *arguments)
+    except RuntimeError:  # The loop is closed, and nobody listens.
+      assert self._stopping or self._loop.is_closed()
+
+  # In the loop again.
+
+  def _tell(self, told: dict[Ticket, list[Event] | Exception],
+            ended: int) -> None:
+    self.live -= ended
+    for ticket, events in told.items():
+      if not ticket.gone:
+        ticket.deliver(events)
+
+  def _fail(self, error: Exception) -> None:
+    self.failure = error
+    for ticket in (*self._tickets.values(), *(
+        ticket for what, ticket in self._orders if what == 'submit')):
+      if not ticket.gone:
+        ticket.deliver(error)
