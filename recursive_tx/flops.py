@@ -2,9 +2,10 @@
 
 Matrix products only, 2 FLOPs a multiply-add; norms, softmax and the optimizer
 are a few per cent of a small model and less of a large one. Recomputation,
-masked scores, merging adapters into kernels and logits of loops without a
-loss are execution, and not counted. This is the numerator of MFU (Chowdhery
-et al., arxiv.org/abs/2204.02311, appendix B).
+masked scores and logits of loops without a loss are execution, and not
+counted. An adapter counts as the lesser of two thin products with the tokens
+and one product that is added to its kernel. This is the numerator of MFU
+(Chowdhery et al., arxiv.org/abs/2204.02311, appendix B).
 
 Knows sizes. Does not know arrays, meshes or chips.
 """
@@ -83,11 +84,12 @@ def forward(
   exits = (cfg.loops,) if exits is None else exits
   loops = max(exits)
   tokens = float(batch * seq_len)
-  linears = rank_sums = 0
+  linears = adapters = 0
   for kernel in cfg.kernels:
     rows, columns = cfg.in_out(kernel)
     linears += rows * columns
-    rank_sums += cfg.ranks[kernel] * (rows + columns)
+    adapters += cfg.ranks[kernel] * min(
+        tokens * (rows + columns), rows * columns)
   head_rank = min(cfg.D, cfg.V, parse_rank(cfg.rank).get(HEAD, 0))
   early = sum(loop < cfg.loops for loop in exits)
   block = loops * cfg.layers_per_loop
@@ -98,8 +100,8 @@ def forward(
       'prelude': 2 * tokens * linears * cfg.prelude,
       'block': 2 * tokens * linears * block,
       'coda': 2 * tokens * linears * coda,
-      'adapters': 2 * tokens * (
-          rank_sums * block + head_rank * (cfg.D + cfg.V) * early),
+      'adapters': 2 * adapters * block
+                  + 2 * tokens * head_rank * (cfg.D + cfg.V) * early,
       'attention': scores * (cfg.prelude + block + coda),
       'head': 2 * tokens * cfg.D * cfg.V * len(exits),
   }

@@ -198,12 +198,15 @@ def test_parts_add_up():
       counted['backward'] / 2)
 
 
-def test_adapters_cost_their_thin_products_whatever_the_batch():
-  """Merging them into the kernel, which is cheaper for many tokens, is how."""
-  plain = flops.forward(BASE, 16, 1024)
-  relaxed = flops.forward(dataclasses.replace(BASE, rank='8'), 16, 1024)
-  sums = 4 * (128 + 128) + 3 * (128 + 256)
-  assert relaxed.pop('adapters') == 2 * 8 * sums * 16 * 1024 * 2
+@pytest.mark.parametrize('batch, seq_len', [(1, 4), (16, 1024)])
+def test_adapters_cost_the_lesser_of_thin_products_and_one(batch, seq_len):
+  plain = flops.forward(BASE, batch, seq_len)
+  relaxed = flops.forward(
+      dataclasses.replace(BASE, rank='8'), batch, seq_len)
+  thin = batch * seq_len * (4 * (128 + 128) + 3 * (128 + 256))
+  merged = 4 * 128 * 128 + 3 * 128 * 256
+  assert (thin < merged) == (batch == 1)
+  assert relaxed.pop('adapters') == 2 * 8 * min(thin, merged) * 2
   assert plain.pop('adapters') == 0
   assert relaxed == plain
 
