@@ -558,12 +558,12 @@ def test_a_thousand_at_once_of_whom_many_leave(directory):
 
   with started(directory, '--slots=8', '--queue=1000',
                '--max_len=128') as server:
-    asyncio.run(all_of(server, 300))
+    asyncio.run(all_of(server, 1000))
     before = _resident(server.process)
     whole = asyncio.run(all_of(server, 1000))
     _until(lambda: server.metric('slots_in_use') == 0)
     grown = _resident(server.process) - before
-    assert whole >= 450
+    assert whole >= 300  # A third stay to the end.
     assert grown < 48 * 2**20, f'{grown / 2**20:.1f} MiB'
     print(f'{whole} whole answers; memory grew by {grown / 2**20:.1f} MiB')
     assert server.metric('queue_length') == 0
