@@ -30,18 +30,17 @@ class Cache(NamedTuple):
 
 
 class Place(NamedTuple):
-  """Where the tokens of a batch belong.
+  """Where the tokens of a batch belong; int32, shapes broadcast to [B, T].
 
   Attributes:
-    row_B: row of the request, int32; one beyond the cache's is nobody's, whose
-      keys are dropped.
-    position_BT: position of each token, int32.
-    virtual_B: number of the virtual layer, int32; rows may be at different
-      loops.
+    row_BT: row of the request; one beyond the cache's is nobody's, whose keys
+      are dropped.
+    position_BT: position of each token.
+    virtual_BT: number of the virtual layer; rows may be at different loops.
   """
-  row_B: jax.Array
+  row_BT: jax.Array
   position_BT: jax.Array
-  virtual_B: jax.Array
+  virtual_BT: jax.Array
 
 
 def init(
@@ -55,9 +54,11 @@ def init(
 def write(
     cache: Cache, place: Place, k_BTKH: jax.Array, v_BTKH: jax.Array
 ) -> Cache:
-  """The cache with the keys and values of some tokens in it."""
-  at = (place.virtual_B[:, None], place.row_B[:, None], slice(None),
-        place.position_BT)
+  """The cache with the keys and values of some tokens in it.
+
+  A token's keys go to several places where T is 1 but the place's is not.
+  """
+  at = (place.virtual_BT, place.row_BT, slice(None), place.position_BT)
   return Cache(*(
       nn.with_logical_constraint(
           leaf.at[at].set(new.astype(leaf.dtype), mode='drop'), LETTERS)
@@ -69,10 +70,13 @@ def attend(
 ) -> jax.Array:
   """Softmax attention of tokens to their rows' keys, up to their own.
 
+  All tokens of a row are at one virtual layer.
+
   Returns:
     Mixed values, BTNH, in q's dtype.
   """
-  longest = cache.k.shape[3]
+  R, longest = cache.k.shape[1], cache.k.shape[3]
+  virtual_B, row_B = place.virtual_BT[:, 0], place.row_BT[:, 0]
   lengths = [longest]
   while lengths[0] > _SHORTEST:
     lengths.insert(0, -(-lengths[0] // 2))
@@ -80,14 +84,13 @@ def attend(
   def within(length):
     def mix(q_BTNH, cache):
       k_BKSH, v_BKSH = (
-          leaf.at[place.virtual_B, place.row_B, :, :length].get(mode='clip')
+          leaf.at[virtual_B, row_B, :, :length].get(mode='clip')
           for leaf in cache)
       mask_BTS = attention.visible(
           place.position_BT, jnp.arange(length)[None], window=window)
       return attention.attend_heads(q_BTNH, k_BKSH, v_BKSH, mask_BTS)
     return mix
 
-  reach = jnp.where(place.row_B < cache.k.shape[1],
-                    place.position_BT.max(axis=1) + 1, 0).max()
+  reach = jnp.where(row_B < R, place.position_BT.max(axis=1) + 1, 0).max()
   which = jnp.searchsorted(jnp.array(lengths[:-1]), reach)
   return lax.switch(which, [within(n) for n in lengths], q_BTNH, cache)

@@ -33,7 +33,7 @@ def mixed(
 def at(
     cfg: config_lib.ModelConfig, mixed_N: list[dict[str, dict]], loop
 ) -> list[dict[str, dict]]:
-  """What every layer adds at a loop, an int, or at each row's, int32 [B]."""
+  """What every layer adds at a loop, an int, or each row's, int32 [B, 1]."""
   if isinstance(loop, int):
     rank = cfg.ranks
     def pick(name, leaf, value):
@@ -43,15 +43,15 @@ def at(
       return value[loop]
   else:
     def pick(name, leaf, value):
-      return value if leaf in 'ab' else jnp.asarray(value)[loop][:, None]
+      return value if leaf in 'ab' else jnp.asarray(value)[loop]
   picked_N = [
       {name: {leaf: pick(name, leaf, value) for leaf, value in leaves.items()}
        for name, leaves in values.items()} for values in mixed_N]
   if isinstance(loop, int):
     return picked_N
-  own_BL = jax.nn.one_hot(loop, cfg.loops)
+  own_B1L = jax.nn.one_hot(loop, cfg.loops)
   for values in picked_N:
     for name, leaves in values.items():
       if 'a' in leaves:
-        leaves['mask'] = jnp.repeat(own_BL, cfg.ranks[name], axis=1)[:, None]
+        leaves['mask'] = jnp.repeat(own_B1L, cfg.ranks[name], axis=2)
   return picked_N

@@ -300,7 +300,7 @@ class Stack(nn.Module):
       x_BTD, cache = layer.apply(
           {'params': layers_N[i]}, x_BTD,
           adapters.overlay(vectors_N[i], adapters_N[i]), context, cache,
-          place._replace(virtual_B=place.virtual_B + i), method=method)
+          place._replace(virtual_BT=place.virtual_BT + i), method=method)
     return x_BTD, cache
 
 
@@ -448,7 +448,8 @@ class Decoder(nn.Module):
     Returns:
       logits_BTV, fp32, and the cache with these tokens in it.
     """
-    place = cache_lib.Place(row_B, position_BT, jnp.zeros_like(row_B))
+    place = cache_lib.Place(
+        row_B[:, None], position_BT, jnp.zeros_like(row_B[:, None]))
     x_BTD, cache = self.enter(token_BT, cache, place)
     for loop in range(self.cfg.loops):
       x_BTD, cache = self.loop(x_BTD, loop, cache, place)
@@ -469,8 +470,9 @@ class Decoder(nn.Module):
 
     Args:
       x_BTD: what goes in.
-      loop: which loop it is, from 0: an int, or int32 [B], one for each row.
-      cache, place: see cache.py; place.virtual_B is not read.
+      loop: which loop it is, from 0: an int, or int32 [B, 1], one for each
+        row; for 'fill' without adapters also [B, L], several.
+      cache, place: see cache.py; place.virtual_BT is not read.
       method: of Layer; 'fill' leaves keys and values only.
     """
     cfg, params = self.cfg, self.variables['params']
@@ -478,11 +480,12 @@ class Decoder(nn.Module):
     if mixed_N is None:
       mixed_N = depths.mixed(cfg, params.get('adapters', {}))
     values_N = depths.at(cfg, mixed_N, loop)
-    first_B = jnp.broadcast_to(
-        cfg.prelude + loop * cfg.layers_per_loop, place.row_B.shape)
+    first_BT = cfg.prelude + loop * cfg.layers_per_loop
+    if isinstance(loop, int):
+      first_BT = jnp.full_like(place.row_BT, first_BT)
     return self.block.once(
         x_BTD, values_N, self._place_context(place), cache,
-        place._replace(virtual_B=first_B), method)
+        place._replace(virtual_BT=first_BT), method)
 
   def leave(self, x_BTD, cache, place):
     """What the head multiplies, h_BTD, and the cache after the coda."""
@@ -490,7 +493,7 @@ class Decoder(nn.Module):
       first = self.cfg.num_layers - self.cfg.coda
       x_BTD, cache = self.coda.once(
           x_BTD, [{}] * self.cfg.coda, self._place_context(place), cache,
-          place._replace(virtual_B=jnp.full_like(place.row_B, first)))
+          place._replace(virtual_BT=jnp.full_like(place.row_BT, first)))
     return normalize(self.cfg, x_BTD, self.norm()), cache
 
   def _place_context(self, place):

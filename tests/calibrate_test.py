@@ -63,8 +63,7 @@ def one_by_one(cfg, variables, token_T, rule, threshold):
       variables, x, None, None, method='leave')[0])
   cache, best_T, depth_T = cache_lib.init(cfg, 1, len(token_T)), [], []
   for t, token in enumerate(token_T):
-    place = cache_lib.Place(jnp.zeros(1, int), jnp.full((1, 1), t),
-                            jnp.zeros(1, int))
+    place = cache_lib.Place(*jnp.array([0, t, 0])[:, None, None])
     x_11D, cache = enter(np.full((1, 1), token), cache, place)
     before = -1
     for loop in range(cfg.loops):

@@ -123,7 +123,8 @@ def _frozen(cfg, values, token_1T, depth_T, last):
   context = bound._context(token_1T, None, None)
   layer = model.Layer(cfg, rtx.Run())
   x_1TD, at_L = bound._enter(token_1T, context), []
-  adapted = params.get('adapters', {})
+  adapted = {name: leaves for name, leaves in params.get(
+      'adapters', {}).items() if name != 'exit'}
   for loop in range(cfg.loops):
     for i in range(cfg.layers_per_loop):
       leaves = jax.tree.map(lambda v, i=i: v[i], params['block'])
@@ -139,7 +140,7 @@ def _frozen(cfg, values, token_1T, depth_T, last):
   if cfg.exit_gate:
     gate_L = jnp.stack([
         bound.gate(model.normalize(cfg, x_D, params['norm']), loop)
-        for loop, x_D in enumerate(at_L)])
+        for loop, x_D in enumerate(at_L[:-1])])
   return bound.logits(jnp.stack(h_LD)), gate_L
 
 
@@ -154,11 +155,12 @@ def _by_frozen_forwards(cfg, prompt, count, exit, fill):
       depth_T[len(prompt) - 1:len(tokens) - 1] = depths
     logits_LV, gate_L = map(np.asarray, _frozen(
         cfg, values, token_1T, depth_T, len(tokens) - 1))
+    gate_L = [*gate_L, 0.0][:cfg.loops]  # The final loop has none.
     for loop, threshold in enumerate([*exit.thresholds, -np.inf]):
       before = logits_LV[loop - 1].argmax() if loop else -1
       score = (0.0 if exit.rule == 'static' else np.asarray(exits.score(
           exit.rule, logits_BV=logits_LV[loop][None],
-          gate_B=gate_L[loop][None], before_B=np.array([before])))[0])
+          gate_B=jnp.array(gate_L[loop:loop + 1]), before_B=np.array([before])))[0])
       if score >= threshold:
         break
     tokens.append(int(logits_LV[loop].argmax()))

@@ -224,13 +224,14 @@ def test_a_pass_over_rows_at_different_loops(cfg):
   rng = np.random.default_rng(0)
   x_BTD = rng.normal(size=(4, 2, cfg.D)).astype(np.float32)
   position_BT = np.broadcast_to(np.arange(2, dtype=np.int32), (4, 2))
-  place = cache_lib.Place(rows, position_BT, np.zeros(4, np.int32))
+  place = cache_lib.Place(
+      rows[:, None], position_BT, np.zeros((4, 1), np.int32))
 
   def go(loop, x_BTD):
     return rtx.Decoder(cfg).apply(
         values, x_BTD, loop, cache_lib.init(cfg, 4, 3), place, method='loop')
 
-  mixed_BTD, mixed = tiny.jit(functools.partial(go, loop_B))(x_BTD)
+  mixed_BTD, mixed = tiny.jit(functools.partial(go, loop_B[:, None]))(x_BTD)
   for row, loop in enumerate(loop_B.tolist()):
     alone_BTD, alone = tiny.jit(functools.partial(go, loop))(x_BTD)
     assert tiny.distance(mixed_BTD[row], alone_BTD[row]) < ROUNDING

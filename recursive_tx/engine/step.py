@@ -106,7 +106,7 @@ def _step(plan, variables, state: State) -> tuple[State, Log]:
   row_B = jnp.where(busy_B, slots.row, R)
   place = _place(rows, row_B)
   x_B1D, cache = plan.apply(
-      variables, slots.x_BD[:, None], slots.loop, state.cache, place,
+      variables, slots.x_BD[:, None], slots.loop[:, None], state.cache, place,
       method='loop')
   x_BD = jnp.where(busy_B[:, None], x_B1D[:, 0], slots.x_BD)
   slots, cache, leaves_B, log_p_B = _decide(
@@ -141,8 +141,7 @@ def _decide(plan, variables, slots: Slots, rows, busy_B, cache, place):
   last_B = slots.loop == cfg.loops - 1
   asked_B = busy_B & (slots.token < 0)
   sure_B = last_B
-  if plan.exit.thresholds:
-    threshold_B = jnp.array([*plan.exit.thresholds, -jnp.inf])[slots.loop]
+  threshold_B = jnp.array([*plan.exit.thresholds, -jnp.inf])[slots.loop]
   if plan.exit.needs == 'gate':
     h_BD = normalize(cfg, slots.x_BD, variables['params']['norm'])
     score_B = jax.nn.sigmoid(
@@ -160,17 +159,17 @@ def _decide(plan, variables, slots: Slots, rows, busy_B, cache, place):
   def choose(index_G, carry):
     (token_B, guess_B, sure_B, log_p_B), cache = carry
     part = _take(place, index_G, len(rows.token))
+    row_G, position_G = part.row_BT[:, 0], part.position_BT[:, 0]
     loop_G = slots.loop.at[index_G].get(mode='clip')
     h_G1D, cache = plan.apply(
         variables, slots.x_BD.at[index_G].get(mode='clip')[:, None], cache,
         part, method='leave')
     logits_GV = plan.apply(variables, h_G1D[:, 0], loop_G, method='logits')
     samplers = jax.tree.map(
-        lambda leaf: leaf.at[part.row_B].get(mode='clip'), rows.samplers)
-    token_G = sampling.sample(samplers, logits_GV, part.position_BT[:, 0])
+        lambda leaf: leaf.at[row_G].get(mode='clip'), rows.samplers)
+    token_G = sampling.sample(samplers, logits_GV, position_G)
     if rows.script is not None:
-      token_G = rows.script[0].at[part.row_B, part.position_BT[:, 0]].get(
-          mode='clip')
+      token_G = rows.script[0].at[row_G, position_G].get(mode='clip')
     chosen_G1 = jnp.take_along_axis(logits_GV, token_G[:, None], axis=1)
     log_p_G = chosen_G1[:, 0] - jax.nn.logsumexp(logits_GV, axis=1)
     guess_G, sure_G = jnp.full_like(token_G, -1), jnp.full(len(index_G), True)
@@ -208,20 +207,23 @@ def _propagate(plan, variables, slots: Slots, early_B, cache, place):
   if cfg.loops == 1 or plan.exit.rule == 'last':
     return cache
   R, later = cache.k.shape[1], jnp.arange(1, cfg.loops)
+  alike = not cfg.has_loop_vectors and not any(cfg.ranks.values())
 
   def fill(index_G, cache):
     part = _take(place, index_G, R)
-    exit_G = slots.loop.at[index_G].get(mode='clip')
-    # One row for each later loop; nobody's where it is not skipped.
-    row_GL = jnp.where(later > exit_G[:, None], part.row_B[:, None], R)
-    x_GD = slots.x_BD.at[index_G].get(mode='clip')
-    loop_X = jnp.tile(later, len(index_G))
-    position_XT = jnp.repeat(part.position_BT, len(later), axis=0)
-    x_XD = jnp.repeat(x_GD, len(later), axis=0)
+    exit_G1 = slots.loop.at[index_G].get(mode='clip')[:, None]
+    x_G1D = slots.x_BD.at[index_G].get(mode='clip')[:, None]
+    loop_GL = jnp.broadcast_to(later, (len(index_G), len(later)))
+    # Nobody's where a later loop is not skipped.
+    part = part._replace(row_BT=jnp.where(loop_GL > exit_G1, part.row_BT, R))
+    if not alike:  # Every loop makes its own: one row for each.
+      x_G1D = jnp.repeat(x_G1D, len(later), axis=0)
+      position_GL = jnp.broadcast_to(part.position_BT, loop_GL.shape)
+      part, loop_GL = jax.tree.map(
+          lambda leaf: leaf.reshape(-1, 1),
+          (part._replace(position_BT=position_GL, virtual_BT=loop_GL), loop_GL))
     return plan.apply(
-        variables, x_XD[:, None], loop_X, cache,
-        cache_lib.Place(row_GL.reshape(-1), position_XT, loop_X), 'fill',
-        method='loop')[1]
+        variables, x_G1D, loop_GL, cache, part, 'fill', method='loop')[1]
 
   return _grouped(plan.group, early_B, fill, cache)
 
@@ -298,17 +300,18 @@ def _grouped(group: int, mask_B, body, carry):
 
 
 def _place(rows, row_B) -> cache_lib.Place:
+  row_B1 = row_B[:, None]
   return cache_lib.Place(
-      row_B, rows.position.at[row_B].get(mode='clip')[:, None],
-      jnp.zeros_like(row_B))
+      row_B1, rows.position.at[row_B1].get(mode='clip'),
+      jnp.zeros_like(row_B1))
 
 
 def _take(place, index_G, R: int) -> cache_lib.Place:
   """The places of some slots; nobody's for indices past the last."""
   return cache_lib.Place(
-      place.row_B.at[index_G].get(mode='fill', fill_value=R),
+      place.row_BT.at[index_G].get(mode='fill', fill_value=R),
       place.position_BT.at[index_G].get(mode='clip'),
-      jnp.zeros_like(index_G))
+      jnp.zeros_like(index_G[:, None]))
 
 
 def serving(cfg: config_lib.ModelConfig, dtype: str, variables: dict) -> dict:
