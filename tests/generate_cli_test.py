@@ -66,6 +66,7 @@ def _expected(directory, prompts, count, seed=0, temperature=0.0):
           for prompt, new in zip(prompts, news, strict=True)]
 
 
+@pytest.mark.slow
 def test_prompts_come_from_everywhere_and_leave_in_order(directory, tmp_path):
   records = tmp_path / 'prompts.jsonl'
   records.write_text('{"prompt": "a dog"}\n\n{"text": "日本\\nmat"}\n')
@@ -108,6 +109,7 @@ def test_no_colours_but_in_a_terminal(directory):
   os.close(ours)
 
 
+@pytest.mark.slow
 def test_tokens_come_as_they_are_made_and_ctrl_c_ends_cleanly(directory):
   process = _start(directory, '--prompt=the cat', '--max_new_tokens=60000',
                    '--exit=static=1', '--temperature=0')
