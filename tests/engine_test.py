@@ -160,7 +160,8 @@ def _by_frozen_forwards(cfg, prompt, count, exit, fill):
       before = logits_LV[loop - 1].argmax() if loop else -1
       score = (0.0 if exit.rule == 'static' else np.asarray(exits.score(
           exit.rule, logits_BV=logits_LV[loop][None],
-          gate_B=jnp.array(gate_L[loop:loop + 1]), before_B=np.array([before])))[0])
+          gate_B=jnp.array(gate_L[loop:loop + 1]),
+          before_B=np.array([before])))[0])
       if score >= threshold:
         break
     tokens.append(int(logits_LV[loop].argmax()))

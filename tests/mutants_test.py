@@ -42,6 +42,10 @@ _TRIP = 'hf_test.py::test_what_is_written_is_read_back'
 _EXITS = ('model_test.py::'
           'test_hidden_is_what_an_exit_after_each_loop_computes')
 _STEPS = 'model_test.py::test_step_by_step_equals_the_full_forward'
+_MIXED = 'model_test.py::test_a_pass_over_rows_at_different_loops'
+_ALONE = 'engine_test.py::test_every_request_gets_what_it_would_get_alone'
+_LEAVES = 'engine_test.py::test_tokens_leave_as_the_rule_says'
+_NEIGHBOURS = 'engine_test.py::test_neighbours_and_arrivals_change_nothing'
 _PARITY = 'families_test.py::test_logits_equal_those_of_transformers'
 
 MUTANTS = {
@@ -69,7 +73,7 @@ MUTANTS = {
         'hf.py', 'value = source.read(path, layer)',
         'value = source.read(path, 0)', (_TRIP,)),
     'kernel_gradient_of_the_wrong_side': Mutant(
-        'model.py', "->{kernel_letters}', small, large)",
+        'model/linear.py', "->{kernel_letters}', small, large)",
         "->{kernel_letters}', small, 0.5 * large)",
         ('model_test.py::test_project_has_the_gradients_of_einsum',)),
     'fused_part_ignored': Mutant(
@@ -106,31 +110,45 @@ MUTANTS = {
         'initializers.ones', 'initializers.ones',
         ('adapters_test.py::test_a_norm_starts_neutral',)),
     'residual_twice': Mutant(
-        'model.py', "kernel += jnp.einsum(f'{inner}R", "kernel += 2 * "
+        'model/linear.py', "kernel += jnp.einsum(f'{inner}R", "kernel += 2 * "
         "jnp.einsum(f'{inner}R", (_MERGE,)),
     'thin_residual_twice': Mutant(
-        'model.py', 'y = base if y is None else base + y',
-        'y = base if y is None else base + 2 * y',
+        'model/linear.py', 'if y_BTY is None else base_BTY + y_BTY',
+        'if y_BTY is None else base_BTY + 2 * y_BTY',
         ('adapters_test.py::'
          'test_a_pair_of_factors_equals_its_product_in_the_kernel',)),
     'segments_forgotten': Mutant(
-        'model.py', 'window=self.cfg.window, segment_BT=segment_BT)',
+        'model/decoder.py', 'window=self.cfg.window, segment_BT=segment_BT)',
         'window=self.cfg.window)',
         ('model_test.py::test_packed_documents_equal_separate_ones',)),
     'exit_skips_the_coda': Mutant(
-        'model.py', 'self._leave(h_BTD, context)[0] for',
+        'model/decoder.py', 'self._leave(h_BTD, context) for',
         'normalize(self.cfg, h_BTD, self.norm()) for', (_EXITS,)),
-    'slots_counted_from_the_call': Mutant(
-        'model.py', "[:, None], context['position_BT'])",
-        "[:, None], context['position_BT'] * 0 + "
-        'jnp.arange(x_BTD.shape[1]))', (_STEPS,)),
+    'positions_counted_from_the_call': Mutant(
+        'cache.py', 'slice(None), place.position_BT)',
+        'slice(None), place.position_BT * 0)', (_STEPS,)),
+    'loops_share_their_keys': Mutant(
+        'model/decoder.py', 'cfg.prelude + loop * cfg.layers_per_loop',
+        'cfg.prelude + loop * 0', (_STEPS,)),
+    'mask_of_the_next_loop': Mutant(
+        'depths.py', 'jax.nn.one_hot(loop, cfg.loops)',
+        'jax.nn.one_hot((loop + 1) % cfg.loops, cfg.loops)', (_MIXED,)),
+    'a_finished_slot_waits': Mutant(
+        'engine/step.py', 'position=rows.position.at[at_B].add(1',
+        'position=rows.position.at[at_B].add(0', (_ALONE,)),
+    'skipped_loops_keep_old_keys': Mutant(
+        'engine/step.py', 'jnp.where(loop_GL > exit_G1,',
+        'jnp.where(loop_GL > exit_G1 + 1,', (_LEAVES,)),
+    'the_neighbours_seed': Mutant(
+        'engine/step.py', 'lambda leaf: leaf.at[row_G].get',
+        'lambda leaf: leaf.at[index_G].get', (_NEIGHBOURS,)),
     'rotation_is_a_reflection': Mutant(
-        'model.py', 'two * cos + one * sin', 'two * cos - one * sin',
+        'model/layer.py', 'two * cos + one * sin', 'two * cos - one * sin',
         ('model_test.py::test_only_relative_positions_matter',)),
     'attention_added_twice': Mutant(
-        'model.py', '(attn if cfg.parallel else 0)', 'attn', (_PARITY,)),
+        'model/layer.py', '(attn if cfg.parallel else 0)', 'attn', (_PARITY,)),
     'short_wavelengths_stretched': Mutant(
-        'model.py', 'frequency *= keep + (1 - keep) / factor',
+        'model/layer.py', 'frequency *= keep + (1 - keep) / factor',
         'frequency *= keep / factor + (1 - keep)', (_PARITY,)),
 }
 # Killed in seconds, since nothing is compiled.

@@ -1,0 +1,258 @@
+"""A decoder: a scan over loops of a scan over layers.
+
+The outer scan broadcasts the block's parameters (the recursion) and slices
+the adapters (the relaxation); one loop is a vanilla model. Relaxed Recursive
+Transformers, equations 1 to 3. Knows nothing of families or files.
+"""
+
+import functools
+import math
+
+from flax import linen as nn
+import jax
+from jax.nn import initializers
+import jax.numpy as jnp
+
+from recursive_tx import adapters, attention, depths, embedding
+from recursive_tx import cache as cache_lib
+from recursive_tx import config as config_lib
+from recursive_tx.model.layer import normalize, rope_tables
+from recursive_tx.model.linear import project
+from recursive_tx.model.stack import Stack
+
+
+class Decoder(nn.Module):
+  """Tokens to logits."""
+  cfg: config_lib.ModelConfig
+  run: config_lib.Run = config_lib.Run()
+
+  def setup(self):
+    cfg = self.cfg
+    init = nn.with_logical_partitioning(
+        initializers.normal(cfg.D**-0.5), ('V', 'D'))
+    self.embed = Table(cfg, 'embedding', init)
+    self.head = None if cfg.tied else Table(cfg, 'kernel', init)
+    self.norm = adapters.Leaves(cfg, adapters.norm_leaves(cfg))
+    self.adapters = adapters.Adapters(cfg)
+    stack = functools.partial(Stack, cfg, self.run)
+    self.prelude = stack(cfg.prelude) if cfg.prelude else None
+    self.block = stack(cfg.layers_per_loop, loops=cfg.loops,
+                       own_vectors=not cfg.has_loop_vectors)
+    self.coda = stack(cfg.coda) if cfg.coda else None
+
+  def __call__(self, token_BT, segment_BT=None, position_BT=None):
+    """Logits of the last loop.
+
+    Args:
+      token_BT: int32 token ids.
+      segment_BT: document of each token; tokens see only their own. None is
+        one document a row.
+      position_BT: place of each token in its document; None counts from 0.
+
+    Returns:
+      logits_BTV, fp32.
+    """
+    context = self._context(token_BT, segment_BT, position_BT)
+    x_BTD = self._enter(token_BT, context)
+    x_BTD = self.block(x_BTD, self.adapters(), context)[0]
+    h_BTD = self._leave(x_BTD, context)
+    if self.is_initializing() and self.cfg.exit_gate:
+      self.gate(h_BTD, 0)
+    return self.logits(h_BTD)
+
+  def hidden(self, token_BT, segment_BT=None, position_BT=None):
+    """What the head multiplies, for every loop: h_LBTD, compute dtype.
+
+    Each loop's output goes through the coda and the final norm, as an exit
+    after that loop would.
+    """
+    context = self._context(token_BT, segment_BT, position_BT)
+    x_BTD = self._enter(token_BT, context)
+    x_LBTD = self.block(x_BTD, self.adapters(), context)[1]
+    return jnp.stack([self._leave(x_BTD, context) for x_BTD in x_LBTD])
+
+  def hidden_and_gates(self, token_BT, segment_BT=None, position_BT=None):
+    """`hidden`, and gate_LBT: the exit gate's logits, but the final loop's."""
+    context = self._context(token_BT, segment_BT, position_BT)
+    x_BTD = self._enter(token_BT, context)
+    x_LBTD = self.block(x_BTD, self.adapters(), context)[1]
+    h_LBTD = jnp.stack([self._leave(x_BTD, context) for x_BTD in x_LBTD])
+    gate_LBT = jnp.stack([
+        self.gate(normalize(self.cfg, x_BTD, self.norm()), loop)
+        for loop, x_BTD in enumerate(x_LBTD[:-1])])
+    return h_LBTD, gate_LBT
+
+  def gate(self, h, loop):
+    """Whether tokens may leave: fp32 logits [...] of the exit gates.
+
+    Args:
+      h: outputs [..., D] of a loop before the coda, through the final norm.
+        No gradient reaches them: a gate does not change what it watches.
+      loop: which loop's, from 0: an int, or int32 [...] where they differ;
+        the final one has no gate, and its result no meaning.
+    """
+    h = jax.lax.stop_gradient(h.astype(jnp.float32))
+    leaves = self.adapters(gate=True)
+    if isinstance(loop, int):
+      leaves = {name: value[loop:loop + 1] for name, value in leaves.items()}
+    # All gates at once are one matmul; to gather them by row would copy them.
+    inner = jax.nn.gelu(
+        jnp.einsum('...D,LDE->...LE', h, leaves['a']) + leaves['a_bias'])
+    gate = jnp.einsum('...LE,LE->...L', inner, leaves['b']) + leaves['b_bias']
+    if isinstance(loop, int):
+      return gate[..., 0]
+    return jnp.take_along_axis(gate, loop[..., None], -1, mode='clip')[..., 0]
+
+  def logits(self, h, loop=None):
+    """The head: h[..., D] to fp32 logits[..., V].
+
+    Args:
+      h: hidden states.
+      loop: which loop's, from 0, so that its head's factors are added: an
+        int, or int32 of h's leading shape; None is the final loop, which has
+        none.
+    """
+    table = self.embed() if self.head is None else self.head()
+    if h.ndim == 3:
+      h = nn.with_logical_constraint(h, ('B_head', 'T', 'D'))
+    h_TD = h.reshape(-1, h.shape[-1])
+    logits = project('TD,VD->TV', h_TD, table.astype(h.dtype), jnp.float32)
+    exits = self.cfg.loops - 1
+    loop = exits if loop is None else loop
+    is_exit = not isinstance(loop, int) or loop != exits
+    if adapters.head_rank(self.cfg) and (is_exit or self.is_initializing()):
+      factors = self.adapters(head=True)
+      a, b = (factors[leaf].astype(h.dtype) for leaf in 'ab')
+      # Two thin matmuls: their product has the size of the table.
+      if isinstance(loop, int):
+        loop = 0 if self.is_initializing() else loop
+        thin = project('TD,DR->TR', h_TD, a[loop], h.dtype)
+        logits += project('TR,RV->TV', thin, b[loop], jnp.float32)
+      else:
+        own_TE = jax.nn.one_hot(loop.reshape(-1), exits, dtype=h.dtype)
+        thin = jnp.einsum('TD,EDR,TE->TER', h_TD, a, own_TE)
+        logits += jnp.einsum('TER,ERV->TV', thin, b,
+                             preferred_element_type=jnp.float32)
+    logits = logits.reshape(*h.shape[:-1], -1)
+    if h.ndim == 3:
+      logits = nn.with_logical_constraint(logits, ('B_head', 'T', 'V'))
+    return logits
+
+  def decode(self, token_BT, position_BT, row_B, cache):
+    """Logits of new tokens, whose predecessors' keys are in the cache.
+
+    Args:
+      token_BT: new tokens; rows may be padded on the right, since a later
+        call overwrites what padding leaves at its positions.
+      position_BT: their positions, below the cache's length.
+      row_B: the cache's row of each row here.
+      cache: of `cache.init` or an earlier call.
+
+    Returns:
+      logits_BTV, fp32, and the cache with these tokens in it.
+    """
+    place = cache_lib.Place(
+        row_B[:, None], position_BT, jnp.zeros_like(row_B[:, None]))
+    x_BTD, cache = self.enter(token_BT, cache, place)
+    for loop in range(self.cfg.loops):
+      x_BTD, cache = self.loop(x_BTD, loop, cache, place)
+    h_BTD, cache = self.leave(x_BTD, cache, place)
+    return self.logits(h_BTD), cache
+
+  def enter(self, token_BT, cache, place):
+    """What the first loop reads, x_BTD, and the cache after the prelude."""
+    x_BTD = self._embed(token_BT)
+    if self.prelude is None:
+      return x_BTD, cache
+    return self.prelude.once(
+        x_BTD, [{}] * self.cfg.prelude, self._place_context(place), cache,
+        place)
+
+  def loop(self, x_BTD, loop, cache, place, method='__call__'):
+    """One pass of the block: x_BTD and the cache.
+
+    Args:
+      x_BTD: what goes in.
+      loop: which loop it is, from 0: an int, or int32 [B, 1], one for each
+        row; for 'fill' without adapters also [B, L], several.
+      cache, place: see cache.py; place.virtual_BT is not read.
+      method: of Layer; 'fill' leaves keys and values only.
+    """
+    cfg, params = self.cfg, self.variables['params']
+    mixed_N = params.get('mixed')  # Serving has made them.
+    if mixed_N is None:
+      mixed_N = depths.mixed(cfg, params.get('adapters', {}))
+    values_N = depths.at(cfg, mixed_N, loop)
+    first_BT = cfg.prelude + loop * cfg.layers_per_loop
+    if isinstance(loop, int):
+      first_BT = jnp.full_like(place.row_BT, first_BT)
+    return self.block.once(
+        x_BTD, values_N, self._place_context(place), cache,
+        place._replace(virtual_BT=first_BT), method)
+
+  def leave(self, x_BTD, cache, place):
+    """What the head multiplies, h_BTD, and the cache after the coda."""
+    if self.coda is not None:
+      first = self.cfg.num_layers - self.cfg.coda
+      x_BTD, cache = self.coda.once(
+          x_BTD, [{}] * self.cfg.coda, self._place_context(place), cache,
+          place._replace(virtual_BT=jnp.full_like(place.row_BT, first)))
+    return normalize(self.cfg, x_BTD, self.norm()), cache
+
+  def _place_context(self, place):
+    return {'rope': rope_tables(self.cfg, place.position_BT)}
+
+  def _context(self, token_BT, segment_BT, position_BT):
+    """What every layer of one call shares."""
+    place_1T = jnp.arange(token_BT.shape[1])[None]
+    if position_BT is None:
+      position_BT = jnp.broadcast_to(place_1T, token_BT.shape)
+    mask_BTS = attention.visible(
+        place_1T, place_1T, window=self.cfg.window, segment_BT=segment_BT)
+    return {'mask_BTS': mask_BTS, 'segment_BT': segment_BT,
+            'rope': rope_tables(self.cfg, position_BT)}
+
+  def _embed(self, token_BT):
+    x_BTD = embedding.lookup(self.embed(), token_BT, self.run.dtype)
+    x_BTD = nn.with_logical_constraint(x_BTD, ('B', 'T', 'D'))
+    if self.cfg.embed_scale:
+      x_BTD *= jnp.asarray(math.sqrt(self.cfg.D), x_BTD.dtype)
+    return x_BTD
+
+  def _enter(self, token_BT, context):
+    x_BTD = self._embed(token_BT)
+    return x_BTD if self.prelude is None else self.prelude(
+        x_BTD, {}, context)[0]
+
+  def _leave(self, x_BTD, context):
+    if self.coda is not None:
+      x_BTD = self.coda(x_BTD, {}, context)[0]
+    return normalize(self.cfg, x_BTD, self.norm())
+
+
+class Table(nn.Module):
+  """One [V, D] parameter."""
+  cfg: config_lib.ModelConfig
+  leaf: str
+  init: nn.initializers.Initializer
+
+  @nn.compact
+  def __call__(self):
+    return self.param(self.leaf, self.init, self.cfg.shape('VD'))
+
+
+@functools.cache
+def abstract_params(cfg: config_lib.ModelConfig) -> dict:
+  """The parameter tree as boxed ShapeDtypeStructs: nothing is computed."""
+  token_BT = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+  return jax.eval_shape(
+      lambda token_BT: Decoder(cfg).init(jax.random.key(0), token_BT),
+      token_BT)['params']
+
+
+def flat_shapes(cfg: config_lib.ModelConfig) -> dict[str, tuple[int, ...]]:
+  """{'block/layers/attn/q/kernel': shape, ...} of every parameter."""
+  leaves = jax.tree_util.tree_leaves_with_path(
+      nn.meta.unbox(abstract_params(cfg)))
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf.shape
+          for path, leaf in leaves}

@@ -1,0 +1,140 @@
+"""One layer: norms, rotary attention, MLP. What varies by loop comes in."""
+
+import functools
+import math
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from recursive_tx import attention
+from recursive_tx import cache as cache_lib
+from recursive_tx import config as config_lib
+from recursive_tx.model.linear import Linear
+
+_ACTS = {
+    'silu': jax.nn.silu,
+    'gelu': functools.partial(jax.nn.gelu, approximate=False),
+    'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),
+    'relu': jax.nn.relu,
+}
+
+
+def normalize(
+    cfg: config_lib.ModelConfig, x: jax.Array, leaves: dict
+) -> jax.Array:
+  """Norm over the last dimension, in fp32; `leaves` holds scale (and bias)."""
+  dtype = x.dtype
+  x = x.astype(jnp.float32)
+  scale = leaves['scale'].astype(jnp.float32)
+  if cfg.norm == 'layer':
+    x -= jnp.mean(x, axis=-1, keepdims=True)
+  x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + cfg.norm_eps)
+  x *= 1 + scale if cfg.norm == 'rms+1' else scale
+  if cfg.norm == 'layer':
+    x += leaves['bias'].astype(jnp.float32)
+  return x.astype(dtype)
+
+
+def rope_tables(
+    cfg: config_lib.ModelConfig, position_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Cosine and sine of each rotated pair's angle, [B, T, 1, pairs], fp32."""
+  pairs = int(cfg.H * cfg.rope_fraction) // 2
+  frequency = cfg.rope_theta ** -(jnp.arange(pairs, dtype=jnp.float32) / pairs)
+  if len(cfg.rope_scaling) == 1:
+    frequency /= cfg.rope_scaling[0]
+  if len(cfg.rope_scaling) == 4:
+    # Llama 3: long wavelengths are stretched by `factor`, short ones are
+    # kept, those between are interpolated.
+    factor, low, high, length = cfg.rope_scaling
+    turns = length * frequency / (2 * math.pi)
+    keep = jnp.clip((turns - low) / (high - low), 0, 1)
+    frequency *= keep + (1 - keep) / factor
+  angle = position_BT[..., None, None].astype(jnp.float32) * frequency
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """Turns pairs (i, i + pairs) of the first 2 * pairs dimensions of H."""
+  cos, sin = rope
+  pairs = cos.shape[-1]
+  x = x_BTNH.astype(jnp.float32)
+  one, two, rest = jnp.split(x, (pairs, 2 * pairs), axis=-1)
+  turned = [one * cos - two * sin, two * cos + one * sin, rest]
+  return jnp.concatenate(turned, axis=-1).astype(x_BTNH.dtype)
+
+
+class Attention(nn.Module):
+  """Grouped-query attention with rotary positions and an optional cache."""
+  cfg: config_lib.ModelConfig
+  run: config_lib.Run
+
+  def setup(self):
+    self.q, self.k, self.v, self.o = (
+        Linear(self.cfg, kernel) for kernel in config_lib.GROUPS['attn'])
+
+  def __call__(self, x_BTD, adapter, context, cache=None, place=None):
+    q_BTNH = rotate(self.q(x_BTD, adapter.get('q', {})), context['rope'])
+    k_BSKH, v_BSKH = self.keys(x_BTD, adapter, context)
+    if cache is None:
+      y_BTNH = attention.attend(
+          q_BTNH, k_BSKH, v_BSKH, mask_BTS=context['mask_BTS'],
+          segment_BT=context['segment_BT'], window=self.cfg.window,
+          implementation=self.run.attention)
+    else:
+      cache = cache_lib.write(cache, place, k_BSKH, v_BSKH)
+      y_BTNH = cache_lib.attend(
+          q_BTNH, cache, place, window=self.cfg.window)
+    return self.o(y_BTNH, adapter.get('o', {})), cache
+
+  def keys(self, x_BTD, adapter, context):
+    """Keys and values, BTKH."""
+    k_BTKH = rotate(self.k(x_BTD, adapter.get('k', {})), context['rope'])
+    return k_BTKH, self.v(x_BTD, adapter.get('v', {}))
+
+
+class Mlp(nn.Module):
+  """act(gate) * up, or act(up), then down."""
+  cfg: config_lib.ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BTD, adapter):
+    def linear(name, x):
+      return Linear(self.cfg, name, name=name)(
+            x, adapter.get(name, {}))
+    act = _ACTS[self.cfg.act]
+    up_BTF = linear('up', x_BTD)
+    if self.cfg.gated:
+      h_BTF = act(linear('gate', x_BTD)) * up_BTF
+    else:
+      h_BTF = act(up_BTF)
+    h_BTF = nn.with_logical_constraint(h_BTF, ('B', 'T', 'F'))
+    return linear('down', h_BTF)
+
+
+class Layer(nn.Module):
+  """One layer; its norms, biases and factors come in as `adapter`."""
+  cfg: config_lib.ModelConfig
+  run: config_lib.Run
+
+  def setup(self):
+    self.attn = Attention(self.cfg, self.run)
+    self.mlp = Mlp(self.cfg)
+
+  def __call__(self, x_BTD, adapter, context, cache=None, place=None):
+    cfg = self.cfg
+    attn, cache = self.attn(
+        normalize(cfg, x_BTD, adapter['attn_norm']), adapter, context, cache,
+        place)
+    residual_BTD = x_BTD if cfg.parallel else x_BTD + attn
+    mlp = self.mlp(
+        normalize(cfg, residual_BTD, adapter['mlp_norm']), adapter)
+    y_BTD = residual_BTD + mlp + (attn if cfg.parallel else 0)
+    return nn.with_logical_constraint(y_BTD, ('B', 'T', 'D')), cache
+
+  def fill(self, x_BTD, adapter, context, cache, place):
+    """Only leaves keys and values in the cache; x_BTD stays as it is."""
+    keys = self.attn.keys(
+        normalize(self.cfg, x_BTD, adapter['attn_norm']), adapter, context)
+    return x_BTD, cache_lib.write(cache, place, *keys)

@@ -1,0 +1,113 @@
+"""A scan over loops of a scan over layers, and one pass with a cache."""
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from recursive_tx import adapters
+from recursive_tx import config as config_lib
+from recursive_tx.model.layer import Layer
+
+_REMATS = {
+    'full': jax.checkpoint_policies.nothing_saveable,
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Stack(nn.Module):
+  """A run of layers, looped; the prelude and the coda run once.
+
+  Attributes:
+    layers: how many, each with its own parameters.
+    loops: how often they run, parameters shared.
+    own_vectors: norms and biases are parameters here, shared by the loops;
+      otherwise they come with the adapters.
+  """
+  cfg: config_lib.ModelConfig
+  run: config_lib.Run
+  layers: int
+  loops: int = 1
+  own_vectors: bool = True
+
+  @nn.compact
+  def __call__(self, x_BTD, adapters_L, context):
+    """Returns x_BTD and each loop's output h_LBTD."""
+    if self.own_vectors:
+      vectors = adapters.stacked((('layers', self.layers),))(
+          self.cfg, adapters.vector_table(self.cfg), name='vectors')()
+      shared_L = jax.tree.map(
+          lambda v: jnp.broadcast_to(v, (self.loops, *v.shape)), vectors)
+      adapters_L = adapters.overlay(shared_L, adapters_L)
+    layer = Layer
+    if self.run.remat != 'none':
+      layer = nn.remat(Layer, policy=_REMATS[self.run.remat],
+                       prevent_cse=self.run.unroll)
+
+    if self.run.unroll and not self.is_initializing():
+      return self._unrolled(layer, x_BTD, adapters_L, context)
+
+    def loop(stack, x_BTD, adapter):
+      scan = nn.scan(
+          layer, variable_axes={'params': 0}, split_rngs={'params': True},
+          in_axes=(0, nn.broadcast), length=stack.layers,
+          metadata_params={nn.PARTITION_NAME: 'layers'})
+      x_BTD, _ = scan(stack.cfg, stack.run, name='layers')(
+          x_BTD, adapter, context)
+      return x_BTD, x_BTD
+
+    loops = nn.scan(
+        loop, variable_broadcast='params', split_rngs={'params': False},
+        in_axes=0, length=self.loops)
+    return loops(self, x_BTD, adapters_L)
+
+  def _unrolled(self, layer, x_BTD, adapters_L, context):
+    """The same without a scan, which would stack what backward needs."""
+    layer = layer(self.cfg, self.run, parent=None)
+    params = _unstack(self.variables['params']['layers'], self.layers)
+    h_LBTD = []
+    for adapter in _unstack(adapters_L, self.loops):
+      for leaves, values in zip(
+          params, _unstack(adapter, self.layers), strict=True):
+        x_BTD, _ = layer.apply({'params': leaves}, x_BTD, values, context)
+      h_LBTD.append(x_BTD)
+    return x_BTD, jnp.stack(h_LBTD)
+
+  def once(self, x_BTD, adapters_N, context, cache, place, method='__call__'):
+    """One pass of the layers over tokens whose earlier ones are in the cache.
+
+    Args:
+      x_BTD: what goes in; rows may be at different loops.
+      adapters_N: a dictionary of values for every layer, as `depths.at` gives.
+      context: of `Decoder._context`.
+      cache, place: see cache.py; `place` is that of the first layer.
+      method: of Layer: what to do in each.
+
+    Returns:
+      x_BTD and the cache with these tokens in it.
+    """
+    params = self.variables['params']
+    layer = Layer(self.cfg, self.run, parent=None)
+    layers_N = _list(params['layers'], self.layers)
+    vectors_N = [{}] * self.layers
+    if self.own_vectors:
+      vectors_N = _list(params['vectors'], self.layers)
+    for i in range(self.layers):
+      x_BTD, cache = layer.apply(
+          {'params': layers_N[i]}, x_BTD,
+          adapters.overlay(vectors_N[i], adapters_N[i]), context, cache,
+          place._replace(virtual_BT=place.virtual_BT + i), method=method)
+    return x_BTD, cache
+
+
+def _list(tree, size: int) -> list:
+  """Trees of the leading slices; serving has them apart from the start."""
+  return tree if isinstance(tree, list) else _unstack(tree, size)
+
+
+def _unstack(tree, size: int) -> list:
+  """`size` trees of the leading slices; the gradient is one concatenation."""
+  leaves, structure = jax.tree.flatten(tree)
+  parts = [[part.squeeze(0) for part in jax.lax.split(leaf, (1,) * size)]
+           for leaf in leaves]
+  return [structure.unflatten([part[i] for part in parts])
+          for i in range(size)]
