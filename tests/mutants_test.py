@@ -122,8 +122,8 @@ MUTANTS = {
         'window=self.cfg.window)',
         ('model_test.py::test_packed_documents_equal_separate_ones',)),
     'exit_skips_the_coda': Mutant(
-        'model/decoder.py', 'self._leave(h_BTD, context) for',
-        'normalize(self.cfg, h_BTD, self.norm()) for', (_EXITS,)),
+        'model/decoder.py', 'self._leave(x_BTD, context) for',
+        'normalize(self.cfg, x_BTD, self.norm()) for', (_EXITS,)),
     'positions_counted_from_the_call': Mutant(
         'cache.py', 'slice(None), place.position_BT)',
         'slice(None), place.position_BT * 0)', (_STEPS,)),

@@ -66,17 +66,11 @@ class Decoder(nn.Module):
     Each loop's output goes through the coda and the final norm, as an exit
     after that loop would.
     """
-    context = self._context(token_BT, segment_BT, position_BT)
-    x_BTD = self._enter(token_BT, context)
-    x_LBTD = self.block(x_BTD, self.adapters(), context)[1]
-    return jnp.stack([self._leave(x_BTD, context) for x_BTD in x_LBTD])
+    return self._every_loop(token_BT, segment_BT, position_BT)[1]
 
   def hidden_and_gates(self, token_BT, segment_BT=None, position_BT=None):
     """`hidden`, and gate_LBT: the exit gate's logits, but the final loop's."""
-    context = self._context(token_BT, segment_BT, position_BT)
-    x_BTD = self._enter(token_BT, context)
-    x_LBTD = self.block(x_BTD, self.adapters(), context)[1]
-    h_LBTD = jnp.stack([self._leave(x_BTD, context) for x_BTD in x_LBTD])
+    x_LBTD, h_LBTD = self._every_loop(token_BT, segment_BT, position_BT)
     gate_LBT = jnp.stack([
         self.gate(normalize(self.cfg, x_BTD, self.norm()), loop)
         for loop, x_BTD in enumerate(x_LBTD[:-1])])
@@ -211,6 +205,14 @@ class Decoder(nn.Module):
         place_1T, place_1T, window=self.cfg.window, segment_BT=segment_BT)
     return {'mask_BTS': mask_BTS, 'segment_BT': segment_BT,
             'rope': rope_tables(self.cfg, position_BT)}
+
+  def _every_loop(self, token_BT, segment_BT, position_BT):
+    """Each loop's output, x_LBTD, and what the head reads of it, h_LBTD."""
+    context = self._context(token_BT, segment_BT, position_BT)
+    x_BTD = self._enter(token_BT, context)
+    x_LBTD = self.block(x_BTD, self.adapters(), context)[1]
+    return x_LBTD, jnp.stack(
+        [self._leave(x_BTD, context) for x_BTD in x_LBTD])
 
   def _embed(self, token_BT):
     x_BTD = embedding.lookup(self.embed(), token_BT, self.run.dtype)
