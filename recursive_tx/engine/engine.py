@@ -111,8 +111,10 @@ class Engine:
     self._eos = -1 if eos_id is None else eos_id
     self._mesh = mesh
     rules = _rules(cfg, mesh) if mesh else ()
+    # Half: whole groups where all leave together, and little that is not asked
+    # for where a third do.
     self._plan = step.Plan(
-        cfg, run, exit, fill, schedule, max(1, -(-slots // 4)), rules)
+        cfg, run, exit, fill, schedule, -(-slots // 2), rules)
     self._steps, self._scripted = steps, exit.rule == 'oracle'
     if mesh:
       params = sharding.of_boxed(model.abstract_params(cfg), mesh, rules)
