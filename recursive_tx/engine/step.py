@@ -158,20 +158,8 @@ def _decide(plan, variables, slots: Slots, rows, busy_B, cache, place):
 
   def choose(index_G, carry):
     (token_B, guess_B, sure_B, log_p_B), cache = carry
-    part = _take(place, index_G, len(rows.token))
-    row_G, position_G = part.row_BT[:, 0], part.position_BT[:, 0]
-    loop_G = slots.loop.at[index_G].get(mode='clip')
-    h_G1D, cache = plan.apply(
-        variables, slots.x_BD.at[index_G].get(mode='clip')[:, None], cache,
-        part, method='leave')
-    logits_GV = plan.apply(variables, h_G1D[:, 0], loop_G, method='logits')
-    samplers = jax.tree.map(
-        lambda leaf: leaf.at[row_G].get(mode='clip'), rows.samplers)
-    token_G = sampling.sample(samplers, logits_GV, position_G)
-    if rows.script is not None:
-      token_G = rows.script[0].at[row_G, position_G].get(mode='clip')
-    chosen_G1 = jnp.take_along_axis(logits_GV, token_G[:, None], axis=1)
-    log_p_G = chosen_G1[:, 0] - jax.nn.logsumexp(logits_GV, axis=1)
+    (token_G, log_p_G, logits_GV), cache = _ask(
+        plan, variables, slots, rows, index_G, cache, place)
     guess_G, sure_G = jnp.full_like(token_G, -1), jnp.full(len(index_G), True)
     if by_head:
       guess_G = jnp.argmax(logits_GV, axis=1).astype(jnp.int32)
@@ -199,6 +187,30 @@ def _decide(plan, variables, slots: Slots, rows, busy_B, cache, place):
   slots = slots._replace(
       token=jnp.where(leaves_B, token_B, slots.token), guess=guess_B)
   return slots, cache, leaves_B, log_p_B
+
+
+def _ask(plan, variables, slots: Slots, rows, index_G, cache, place):
+  """The tokens that some slots would leave with.
+
+  Returns:
+    token_G, its log-probability and logits_GV; and the cache.
+  """
+  part = _take(place, index_G, len(rows.token))
+  row_G, position_G = part.row_BT[:, 0], part.position_BT[:, 0]
+  h_G1D, cache = plan.apply(
+      variables, slots.x_BD.at[index_G].get(mode='clip')[:, None], cache, part,
+      method='leave')
+  logits_GV = plan.apply(
+      variables, h_G1D[:, 0], slots.loop.at[index_G].get(mode='clip'),
+      method='logits')
+  samplers = jax.tree.map(
+      lambda leaf: leaf.at[row_G].get(mode='clip'), rows.samplers)
+  token_G = sampling.sample(samplers, logits_GV, position_G)
+  if rows.script is not None:
+    token_G = rows.script[0].at[row_G, position_G].get(mode='clip')
+  chosen_G1 = jnp.take_along_axis(logits_GV, token_G[:, None], axis=1)
+  log_p_G = chosen_G1[:, 0] - jax.nn.logsumexp(logits_GV, axis=1)
+  return (token_G, log_p_G, logits_GV), cache
 
 
 def _propagate(plan, variables, slots: Slots, early_B, cache, place):

@@ -31,8 +31,8 @@ import paper_throughput
 
 # In tokens.
 PROMPT, SHORTEST, MEAN, LONGEST = (8, 32), 8, 64, 200
-# Shares of tokens that agree with full depth, for the curve.
-CURVE = (0.9, 0.95, 0.97, 0.98, 0.99, 0.995)
+# Of the calibrated rule, for the curve of agreement against speed.
+THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 
 
 def main() -> None:
@@ -46,7 +46,8 @@ def main() -> None:
   parser.add_argument('--simulate', action='store_true',
                       help="the paper's tables from its block times")
   parser.add_argument('--json', help='file for the rows')
-  parser.add_argument('--plot', help='PNG of agreement against speed')
+  parser.add_argument('--plot', help='PNG of agreement against speed, at '
+                      'several thresholds of the calibrated rule')
   args = parser.parse_args()
   if args.simulate:
     found = paper_throughput.simulate()
@@ -206,6 +207,13 @@ def measure(args) -> dict:
     engines[f'cdb, {calibrated.rule}'] = engine(exit=calibrated)
     engines[f'cdb, {calibrated.rule}, complete'] = engine(
         exit=calibrated, fill='complete')
+  if args.plot:
+    if not calibrated:
+      raise SystemExit(f'{args.checkpoint} has no exit.json, which --plot is '
+                       'about; run the verb calibrate')
+    for threshold in THRESHOLDS:
+      engines[f'cdb, {calibrated.rule} {threshold:g}'] = engine(exit=exits.Exit(
+          calibrated.rule, (threshold,) * (cfg.loops - 1)))
 
   runs = {name: [] for name in engines}
   for i in range(args.rounds + 1):
@@ -214,7 +222,10 @@ def measure(args) -> dict:
                   scripts if name == 'cdb, oracle' else None)
       if i:  # The first compiles.
         runs[name].append(run)
-  return report(args, cfg, tokenizer, prompts, runs, judge)
+  found = report(args, cfg, tokenizer, prompts, runs, judge)
+  if args.plot:
+    plot(args.plot, found['rows'][-len(THRESHOLDS):])
+  return found
 
 
 def report(args, cfg, tokenizer, prompts, runs, judge) -> dict:
@@ -255,6 +266,24 @@ def report(args, cfg, tokenizer, prompts, runs, judge) -> dict:
           f'{row["first_token_s"]:9.2f}{row["p50_ms"]:8.1f}'
           f'{row["p99_ms"]:8.1f}', flush=True)
   return {'fixed_loops': fixed, 'rows': rows}
+
+
+def plot(path: str, rows: list[dict]) -> None:
+  """Agreement with full depth against tokens/s over csb's."""
+  import matplotlib
+  matplotlib.use('Agg')
+  from matplotlib import pyplot
+  figure, axes = pyplot.subplots(figsize=(6, 4), layout='constrained')
+  axes.plot([row['agreement'] for row in rows],
+            [row['to_csb'] for row in rows], 'o-', label='measured')
+  axes.plot([row['agreement'] for row in rows],
+            [row['theory'] for row in rows], 'o--', label='(loops + f) / '
+            '(depth + f)')
+  axes.set(xlabel='share of tokens as at full depth',
+           ylabel='tokens/s over sequence-wise batching')
+  axes.grid(alpha=0.3)
+  axes.legend()
+  figure.savefig(path, dpi=150)
 
 
 def fixed_cost(cfg, runs) -> float:
