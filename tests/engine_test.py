@@ -213,7 +213,8 @@ def test_tokens_leave_as_the_rule_says(cfg, rule, fill):
 
 
 @functools.cache
-def _served(slots, schedule):
+def _served(slots, schedule, alone=False):
+  """An engine for all tests that ask alike; `alone`: for none but `_alone`."""
   return rtx.Engine(
       MIXED, _variables(MIXED), slots=slots, max_len=LENGTH, steps=4,
       schedule=schedule, exit=_half(MIXED, 'top'), fill='complete')
@@ -222,7 +223,7 @@ def _served(slots, schedule):
 @functools.cache
 def _alone(prompt, count, sampler):
   """What a request gets in an engine of its own."""
-  served = _served(1, 'cdb')
+  served = _served(1, 'cdb', alone=True)
   rows = _drain(served, [served.submit(engine.Request(
       prompt, count, sampler))])
   return [(event.token, event.depth) for row in rows.values() for event in row]

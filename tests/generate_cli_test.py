@@ -42,7 +42,9 @@ def _start(directory, *flags, **how):
       [sys.executable, '-m', 'recursive_tx', 'generate',
        f'--checkpoint={directory}', *flags], cwd=ROOT, text=True, **{
            'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE,
-           'stderr': subprocess.PIPE, **how}, env={
+           'stderr': subprocess.PIPE, **how},
+      # A test run in the background inherits that Ctrl-C is ignored.
+      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), env={
                **os.environ, 'JAX_PLATFORMS': 'cpu',
                'PYTHONIOENCODING': 'utf-8',
                'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'})
