@@ -178,12 +178,11 @@ def _compile(lowered, config, tell) -> tuple[float, dict[str, Any]]:
   try:
     compiled, text = compile_text(lowered)
   except jax.errors.JaxRuntimeError as error:
-    # The compiler says how much it would have needed.
-    needed = re.search(r'Used ([\d.]+)([MG]) of', str(error))
-    if 'RESOURCE_EXHAUSTED' not in str(error) or not needed:
+    needed = needed_bytes(str(error))
+    if needed is None:
       raise
     tell('plan: the compiler ran out of the chip\'s memory')
-    return float(needed[1]) * {'M': 2**20, 'G': 2**30}[needed[2]], {}
+    return needed, {}
   tell(f'plan: compiled in {time.monotonic() - start:.0f} s')
   memory = compiled.memory_analysis()
   peak = (memory.argument_size_in_bytes + memory.temp_size_in_bytes
@@ -193,6 +192,15 @@ def _compile(lowered, config, tell) -> tuple[float, dict[str, Any]]:
       'compiled_flops': account.flops, 'kernel_flops': account.kernel_flops,
       'sent_bytes': account.bytes,
       'largest_arrays': [name for _, name in account.largest]}
+
+
+def needed_bytes(message: str) -> float | None:
+  """What a program asked for, by the compiler's words where it was too much."""
+  needed = re.search(
+      r'(?:Used |HLO temporaries \()([\d.]+)([MG])', message)
+  if 'RESOURCE_EXHAUSTED' not in message or not needed:
+    return None
+  return float(needed[1]) * {'M': 2**20, 'G': 2**30}[needed[2]]
 
 
 def compile_text(lowered: Any) -> tuple[Any, str]:

@@ -143,3 +143,15 @@ def test_the_command_prints_json():
   found = json.loads(done.stdout)
   assert found['fits'] and found['peak_bytes_per_chip'] < 80 * 2**30
   assert found['bytes']['teacher'] > 0
+
+
+@pytest.mark.parametrize('message, gib', [
+    ('RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of'
+     ' 15.75G hbm.', 17.5),
+    ('RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, '
+     'the total memory required for HLO temporaries (512.0M) exceeds available '
+     'HBM (15.75G).', 0.5),
+    ('INTERNAL: Used 3G of nothing', None)])
+def test_what_the_compiler_says_it_needed(message, gib):
+  needed = plan.needed_bytes(message)
+  assert needed == (gib and gib * 2**30)
