@@ -162,7 +162,7 @@ def _decide(plan, variables, slots: Slots, rows, busy_B, cache, place):
         plan, variables, slots, rows, index_G, cache, place)
     guess_G, sure_G = jnp.full_like(token_G, -1), jnp.full(len(index_G), True)
     if by_head:
-      guess_G = jnp.argmax(logits_GV, axis=1).astype(jnp.int32)
+      guess_G = sampling.likeliest(logits_GV)
       score_G = exits.score(rule, logits_BV=logits_GV,
                             before_B=guess_B.at[index_G].get(mode='clip'))
       sure_G = score_G >= threshold_B.at[index_G].get(mode='clip')
@@ -178,12 +178,12 @@ def _decide(plan, variables, slots: Slots, rows, busy_B, cache, place):
   leaves_B = asked_B & sure_B
   if plan.fill == 'complete' and cfg.coda:
     # The coda saw an early state; these are the keys of the last.
-    again_B = busy_B & last_B & ~leaves_B
-    _, cache = _grouped(
-        plan.group, again_B, lambda index_G, carry: (None, plan.apply(
-            variables, slots.x_BD.at[index_G].get(mode='clip')[:, None],
-            carry[1], _take(place, index_G, len(rows.token)),
-            method='leave')[1]), (None, cache))
+    def close(index_G, cache):
+      part = _take(place, index_G, len(rows.token))
+      return plan.apply(
+          variables, _inputs(slots, index_G), cache, part, method='leave')[1]
+
+    cache = _grouped(plan.group, busy_B & last_B & ~leaves_B, close, cache)
   slots = slots._replace(
       token=jnp.where(leaves_B, token_B, slots.token), guess=guess_B)
   return slots, cache, leaves_B, log_p_B
@@ -198,8 +198,7 @@ def _ask(plan, variables, slots: Slots, rows, index_G, cache, place):
   part = _take(place, index_G, len(rows.token))
   row_G, position_G = part.row_BT[:, 0], part.position_BT[:, 0]
   h_G1D, cache = plan.apply(
-      variables, slots.x_BD.at[index_G].get(mode='clip')[:, None], cache, part,
-      method='leave')
+      variables, _inputs(slots, index_G), cache, part, method='leave')
   logits_GV = plan.apply(
       variables, h_G1D[:, 0], slots.loop.at[index_G].get(mode='clip'),
       method='logits')
@@ -224,7 +223,7 @@ def _propagate(plan, variables, slots: Slots, early_B, cache, place):
   def fill(index_G, cache):
     part = _take(place, index_G, R)
     exit_G1 = slots.loop.at[index_G].get(mode='clip')[:, None]
-    x_G1D = slots.x_BD.at[index_G].get(mode='clip')[:, None]
+    x_G1D = _inputs(slots, index_G)
     loop_GL = jnp.broadcast_to(later, (len(index_G), len(later)))
     # Nobody's where a later loop is not skipped.
     part = part._replace(row_BT=jnp.where(loop_GL > exit_G1, part.row_BT, R))
@@ -316,6 +315,11 @@ def _place(rows, row_B) -> cache_lib.Place:
   return cache_lib.Place(
       row_B1, rows.position.at[row_B1].get(mode='clip'),
       jnp.zeros_like(row_B1))
+
+
+def _inputs(slots: Slots, index_G) -> jax.Array:
+  """x_G1D of some slots; anything for indices past the last."""
+  return slots.x_BD.at[index_G].get(mode='clip')[:, None]
 
 
 def _take(place, index_G, R: int) -> cache_lib.Place:
