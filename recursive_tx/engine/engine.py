@@ -25,6 +25,8 @@ from recursive_tx.engine import step
 # A call of prefill has this many tokens, of one prompt or of several.
 _CHUNK = 256
 _SHORTEST = 16
+# Slots whose head is computed at once, at least.
+_FEW = 8
 # Prompts' tokens between two bursts, so that long ones do not hold up the
 # requests that are being answered.
 _BETWEEN = 8 * _CHUNK
@@ -112,9 +114,9 @@ class Engine:
     self._mesh = mesh
     rules = _rules(cfg, mesh) if mesh else ()
     # Half: whole groups where all leave together, and little that is not asked
-    # for where a third do.
+    # for where a third do. A few rows take as long as one.
     self._plan = step.Plan(
-        cfg, run, exit, fill, schedule, -(-slots // 2), rules)
+        cfg, run, exit, fill, schedule, max(_FEW, -(-slots // 2)), rules)
     self._steps, self._scripted = steps, exit.rule == 'oracle'
     if mesh:
       params = sharding.of_boxed(model.abstract_params(cfg), mesh, rules)

@@ -106,11 +106,15 @@ class Decoder(nn.Module):
         int, or int32 of h's leading shape; None is the final loop, which has
         none.
     """
-    table = self.embed() if self.head is None else self.head()
     if h.ndim == 3:
       h = nn.with_logical_constraint(h, ('B_head', 'T', 'D'))
     h_TD = h.reshape(-1, h.shape[-1])
-    logits = project('TD,VD->TV', h_TD, table.astype(h.dtype), jnp.float32)
+    turned_DV = self.variables['params'].get('turned')  # By serving, for CPUs.
+    if turned_DV is None:
+      table = self.embed() if self.head is None else self.head()
+      logits = project('TD,VD->TV', h_TD, table.astype(h.dtype), jnp.float32)
+    else:
+      logits = project('TD,DV->TV', h_TD, turned_DV, jnp.float32)
     exits = self.cfg.loops - 1
     loop = exits if loop is None else loop
     is_exit = not isinstance(loop, int) or loop != exits
