@@ -19,7 +19,8 @@ _SHARD_BYTES = 5 << 30
 # What a directory's model is used with, carried along unchanged.
 _COMPANIONS = (
     'tokenizer.model', 'tokenizer.json', 'tokenizer_config.json',
-    'special_tokens_map.json', 'added_tokens.json', 'generation_config.json',
+    'special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja',
+    'generation_config.json',
     'LICENSE', 'LICENSE.md', 'LICENSE.txt', 'NOTICE', 'README.md')
 
 

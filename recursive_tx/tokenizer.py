@@ -20,6 +20,7 @@ class Tokenizer:
   Attributes:
     vocab_size: one more than the largest id.
     bos_id: the id that opens a document, None where the family adds none.
+    opening: the ids that open a document: `bos_id`, or none.
     eos_id: the id that ends a document.
     digest: hexadecimal digest of the tokenizer's file.
   """
@@ -38,6 +39,7 @@ class Tokenizer:
     self._decode = decode
     self.vocab_size = vocab_size
     self.bos_id = bos_id
+    self.opening = [] if bos_id is None else [bos_id]
     self.eos_id = eos_id
     self.digest = digest
 

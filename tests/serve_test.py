@@ -473,6 +473,13 @@ def test_a_chat_template_is_followed(tmp_path):
       1, *encode('user=the'), 2, *encode('assistant=cat'), 2, *encode('go')]
 
 
+def test_a_chat_template_of_its_own_file_goes_first(tmp_path):
+  (tmp_path / 'chat_template.jinja').write_text('{{ messages[0].role }}')
+  chat, encode = _chat(tmp_path, chat_template='other')
+  assert chat.encode([{'role': 'user', 'content': 'x'}]) == [
+      1, *encode('user')]
+
+
 @pytest.mark.parametrize('template', [
     "{{ raise_exception('no\nsystem') }}",
     "{{ messages.append(1) }}",

@@ -29,9 +29,8 @@ def main(argv: list[str]) -> None:
   cfg, variables = saved.restore(folder / 'relaxed' / 'model')
   tokenizer = tokenizer_lib.load(folder / 'relaxed' / 'model')
   prompt = tokenizer.encode(_PROMPT.value)
-  start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
   new, = engine.generate(
-      cfg, variables, [start + prompt], max_new_tokens=150,
+      cfg, variables, [tokenizer.opening + prompt], max_new_tokens=150,
       sampler=sampling.Sampler(temperature=0.7, top_p=0.95),
       eos_id=tokenizer.eos_id)
   print(f'\nThe relaxed model continues {_PROMPT.value!r}:\n')

@@ -68,15 +68,15 @@ def main(argv: list[str]) -> None:
   tokenizer = tokenizer_lib.load(directory)
   tokenizer_lib.check_vocab(tokenizer, cfg.V)
   exit, fill = _EXIT(directory, cfg)
-  bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+  opening = tokenizer.opening
   ids = [tokenizer.encode(text) for text in texts]
-  longest = max(map(len, ids)) + len(bos) + _MAX_NEW_TOKENS.value
+  longest = len(opening) + max(map(len, ids)) + _MAX_NEW_TOKENS.value
   served = engine.Engine(
       cfg, variables, slots=min(_SLOTS.value, len(ids)), exit=exit, fill=fill,
       # Compiled once for each multiple of 64, not for each length.
       max_len=-(-longest // 64) * 64, eos_id=tokenizer.eos_id)
   requests = [
-      engine.Request(bos + prompt, _MAX_NEW_TOKENS.value,
+      engine.Request(opening + prompt, _MAX_NEW_TOKENS.value,
                      dataclasses.replace(sampler, seed=sampler.seed + i))
       for i, prompt in enumerate(ids)]
   streams = [TextStream(tokenizer, prompt, _STOP.value) for prompt in ids]

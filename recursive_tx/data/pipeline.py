@@ -139,12 +139,14 @@ def encode(
       codes[i] = codes[i] or 1 + FAULTS.index('not_utf8')
     if not text:
       codes[i] = codes[i] or 1 + FAULTS.index('empty')
-  head = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-  tail = [tokenizer.eos_id]
   return [
       (np.zeros(0, np.int32), 0, code)
       if code
-      else (np.array([*head, *ids, *tail], np.int32), len(text), 0)
+      else (
+          np.array([*tokenizer.opening, *ids, tokenizer.eos_id], np.int32),
+          len(text),
+          0,
+      )
       for ids, text, code in zip(
           tokenizer.encode_batch(strings), texts, codes, strict=True
       )

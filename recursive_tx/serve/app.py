@@ -157,9 +157,7 @@ class Service:
     """Token ids of the prompts."""
     if isinstance(form, answers.Chats):
       return [self.chat.encode(asked.prompts[0])]
-    bos = self.tokenizer.bos_id
-    start = [] if bos is None else [bos]
-    return [start + self.tokenizer.encode(prompt)
+    return [self.tokenizer.opening + self.tokenizer.encode(prompt)
             if isinstance(prompt, str) else prompt for prompt in asked.prompts]
 
   def _requests(self, asked: Asked, form, prompts) -> list[Request]:

@@ -17,8 +17,8 @@ from recursive_tx.tokenizer import Tokenizer
 class Chat:
   """Messages to token ids.
 
-  By the `chat_template` of tokenizer_config.json, or else line by line as
-  'role: content', ended by 'assistant:'.
+  By chat_template.jinja or the `chat_template` of tokenizer_config.json, or
+  else line by line as 'role: content', ended by 'assistant:'.
   """
 
   def __init__(self, directory: str | os.PathLike, tokenizer: Tokenizer):
@@ -41,6 +41,9 @@ class Chat:
     source = found.get('chat_template')
     if isinstance(source, list):  # Several, by name.
       source = {x.get('name'): x.get('template') for x in source}.get('default')
+    alone = path.with_name('chat_template.jinja')
+    if alone.is_file():  # Where newer tools put it; it goes before the other.
+      path, source = alone, alone.read_text('utf-8')
     if source is not None:
       self._template = _compile(path, source)
 
@@ -57,8 +60,8 @@ class Chat:
     for part in filter(None, parts):
       one = self._ids.get(part) if self._template else None
       ids += self._tokenizer.encode(part) if one is None else [one]
-    start = self._tokenizer.bos_id
-    return ids if start is None or ids[:1] == [start] else [start, *ids]
+    opening = self._tokenizer.opening
+    return ids if ids[:len(opening)] == opening else opening + ids
 
   def _render(self, messages: list[dict[str, str]]) -> str:
     if self._template is None:
@@ -93,7 +96,7 @@ def _compile(path: pathlib.Path, source: object):
     return environment.from_string(source)
   except (jinja2.TemplateError, TypeError) as error:
     raise ValueError(
-        f"{path}: 'chat_template' is no template"
+        f"{path}: the chat template is no template"
         f' ({" ".join(str(error).split())}); correct or remove it') from None
 
 

@@ -39,10 +39,10 @@ def samples(
     config: Config, variables: Any, tokenizer: Any
 ) -> dict[str, str]:
   """How the model goes on from each of eval.prompts, greedily."""
-  bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
   news = engine.generate(
       config.model, variables,
-      [bos + tokenizer.encode(prompt) for prompt in config.eval.prompts],
+      [tokenizer.opening + tokenizer.encode(prompt)
+       for prompt in config.eval.prompts],
       eos_id=tokenizer.eos_id, run=config.run,
   )
   return {

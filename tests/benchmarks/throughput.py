@@ -4,12 +4,13 @@
   python tests/benchmarks/throughput.py --simulate [--json=FILE]
 
 Serves the same requests with the same model by every schedule and exit, in
-turns: prompts are openings of held-out stories, lengths are exponential, cut
-at the longest. Everything is inside the clock: reading the prompts, embedding,
-blocks, head, the keys of skipped loops, scheduling, and the text of what came
-out. DIR is a model with exits (configs/exits.py), whose exit.json has the
-calibrated thresholds; with `oracle`, every token leaves at the first loop that
-agrees with the last, known beforehand, and is the full-depth run's.
+turns: prompts are openings of sentences of stories that were held out of the
+training on FILE by configs/exits.py, lengths are exponential, cut at both
+ends. Everything is inside the clock: reading the prompts, embedding, blocks,
+head, the keys of skipped loops, scheduling, and the text of what came out. DIR
+is a model with exits (configs/exits.py), whose exit.json has the calibrated
+thresholds; with `oracle`, every token leaves at the first loop that agrees
+with the last, known beforehand, and is the full-depth run's.
 
 `theory` is (loops + f) / (depth + f), where f is what a token costs whatever
 its depth, in loops: measured as the time per token left over when every token
@@ -23,15 +24,14 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 import statistics
 import time
 
 import numpy as np
 import paper_throughput
 
-# In tokens.
-PROMPT, SHORTEST, MEAN, LONGEST = (8, 32), 8, 64, 200
-# Of the calibrated rule, for the curve of agreement against speed.
+# Of a rule, for the curve of agreement against speed.
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 
 
@@ -43,11 +43,16 @@ def main() -> None:
   parser.add_argument('--requests', type=int, default=256)
   parser.add_argument('--slots', type=int, default=32)
   parser.add_argument('--rounds', type=int, default=5)
+  parser.add_argument('--prompt', type=_numbers(2), default=(4, 16),
+                      metavar='LEAST,MOST', help='tokens of a prompt')
+  parser.add_argument('--new', type=_numbers(3), default=(16, 96, 256),
+                      metavar='LEAST,MEAN,MOST', help='tokens that follow')
   parser.add_argument('--simulate', action='store_true',
                       help="the paper's tables from its block times")
   parser.add_argument('--json', help='file for the rows')
-  parser.add_argument('--plot', help='PNG of agreement against speed, at '
-                      'several thresholds of the calibrated rule')
+  parser.add_argument('--curve', action='append', default=[], metavar='RULE',
+                      help='also several thresholds of this rule; repeatable')
+  parser.add_argument('--plot', help="PNG of the curves' agreement and speed")
   args = parser.parse_args()
   if args.simulate:
     found = paper_throughput.simulate()
@@ -84,22 +89,28 @@ class Served:
     return float(np.mean(np.concatenate(self.depths)))
 
 
-def requests(tokenizer, path: str, count: int, seed: int = 0):
+def requests(tokenizer, args, seed: int = 0):
   """Prompts and lengths, a function of the seed."""
+  from configs import exits as recipe
+  from recursive_tx.data import Task
+  from recursive_tx.data.documents import Documents
+  data = recipe.get_config(f'text={args.text}').data
+  documents = Documents(
+      Task('stories', **data.tasks.stories.to_dict()), 'heldout',
+      fraction=data.heldout_fraction)
+  stories = [text.decode() for number in range(documents.num_units)
+             for text in documents.unit(number)[0]]
   rng = np.random.default_rng(seed)
-  stories = pathlib.Path(path).read_text().split('<|endoftext|>')
-  bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
   prompts = []
-  # The last of the file.
-  for story in stories[::-1]:
-    tokens = bos + tokenizer.encode(story.strip())
-    size = int(rng.integers(*PROMPT))
-    if len(tokens) > size:
-      prompts.append(tokens[:size])
-    if len(prompts) == count:
-      break
-  assert len(prompts) == count, f'{path} has {len(prompts)} stories'
-  lengths = rng.exponential(MEAN, count).clip(SHORTEST, LONGEST).astype(int)
+  while len(prompts) < args.requests:
+    story = stories[len(prompts) % len(stories)]
+    sentences = re.split(r'(?<=[.!?])\s+', story.strip())
+    tokens = tokenizer.encode(
+        ' '.join(sentences[int(rng.integers(len(sentences))):]))
+    size = int(rng.integers(*args.prompt, endpoint=True))
+    prompts.append((tokenizer.opening + tokens)[:size])
+  least, mean, most = args.new
+  lengths = rng.exponential(mean, args.requests).clip(least, most).astype(int)
   return prompts, lengths.tolist()
 
 
@@ -184,8 +195,8 @@ def measure(args) -> dict:
   from recursive_tx import tokenizer as tokenizer_lib
   cfg, variables = saved.load(pathlib.Path(args.checkpoint))
   tokenizer = tokenizer_lib.load(pathlib.Path(args.checkpoint))
-  prompts, lengths = requests(tokenizer, args.text, args.requests)
-  width = -(-(PROMPT[1] + LONGEST) // 64) * 64
+  prompts, lengths = requests(tokenizer, args)
+  width = -(-(args.prompt[1] + args.new[2]) // 64) * 64
   judge = Judge(cfg, variables, width)
 
   def engine(**kwargs):
@@ -207,13 +218,10 @@ def measure(args) -> dict:
     engines[f'cdb, {calibrated.rule}'] = engine(exit=calibrated)
     engines[f'cdb, {calibrated.rule}, complete'] = engine(
         exit=calibrated, fill='complete')
-  if args.plot:
-    if not calibrated:
-      raise SystemExit(f'{args.checkpoint} has no exit.json, which --plot is '
-                       'about; run the verb calibrate')
+  for rule in args.curve:
     for threshold in THRESHOLDS:
-      engines[f'cdb, {calibrated.rule} {threshold:g}'] = engine(exit=exits.Exit(
-          calibrated.rule, (threshold,) * (cfg.loops - 1)))
+      engines[f'cdb, {rule} {threshold:g}'] = engine(
+          exit=exits.Exit(rule, (threshold,) * (cfg.loops - 1)))
 
   runs = {name: [] for name in engines}
   for i in range(args.rounds + 1):
@@ -224,7 +232,7 @@ def measure(args) -> dict:
         runs[name].append(run)
   found = report(args, cfg, tokenizer, prompts, runs, judge)
   if args.plot:
-    plot(args.plot, found['rows'][-len(THRESHOLDS):])
+    plot(args.plot, args.curve, found['rows'])
   return found
 
 
@@ -236,8 +244,9 @@ def report(args, cfg, tokenizer, prompts, runs, judge) -> dict:
         for one, two in zip(runs[name], runs[other], strict=True))
 
   fixed = fixed_cost(cfg, runs)
-  print(f'{args.requests} requests of {PROMPT[0]} to {PROMPT[1]} tokens, '
-        f'{SHORTEST} to {LONGEST} new ones (exponential, {MEAN}), '
+  least, mean, most = args.new
+  print(f'{args.requests} requests of {args.prompt[0]} to {args.prompt[1]} '
+        f'tokens, {least} to {most} new ones (exponential, {mean}), '
         f'{args.slots} slots, {args.rounds} rounds; f = {fixed:.2f} loops\n'
         f'{"":22}tok/s  static   csb theory depth agree  bits/B'
         '  first s  p50 ms  p99 ms')
@@ -268,17 +277,20 @@ def report(args, cfg, tokenizer, prompts, runs, judge) -> dict:
   return {'fixed_loops': fixed, 'rows': rows}
 
 
-def plot(path: str, rows: list[dict]) -> None:
+def plot(path: str, rules: list[str], rows: list[dict]) -> None:
   """Agreement with full depth against tokens/s over csb's."""
   import matplotlib
   matplotlib.use('Agg')
   from matplotlib import pyplot
   figure, axes = pyplot.subplots(figsize=(6, 4), layout='constrained')
-  axes.plot([row['agreement'] for row in rows],
-            [row['to_csb'] for row in rows], 'o-', label='measured')
-  axes.plot([row['agreement'] for row in rows],
-            [row['theory'] for row in rows], 'o--', label='(loops + f) / '
-            '(depth + f)')
+  for i, rule in enumerate(rules):
+    names = [f'cdb, {rule} {threshold:g}' for threshold in THRESHOLDS]
+    curve = [row for row in rows if row['row'] in names]
+    agreement = [row['agreement'] for row in curve]
+    axes.plot(agreement, [row['to_csb'] for row in curve], f'C{i}o-',
+              label=rule)
+    axes.plot(agreement, [row['theory'] for row in curve], f'C{i}:',
+              label=f'{rule}: (loops + f) / (depth + f)')
   axes.set(xlabel='share of tokens as at full depth',
            ylabel='tokens/s over sequence-wise batching')
   axes.grid(alpha=0.3)
@@ -294,6 +306,17 @@ def fixed_cost(cfg, runs) -> float:
   depth, seconds = np.array(points).T
   slope, rest = np.polyfit(depth, seconds, 1)
   return max(0.0, rest / slope)
+
+
+def _numbers(count: int):
+  """Parses so many integers between commas."""
+  def parse(text: str) -> tuple[int, ...]:
+    values = tuple(int(part) for part in text.split(','))
+    if len(values) != count or list(values) != sorted(values):
+      raise argparse.ArgumentTypeError(
+          f'{text!r}; expected {count} rising integers between commas')
+    return values
+  return parse
 
 
 if __name__ == '__main__':
