@@ -21,10 +21,12 @@ leaves after the first loop, or after the second, ...
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import pathlib
 import re
+import resource
 import statistics
 import time
 
@@ -157,7 +159,7 @@ class Judge:
     decoder = rtx.Decoder(cfg)
 
     @jax.jit
-    def look(token_BT):
+    def look(variables, token_BT):
       h_LBTD = decoder.apply(variables, token_BT, method='hidden')
       def of_loop(h_BTD):
         logits_BTV = decoder.apply(variables, h_BTD, method='logits')
@@ -168,7 +170,8 @@ class Judge:
             log_p_BTV, next_BT[..., None], -1)[..., 0]
       return jax.lax.map(of_loop, h_LBTD)
 
-    self._look, self._width, self._batch = look, width, batch
+    self._look = functools.partial(look, jax.device_put(variables))
+    self._width, self._batch = width, batch
 
   def __call__(self, prompts, tokens):
     """For every text: each loop's likeliest tokens [L, n], the last's nats."""
@@ -218,6 +221,9 @@ def measure(args) -> dict:
     engines[f'cdb, {calibrated.rule}'] = engine(exit=calibrated)
     engines[f'cdb, {calibrated.rule}, complete'] = engine(
         exit=calibrated, fill='complete')
+  if calibrated:
+    engines[f'cdb, {calibrated.rule}, share'] = shared(
+        engine(exit=calibrated, steps=17), tokenizer, prompts, lengths)
   for rule in args.curve:
     for threshold in THRESHOLDS:
       engines[f'cdb, {rule} {threshold:g}'] = engine(
@@ -230,10 +236,48 @@ def measure(args) -> dict:
                   scripts if name == 'cdb, oracle' else None)
       if i:  # The first compiles.
         runs[name].append(run)
+    print(f'round {i} of {args.rounds}: {resident():.2f} GiB', flush=True)
   found = report(args, cfg, tokenizer, prompts, runs, judge)
   if args.plot:
     plot(args.plot, args.curve, found['rows'])
   return found
+
+
+def shared(engine, tokenizer, prompts, lengths):
+  """The engine, made to reuse the exit's keys in the loops that are skipped.
+
+  Its bursts, of a number of steps that no other engine has, are compiled with
+  what `step` does otherwise.
+  """
+  from recursive_tx.engine import step
+  made, step._propagate = step._propagate, _share
+  serve(engine, tokenizer, prompts, lengths)
+  step._propagate = made
+  return engine
+
+
+def _share(plan, variables, slots, early_B, cache, place):
+  import jax.numpy as jnp
+  cfg, R = plan.cfg, cache.k.shape[1]
+  loop_B1, layer_N = slots.loop[:, None], jnp.arange(cfg.layers_per_loop)
+  position_B1 = place.position_BT
+  def copy(leaf):
+    first = cfg.prelude + layer_N
+    own_BNKH = leaf.at[first + loop_B1 * len(layer_N), place.row_BT, :,
+                       position_B1].get(mode='clip')
+    for loop in range(1, cfg.loops):
+      skipped_B1 = early_B[:, None] & (loop > loop_B1)
+      leaf = leaf.at[
+          first + loop * len(layer_N), jnp.where(skipped_B1, place.row_BT, R),
+          :, position_B1].set(own_BNKH, mode='drop')
+    return leaf
+  return type(cache)(*map(copy, cache))
+
+
+def resident() -> float:
+  """GiB of memory that this process holds."""
+  pages = int(pathlib.Path('/proc/self/statm').read_text().split()[1])
+  return pages * resource.getpagesize() / 2**30
 
 
 def report(args, cfg, tokenizer, prompts, runs, judge) -> dict:
