@@ -4,7 +4,7 @@ What a user chooses ranks by: the share of each residual's energy that the
 rank keeps, and parameters by part. The model never lies in memory whole.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import os
 from typing import Any
 
@@ -14,13 +14,17 @@ import numpy as np
 
 from recursive_tx import config as config_lib
 from recursive_tx import disk, hf, model, saved
-from recursive_tx.relax import parts, target
+from recursive_tx.relax import parts, target, tokens
+
+# Fitting takes about so many times as long as all else.
+_FIT_WORK = 9
 
 
 def convert(
     source: str | os.PathLike, output: str | os.PathLike, *, loops: int,
     rank: int | str = 0, init: str = 'average', loop_norms: bool = True,
-    prelude: int = 0, coda: int = 0, lora: str = 'svd', seed: int = 0,
+    prelude: int = 0, coda: int = 0, lora: str = 'svd',
+    calibration: Iterable | None = None, seed: int = 0,
     check: bool = False, overwrite: bool = False,
     progress: Callable[[int, int], Any] = lambda total, written: None,
 ) -> dict[str, Any]:
@@ -29,11 +33,13 @@ def convert(
   Args:
     source: Hugging Face model directory.
     output: appears whole or not at all; must not exist, unless `overwrite`.
-    loops, rank, init, loop_norms, prelude, coda, lora, seed: as for `relax`.
+    loops, rank, init, loop_norms, prelude, coda, lora, calibration, seed: as
+      for `relax`. For the model to say calibration tokens itself, it lies in
+      memory whole.
     check: compare with the source, see `difference`; needs memory for both.
     overwrite: replace what is there.
-    progress: called with the number of parameters there will be, and of those
-      just written.
+    progress: called with the work there is, and what was just done of it:
+      parameters written, and several times as many to fit them.
 
   Returns:
     The report, which is also stored as report.json in `output`.
@@ -46,18 +52,23 @@ def convert(
   rcfg = target(
       cfg, loops=loops, rank=rank, init=init, lora=lora,
       loop_norms=loop_norms, prelude=prelude, coda=coda)
+  token_NT = tokens(
+      cfg, init, calibration, lambda: hf.load_hf(source)[1], seed)
   energy = {}
   report = {'init': init, 'lora': lora, 'loops': loops, 'rank': rcfg.rank,
             'parameters': parameters(rcfg), 'original': parameters(cfg)}
   shapes = model.flat_shapes(rcfg)
+  count = report['parameters']['total']
+  fitting = _FIT_WORK * count if init == 'fit' else 0
   with disk.new_directory(output, overwrite=overwrite) as new:
     tensors = {name: (shape, np.float32) for name, shape in shapes.items()}
     with disk.Writer(new / 'model.safetensors', tensors) as writer:
       for path, at, array in parts(
           cfg, rcfg, origin.read, init=init, lora=lora, seed=seed,
-          energy=energy):
+          energy=energy, token_NT=token_NT, scratch=new.parent,
+          tell=lambda share: progress(count + fitting, fitting * share)):
         writer.write(path, array, at)
-        progress(report['parameters']['total'], array.size)
+        progress(count + fitting, array.size)
     saved.describe(new, rcfg, source)
     report['energy_kept'] = _shares(rcfg, energy)
     if check:

@@ -27,6 +27,24 @@ def test_streaming_equals_relax_in_memory(source, tmp_path):
   tiny.assert_same_tree(variables, values)
 
 
+def test_fitting_streams_too(source, tmp_path):
+  arguments = dict(
+      loops=2, rank='q3+mlp5', init='fit', prelude=1, coda=1,
+      calibration=tiny.tokens(tiny.FAMILIES['llama'], 16))
+  told = []
+  convert.convert(source, tmp_path / 'new', **arguments,
+                  progress=lambda total, done: told.append((total, done)))
+  cfg, variables = rtx.restore(tmp_path / 'new')
+  expected, values = rtx.relax(*rtx.load_hf(source), **arguments)
+  assert cfg == expected
+  tiny.assert_same_tree(variables, values)
+  # What is told comes to the whole, little by little; nothing stays behind.
+  totals, done = zip(*told, strict=True)
+  assert len(set(totals)) == 1 and len(done) > 30
+  assert sum(done) == pytest.approx(totals[0], rel=1e-6)
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['new', 'source']
+
+
 def test_report_says_what_the_factors_keep(source, tmp_path):
   report = convert.convert(source, tmp_path / 'new', loops=2, rank=4,
                            init='lower')

@@ -22,6 +22,7 @@ ROWS = (
     ('checkpoint', 'exits', 'hf'),
     ('early', 'saved'),
     ('engine', 'export'),
+    ('fit',),
     ('calibrate', 'evaluate', 'relax', 'serve', 'teacher'),
     ('convert', 'start'),
     ('train',),

@@ -2,12 +2,15 @@
 
   python -m recursive_tx convert --source=HF_DIR --output=DIR --loops=2 \\
     --rank=64 --init=average
+
+With --init=fit, what is shared and the adapters are those that change least
+what the model says: of --calibration=TEXT, or of what it says itself.
 """
 
 from absl import flags
 from tqdm import tqdm
 
-from recursive_tx import convert
+from recursive_tx import convert, fit, tokenizer
 from recursive_tx.cli import arguments
 
 _SOURCE = flags.DEFINE_string(
@@ -23,7 +26,16 @@ _RANK = flags.DEFINE_string(
     'kernel such as q64+k32+v32+o64+mlp128; capped at min(in, out).')
 _INIT = flags.DEFINE_string(
     'init', '', 'Start of the shared block: stepwise, average, lower or '
-    'random. Empty: stepwise at rank 0, else average.')
+    'random; or fit, from --calibration. Empty: stepwise at rank 0, else '
+    'average.')
+_CALIBRATION = flags.DEFINE_string(
+    'calibration', '', 'Text file that --init=fit fits to. Empty: what the '
+    'model says itself, for which it must fit in memory.')
+_TOKENS = flags.DEFINE_integer(
+    'calibration_tokens', 16384, 'How many of its tokens, from the start.')
+_DOCUMENT = flags.DEFINE_string(
+    'document', '', 'What stands between two documents of --calibration, such '
+    'as <|endoftext|>. Empty: the file is one document.')
 _LORA = flags.DEFINE_string(
     'lora', 'svd', "Start of the adapters: svd of each layer's residual, or "
     'zero.')
@@ -42,16 +54,20 @@ def main(argv: list[str]) -> None:
   """Runs the verb."""
   arguments.check(argv, source=_SOURCE.value, output=_OUTPUT.value)
   init = _INIT.value or ('stepwise' if _RANK.value == '0' else 'average')
+  calibration = fit.read(
+      _CALIBRATION.value, tokenizer.load(_SOURCE.value), tokens=_TOKENS.value,
+      document=_DOCUMENT.value) if _CALIBRATION.value else None
   bar = tqdm(unit=' parameters', unit_scale=True, desc='convert', delay=0.5)
 
-  def progress(total: int, written: int) -> None:
+  def progress(total: int, done: int) -> None:
     bar.total = total
-    bar.update(written)
+    bar.update(done)
 
   with bar:
     report = convert.convert(
         _SOURCE.value, _OUTPUT.value, loops=_LOOPS.value, rank=_RANK.value,
         init=init, loop_norms=_LOOP_NORMS.value, prelude=_PRELUDE.value,
-        coda=_CODA.value, lora=_LORA.value, seed=_SEED.value,
-        check=_CHECK.value, overwrite=_OVERWRITE.value, progress=progress)
+        coda=_CODA.value, lora=_LORA.value, calibration=calibration,
+        seed=_SEED.value, check=_CHECK.value, overwrite=_OVERWRITE.value,
+        progress=progress)
   print(convert.table(report))

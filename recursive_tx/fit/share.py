@@ -1,0 +1,199 @@
+"""One kernel for several layers, and each layer's factors, by weighted error.
+
+The error of a kernel M that stands for W is the mean square of what x M and
+x W do differently to the output: ||C^(1/2) (M - W) S^(1/2)||^2, where C is the
+second moment of the kernel's input x and S that of the gradient of the
+model's loss in the kernel's output (the two Kronecker factors of the Fisher
+matrix; Martens and Grosse, 2015). Arrays in, arrays out.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.linalg
+
+from recursive_tx import tying
+
+# Added to a second moment, as a share of its mean diagonal: directions that
+# few tokens show, and noise, weigh no less than this. A gradient is noisier
+# than an input, since every token gives one draw of it.
+_INPUT_DAMPING = 1e-4
+_OUTPUT_DAMPING = 1e-2
+
+# The alternation ends when so many rounds lower the error by less than this
+# share, or after this many.
+_ROUNDS, _LEAST_GAIN, _MOST_ROUNDS = 10, 1e-3, 100
+# Where the loops could do the same thing each, the shared kernel might as
+# well; so little keeps the factors from growing against it.
+_RIDGE = 1e-6
+
+
+def share(
+    kernels: Sequence[np.ndarray], inputs: Sequence[np.ndarray],
+    outputs: Sequence[np.ndarray], rank: int, *, rng: np.random.Generator,
+) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+  """The shared kernel and every layer's factors, of least weighted error.
+
+  Args:
+    kernels: [rows, columns] of each layer, any float dtype.
+    inputs: second moment of each layer's input, [rows, rows], or its
+      diagonal, [rows].
+    outputs: likewise of the gradient in its output, [columns, columns] or
+      [columns].
+    rank: of the factors, at most min(rows, columns); 0 is none.
+    rng: for directions without residual, as for `tying.factor`.
+
+  Returns:
+    The kernel [rows, columns], and a [rows, rank] with orthonormal columns
+    and b [rank, columns] of each layer, fp32; no factors at rank 0.
+  """
+  kernels = [kernel.astype(np.float64) for kernel in kernels]
+  roots, right = _roots(inputs, outputs)
+  inverse = _inverse(sum(_square(root) for root in roots))
+  # With S taken into the columns, what is left to weigh is C.
+  wide = [_columns(kernel, right) for kernel in kernels]
+  # The layers' weighted mean, which is best as long as there are no factors.
+  shared = _apply(inverse, sum(
+      _apply(_square(root), kernel)
+      for root, kernel in zip(roots, wide, strict=True)))
+  if 0 < rank < min(shared.shape):
+    shared -= _taken_off(wide, shared, roots, inverse, rank, rng)
+  shared = _columns_back(shared, right).astype(np.float32)
+  if not rank:
+    return shared, []
+  return shared, [
+      _factors(kernel - shared, kernel, root, right, rank, rng)
+      for kernel, root in zip(kernels, roots, strict=True)]
+
+
+def _roots(inputs, outputs):
+  """Roots of every C, and of an S that all layers have up to a number.
+
+  A root Z is lower triangular, or the diagonal, of Z Z^T. With one S for all,
+  nothing of the kernel's size has to be solved for again and again. Each
+  layer's number, its gradient's size, goes to its C; against an S for every
+  layer that costs little, against no S at all it gains much.
+  """
+  sizes = [_trace(moment) or 1.0 for moment in outputs]
+  common = sum(moment.astype(np.float64) / size
+               for moment, size in zip(outputs, sizes, strict=True))
+  right = _root(_damped(common, _OUTPUT_DAMPING))
+  return [_root(size * _damped(moment.astype(np.float64), _INPUT_DAMPING))
+          for moment, size in zip(inputs, sizes, strict=True)], right
+
+
+def _taken_off(wide, mean, roots, inverse, rank, rng):
+  """What the factors take off the shared kernel, [rows, columns].
+
+  Let F_i = Z_i^T (W_i - mean), and P_i = U_i b_i the factors of layer i in
+  its root's coordinates. The best shared kernel for them leaves to layer i
+  R_i = F_i + sum_j H_ij P_j, H_ij = Z_i^T (sum_j Z_j Z_j^T)^-1 Z_j. A round
+  turns each U_i by a step of subspace iteration on R_i, and then solves for
+  all b at once. Its products are all thin: R is never made.
+  """
+  # fp32 does: H is a projection, and the factors are made anew afterwards.
+  F = [_apply(root.T, kernel - mean).astype(np.float32)
+       for root, kernel in zip(roots, wide, strict=True)]
+  H = [[_product(_product(one.T, inverse), other).astype(np.float32)
+        for other in roots] for one in roots]
+  places = range(len(F))
+  start = rng.normal(size=(mean.shape[1], rank)).astype(np.float32)
+  U = [_orthonormal(f @ start) for f in F]
+  b, error = _solve(F, H, U)
+  errors = [error]
+  for _ in range(_MOST_ROUNDS):
+    U = [_orthonormal(F[i] @ b[i].T + sum(
+        _apply(H[i][j], U[j]) @ (b[j] @ b[i].T) for j in places))
+         for i in places]
+    b, error = _solve(F, H, U)
+    errors.append(error)
+    if (len(errors) > _ROUNDS
+        and errors[-1 - _ROUNDS] - error < _LEAST_GAIN * abs(error)):
+      break
+  return sum(_apply(inverse, _apply(roots[i], U[i].astype(np.float64))) @ b[i]
+             for i in places)
+
+
+def _solve(F, H, U):
+  """The best b_i for given U_i, and the error that is left.
+
+  Since H is a projection, the error is that without factors, minus
+  2 <F, P>, plus <P, (1 - H) P>: a system of size rank times layers.
+  """
+  places, rank = range(len(F)), U[0].shape[1]
+  system = np.eye(len(F) * rank) * (1 + _RIDGE)
+  system -= np.block([
+      [U[i].T @ _apply(H[i][j], U[j]) for j in places] for i in places])
+  wanted = np.concatenate([u.T @ f for u, f in zip(U, F, strict=True)])
+  b = scipy.linalg.solve(
+      system, wanted.astype(np.float64), assume_a='pos').astype(np.float32)
+  error = sum(float(np.vdot(f, f)) for f in F) - float(np.vdot(wanted, b))
+  return np.split(b, len(F)), error
+
+
+def _factors(residual, kernel, root, right, rank, rng):
+  """a, with orthonormal columns, and b of one layer, fp32."""
+  a, _, _ = tying.factor_exactly(
+      _columns(_apply(root.T, residual), right), rank,
+      scale=float(np.linalg.norm(_columns(_apply(root.T, kernel), right))),
+      rng=rng)
+  a = np.linalg.qr(_unapply(root.T, a))[0]
+  # The best b for this a; S does not change it.
+  weighted = _apply(root.T, a)
+  b = np.linalg.lstsq(weighted, _apply(root.T, residual), rcond=None)[0]
+  return a.astype(np.float32), b.astype(np.float32)
+
+
+def _damped(moment, share):
+  least = share * (_trace(moment) / len(moment) or 1.0)
+  return moment + (least if moment.ndim == 1 else least * np.eye(len(moment)))
+
+
+def _trace(moment) -> float:
+  return float(moment.sum() if moment.ndim == 1 else np.trace(moment))
+
+
+# Matrices that are whole, [n, n], or diagonals, [n].
+
+
+def _root(matrix):
+  return np.sqrt(matrix) if matrix.ndim == 1 else np.linalg.cholesky(matrix)
+
+
+def _square(root):
+  return root * root if root.ndim == 1 else root @ root.T
+
+
+def _inverse(matrix):
+  if matrix.ndim == 1:
+    return 1 / matrix
+  return scipy.linalg.cho_solve(
+      (np.linalg.cholesky(matrix), True), np.eye(len(matrix)))
+
+
+def _apply(matrix, x):
+  return matrix[:, None] * x if matrix.ndim == 1 else matrix @ x
+
+
+def _unapply(matrix, x):
+  """Solves for what a root, transposed, was applied to."""
+  if matrix.ndim == 1:
+    return x / matrix[:, None]
+  return scipy.linalg.solve_triangular(matrix, x)
+
+
+def _product(one, other):
+  return one * other if one.ndim == 1 else one @ other
+
+
+def _columns(x, root):
+  return x * root if root.ndim == 1 else x @ root
+
+
+def _columns_back(x, root):
+  return x / root if root.ndim == 1 else scipy.linalg.solve_triangular(
+      root.T, x.T).T
+
+
+def _orthonormal(x):
+  return np.linalg.qr(x)[0]

@@ -1,0 +1,256 @@
+"""The start from data: exact at full rank, best by its measure, never worse
+than the paper's starts on what it kept apart."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import recursive_tx as rtx
+from recursive_tx import fit, tree
+from recursive_tx.fit import layers, moments
+from recursive_tx.relax import parts as relaxed_parts
+from recursive_tx.relax import target
+
+LLAMA = tiny.FAMILIES['llama']
+N, T = 16, 12
+
+
+def _read(values):
+  return lambda path, layer: tree.get(values['params'], path)[
+      () if layer is None else layer]
+
+
+def _fit(cfg, values, **how):
+  return rtx.relax(cfg, values, init='fit',
+                   calibration=tiny.tokens(cfg, N, T), **how)
+
+
+def _kl(cfg, values, other, token_NT):
+  """KL(values || other) of a model and a relaxed one, nats a token."""
+  one, two = (jax.nn.log_softmax(tiny.decoder(c)(v, token_NT))
+              for c, v in ((cfg, values), other))
+  return float(jnp.sum(jnp.exp(one) * (one - two), axis=-1).mean())
+
+
+# Law 6: at full rank a relaxed model is the original.
+
+
+@pytest.mark.parametrize('name', [
+    'llama', 'gpt_neox', *(pytest.param(name, marks=pytest.mark.slow)
+                           for name in ('mistral', 'gemma'))])
+def test_full_rank_is_exact(name):
+  cfg = tiny.FAMILIES[name]
+  values = tiny.variables(cfg)
+  rcfg, rvars = _fit(cfg, values, loops=2, rank='full', prelude=1, coda=1)
+  token_BT = tiny.tokens(cfg)
+  assert abs(tiny.decoder(rcfg)(rvars, token_BT)
+             - tiny.decoder(cfg)(values, token_BT)).max() < 1e-4
+  vcfg, vvars = rtx.merge(rcfg, rvars)
+  assert vcfg == cfg
+  for path, value in tree.items(vvars['params']):
+    expected = tree.get(values['params'], path)
+    assert np.abs(value - expected).max() < 1e-5, path
+
+
+# What is chosen.
+
+
+@pytest.mark.parametrize('rank', [0, 4])
+@pytest.mark.parametrize('loop_norms', [True, False])
+def test_no_start_of_the_paper_is_nearer_on_what_was_kept_apart(
+    rank, loop_norms):
+  values = tiny.variables(LLAMA)
+  kept = tiny.tokens(LLAMA, N, T)[-N // 8:]
+  how = dict(loops=2, rank=rank, loop_norms=loop_norms)
+  ours = _kl(LLAMA, values, _fit(LLAMA, values, **how), kept)
+  for init in ('stepwise', 'average', 'lower'):
+    theirs = _kl(LLAMA, values, rtx.relax(
+        LLAMA, values, init=init, **how), kept)
+    assert ours < theirs + 1e-5, init
+
+
+def test_the_papers_start_is_taken_where_it_is_nearer():
+  """The layers above the first add nothing, unless they are the first."""
+  values = tiny.variables(LLAMA)
+  block = values['params']['block']
+  # Twice the same layers: 'lower' and 'average' are the original itself.
+  for path, value in tree.items(block):
+    tree.put(block, path, np.concatenate([value[:3], value[:3]]))
+  rcfg, rvars = _fit(LLAMA, values, loops=2)
+  token_BT = tiny.tokens(LLAMA)
+  assert tiny.distance(tiny.decoder(rcfg)(rvars, token_BT),
+                       tiny.decoder(LLAMA)(values, token_BT)) < 1e-4
+
+
+def test_a_fit_is_far_nearer_where_inputs_lie_in_few_directions():
+  """Weights that no input meets are nobody's loss; plain SVD keeps them."""
+  cfg = dataclasses.replace(LLAMA, attention_bias=False, mlp_bias=False)
+  values = tiny.variables(cfg)
+  # The stream and all norms hold a quarter of D alone.
+  for path, value in tree.items(values['params']):
+    if path.endswith(('embedding', 'scale')):
+      value[..., 4:] = 0
+  token_NT = tiny.tokens(cfg, 4, T, seed=1)
+  how = dict(loops=2, rank=4)
+  ours = _kl(cfg, values, _fit(cfg, values, **how), token_NT)
+  theirs = _kl(cfg, values, rtx.relax(
+      cfg, values, init='average', **how), token_NT)
+  assert ours < theirs / 4
+
+
+def test_it_is_a_function_of_its_arguments():
+  values = tiny.variables(LLAMA)
+  one, other, third = (
+      _fit(LLAMA, values, loops=3, rank=2, seed=seed) for seed in (0, 0, 1))
+  tiny.assert_same_tree(one[1], other[1])
+  q = [rvars['params']['adapters']['q']['a'] for _, rvars in (one, third)]
+  assert not np.array_equal(*q)
+
+
+def test_batches_are_one_array():
+  values = tiny.variables(LLAMA)
+  token_NT = tiny.tokens(LLAMA, N, T)
+  tiny.assert_same_tree(_fit(LLAMA, values, loops=2, rank=1)[1], rtx.relax(
+      LLAMA, values, loops=2, rank=1, init='fit',
+      calibration=iter([token_NT[:5], token_NT[5:]]))[1])
+
+
+@pytest.mark.slow
+def test_without_calibration_the_model_says_the_tokens():
+  values = tiny.variables(LLAMA)
+  token_NT = fit.sample(LLAMA, values, seed=3)
+  assert token_NT.shape == (96, 128) and token_NT.max() < LLAMA.V
+  # Likely ones: better by far than tokens drawn at random.
+  scores = jax.nn.log_softmax(tiny.decoder(LLAMA)(values, token_NT))[:, :-1]
+  said = np.take_along_axis(scores, token_NT[:, 1:, None], -1).mean()
+  assert said > scores.mean() + 0.1
+  tiny.assert_same_tree(*(
+      rtx.relax(LLAMA, values, loops=2, rank=1, init='fit', seed=3,
+                calibration=calibration)[1]
+      for calibration in (None, token_NT)))
+
+
+def test_energy_is_of_the_residual_that_is_left():
+  values, energy = tiny.variables(LLAMA), {}
+  rcfg = target(LLAMA, loops=2, rank=3, init='fit', lora='svd', prelude=0,
+                coda=0, loop_norms=True)
+  held = {(path, at): array for path, at, array in relaxed_parts(
+      LLAMA, rcfg, _read(values), init='fit', energy=energy,
+      token_NT=tiny.tokens(LLAMA, N, T))}
+  up = 'block/layers/mlp/up/kernel'
+  kept = total = 0.0
+  for layer in range(3):
+    residual = _read(values)(up, 3 + layer) - held[up, (layer,)]
+    product = (held['adapters/up/a', (1, layer)]
+               @ held['adapters/up/b', (1, layer)])
+    total += (residual ** 2).sum()
+    kept += (residual ** 2).sum() - ((residual - product) ** 2).sum()
+  assert energy['up', 1] == pytest.approx([kept, total], rel=1e-4)
+
+
+# Layers one at a time.
+
+
+@pytest.mark.parametrize('name', tiny.FAMILIES)
+def test_layer_by_layer_is_the_decoder(name):
+  cfg = tiny.FAMILIES[name]
+  values, other = tiny.variables(cfg), tiny.variables(cfg, seed=1)
+  for part in ('embed', 'norm', 'head'):
+    if part in other['params']:
+      other['params'][part] = values['params'][part]
+  token_NT = tiny.tokens(cfg, 3, T)
+  one, two = (fit.final(cfg, _read(v), token_NT) for v in (values, other))
+  assert fit.divergence(cfg, _read(values), one, one) == 0
+  assert fit.divergence(cfg, _read(values), one, two) == pytest.approx(
+      _kl(cfg, values, (cfg, other), token_NT), rel=1e-4)
+
+
+def test_inputs_and_gradients_make_the_kernels_gradients():
+  cfg = tiny.FAMILIES['gpt_neox']
+  values = layers.read_layer(cfg, _read(tiny.variables(cfg)), 2)
+  rng = np.random.default_rng(0)
+  x_BTD, d_BTD = rng.normal(size=(2, 2, T, cfg.D)).astype(np.float32)
+  d_x, inputs, outputs = layers.backward(cfg, values, x_BTD, d_BTD)
+  wanted, wanted_x = jax.grad(
+      lambda v, x: jnp.vdot(layers.forward(cfg, v, x), d_BTD), (0, 1))(
+          values, x_BTD)
+  assert tiny.distance(d_x, wanted_x) < 1e-5
+  for name in cfg.kernels:
+    product = inputs[layers.INPUT[name]].T @ outputs[name]
+    group = 'attn' if name in 'qkvo' else 'mlp'
+    kernel = wanted['layers'][group][name]['kernel']
+    assert tiny.distance(product, kernel.reshape(product.shape)) < 1e-5, name
+
+
+def test_moments_are_means_over_tokens(tmp_path, monkeypatch):
+  values = tiny.variables(LLAMA)
+  token_NT = tiny.tokens(LLAMA, 3, T)
+  found = fit.measure(LLAMA, _read(values), token_NT, tmp_path, seed=0)
+  first = layers.read_layer(LLAMA, _read(values), 0)['vectors']['attn_norm']
+  x_NTD = values['params']['embed']['embedding'][token_NT]
+  x = np.asarray(rtx.model.normalize(LLAMA, x_NTD, first)).reshape(-1, LLAMA.D)
+  for name in 'qkv':
+    assert np.allclose(found.input(name, 0), x.T @ x / len(x), atol=1e-5)
+  # Wide ones have the diagonal only.
+  whole = found.input('down', 1), found.output('up', 1)
+  monkeypatch.setattr(moments, '_WIDEST', 16)
+  monkeypatch.setattr(layers, '_TOKENS', T)  # Nor do batches matter.
+  found = fit.measure(LLAMA, _read(values), token_NT, tmp_path, seed=0)
+  assert found.input('q', 1).shape == (16, 16)
+  np.testing.assert_allclose(
+      found.input('down', 1), whole[0].diagonal(), rtol=1e-4, atol=1e-6)
+  assert found.output('up', 1).shape == whole[1].diagonal().shape
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize('calibration, parts', [
+    (np.zeros((4, 8)), ('float64', 'integer', 'tokenize')),
+    (np.zeros(64, int), ('(64,)', '[sequences, tokens]')),
+    (np.full((4, 8), 29), ('29', '0 to 28', 'tokenizer')),
+    (np.full((4, 8), -1), ('-1', '0 to 28', 'tokenizer')),
+    (np.zeros((1, 64), int), ('1 sequences', 'more text')),
+    (np.zeros((3, 5), int), ('15 tokens', '16 tokens', 'more text')),
+    ([], ('0 sequences', 'more text')),
+    ([np.zeros((2, 8), int), np.zeros((2, 9), int)], ('(8,)', '(9,)')),
+])
+def test_tokens_that_tell_nothing_are_explained(calibration, parts):
+  with tiny.refused('calibration', *parts):
+    rtx.relax(LLAMA, tiny.variables(LLAMA), loops=2, init='fit',
+              calibration=calibration)
+
+
+def test_what_does_not_go_with_it_is_explained():
+  values = tiny.variables(LLAMA)
+  with tiny.refused("init='average'", 'calibration', "init='fit'"):
+    rtx.relax(LLAMA, values, loops=2, calibration=tiny.tokens(LLAMA))
+  with tiny.refused("lora='zero'", "lora='svd'"):
+    rtx.relax(LLAMA, values, loops=2, init='fit', lora='zero')
+  with tiny.refused("init='fit'", 'calibration', 'convert'):
+    rcfg = dataclasses.replace(LLAMA, loops=2, layers_per_loop=3)
+    list(relaxed_parts(LLAMA, rcfg, _read(values), init='fit'))
+
+
+def test_text_is_cut_into_rows(tmp_path):
+  class Bytes:
+    bos_id, eos_id = 1, 2
+
+    def encode(self, text):
+      return list(text.encode())
+
+  path = tmp_path / 'text'
+  path.write_text('a' * 300 + '\n<|end|>\n' + 'b' * 300)
+  token_NT = fit.read(path, Bytes(), tokens=10_000, document='<|end|>')
+  assert token_NT.shape == (2, 256) and token_NT.dtype == np.int32
+  assert token_NT.ravel().tolist() == (
+      [1, *[97] * 300, 2, 1, *[98] * 300, 2])[:512]
+  assert len(fit.read(path, Bytes(), tokens=300, document='<|end|>')) == 1
+  with tiny.refused('200 tokens', '256', 'more text'):
+    fit.read(path, Bytes(), tokens=200)
+  with tiny.refused('nowhere', 'UTF-8'):
+    fit.read(tmp_path / 'nowhere', Bytes(), tokens=200)
