@@ -150,6 +150,21 @@ MUTANTS = {
     'short_wavelengths_stretched': Mutant(
         'model/layer.py', 'frequency *= keep + (1 - keep) / factor',
         'frequency *= keep / factor + (1 - keep)', (_PARITY,)),
+    'every_loop_weighs_the_same': Mutant(
+        'fit/share.py', '[_trace(moment) or 1.0 for moment in outputs]',
+        '[1.0 for moment in outputs]',
+        ('fit_share_test.py::'
+         'test_a_layer_that_does_nothing_to_the_output_weighs_nothing',)),
+    'factors_against_the_shared_kernel': Mutant(
+        'fit/share.py', 'system -= np.block', 'system += np.block',
+        ('fit_share_test.py::test_neither_side_can_be_bettered_alone',)),
+    'moments_by_sequence': Mutant(
+        'fit/moments.py', 'total / token_NT.size', 'total / len(token_NT)',
+        ('fit_test.py::test_moments_are_means_over_tokens',)),
+    'the_start_that_is_farthest': Mutant(
+        'relax.py', 'nats < best[0]', 'nats > best[0]',
+        ('fit_test.py::'
+         'test_no_start_of_the_paper_is_nearer_on_what_was_kept_apart',)),
 }
 # Killed in seconds, since nothing is compiled.
 _FAST = 'stepwise_rounds_down'

@@ -1,0 +1,169 @@
+"""How near a recursive model starts to its original, by init, loops and rank.
+
+  python tests/benchmarks/init.py --calibration=FILE --text=FILE \\
+    --other=FILE [--document='<|endoftext|>'] [--loops 2 3] [--ranks 0 32 64] \\
+    [--seeds 0 1 2] [--json=FILE] MODEL [MODEL ...]
+
+MODEL is a Hugging Face directory with its tokenizer. `fit` is fitted to
+--calibration, from which each seed draws its own sequences, and `said` to what
+the model says itself; both, and the paper's inits, keep norms per loop. The
+KL divergence to the original, in nats a token, is on --text; bits per byte are
+on --text and on --other, of another kind. The texts must be different files,
+with nothing in common. With --json each cell is appended as a line when it is
+done, and those that the file holds are not run again.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import recursive_tx as rtx
+from recursive_tx import convert, data, fit, tokenizer
+
+INITS = ('average', 'stepwise', 'lower', 'fit', 'said')
+KEYS = ('model', 'loops', 'rank', 'init', 'seed')
+COLUMNS = (('model', 14), ('loops', 6), ('rank', 5), ('init', 9), ('seed', 5),
+           ('parameters', 12), ('kl', 8), ('to average', 11), ('bits', 8),
+           ('other bits', 11), ('seconds', 8))
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('models', nargs='+')
+  for name in ('calibration', 'text', 'other'):
+    parser.add_argument(f'--{name}', required=True)
+  parser.add_argument('--document', default='')
+  parser.add_argument('--loops', type=int, nargs='+', default=[2, 3])
+  parser.add_argument('--ranks', nargs='+', default=['0', '32', '64'])
+  parser.add_argument('--inits', nargs='+', default=INITS, choices=INITS)
+  parser.add_argument('--seeds', type=int, nargs='+', default=[0])
+  parser.add_argument('--tokens', type=int, default=16384,
+                      help='To fit to, for each seed.')
+  parser.add_argument('--heldout', type=int, default=16384,
+                      help='Tokens of each text to measure on.')
+  parser.add_argument('--json')
+  args = parser.parse_args()
+  if len({args.calibration, args.text, args.other}) < 3:
+    parser.error('--calibration, --text and --other must be different files')
+  lines = pathlib.Path(args.json) if args.json else None
+  rows = [json.loads(line) for line in lines.read_text().splitlines()
+          ] if lines and lines.exists() else []
+  for model in args.models:
+    for row in cells(args, model, rows):
+      rows.append(row)
+      print({key: row[key] for key in (*KEYS, 'kl', 'seconds')}, flush=True)
+      if lines:
+        with lines.open('a') as file:
+          file.write(json.dumps(row) + '\n')
+  print(table(rows))
+
+
+def cells(args, model: str, done: list[dict]):
+  """Yields a row for each cell that is not done."""
+  cfg, variables = rtx.load_hf(model)
+  ids, name = tokenizer.load(model), pathlib.Path(model).name
+  texts = {key: heldout(getattr(args, key), ids, args)
+           for key in ('text', 'other')}
+  known = {tuple(row[key] for key in KEYS) for row in done}
+  original = (name, 1, '0', 'original', 0)
+  if original not in known:
+    yield row_of(original, cfg, measure((cfg, variables), (cfg, variables),
+                                        texts), 0.0)
+  for loops in args.loops:
+    for rank in args.ranks:
+      for init in args.inits:
+        # The paper's inits draw nothing.
+        for seed in args.seeds if init in ('fit', 'said') else [0]:
+          key = (name, loops, rank, init, seed)
+          if key in known:
+            continue
+          start = time.monotonic()
+          new = relax(args, cfg, variables, ids, *key[1:])
+          seconds = time.monotonic() - start
+          yield row_of(key, new[0], measure((cfg, variables), new, texts),
+                       seconds)
+
+
+def relax(args, cfg, variables, ids, loops, rank, init, seed):
+  """The model of one cell."""
+  calibration = None
+  if init == 'fit':
+    rows_NT = fit.read(args.calibration, ids, tokens=1 << 24,
+                       document=args.document)
+    count = max(2, args.tokens // rows_NT.shape[1])
+    calibration = np.random.default_rng(seed).permutation(rows_NT)[:count]
+  return rtx.relax(
+      cfg, variables, loops=loops, rank=rank, calibration=calibration,
+      init='fit' if init == 'said' else init, seed=seed)
+
+
+def heldout(path: str, ids, args):
+  """Held-out batches of a text."""
+  task = data.Task('text', 'text', train=(path,), heldout=(path,),
+                   document=args.document)
+  return data.heldout(
+      data.DataConfig((task,), seq_len=256, batch=8, shards=1), ids,
+      max_tokens=args.heldout)
+
+
+def measure(original, new, texts) -> dict:
+  """KL on 'text', and bits per byte on both."""
+  # The paper's inits may lead far off, but all models have the same tokens.
+  apply = [jax.jit(rtx.Decoder(cfg).apply) for cfg, _ in (original, new)]
+
+  @jax.jit
+  def nats(one, other, batch):
+    one, other = jax.nn.log_softmax(one), jax.nn.log_softmax(other)
+    kl_BT = jnp.sum(jnp.exp(one) * (one - other), axis=-1)
+    said_BT = -jnp.take_along_axis(
+        other, batch['target_BT'][..., None], -1)[..., 0]
+    return [jnp.sum(x * batch['weight_BT']) for x in (kl_BT, said_BT)]
+
+  found = {}
+  for key, text in texts.items():
+    sums = np.zeros(3)
+    for batch in text.batches:
+      logits = [f(v, batch['token_BT'], batch['segment_BT'],
+                  batch['position_BT'])
+                for f, (_, v) in zip(apply, (original, new), strict=True)]
+      sums += [*map(float, nats(*logits, batch)), batch['weight_BT'].sum()]
+    found[key] = {'kl': sums[0] / sums[2], 'tokens': sums[2],
+                  'bits_per_byte': sums[1] / math.log(2) / text.num_bytes}
+  return found
+
+
+def row_of(key, cfg, found, seconds) -> dict:
+  """One line of the results."""
+  return {**dict(zip(KEYS, key, strict=True)),
+          'parameters': convert.parameters(cfg)['total'],
+          'kl': found['text']['kl'], 'other_kl': found['other']['kl'],
+          'bits': found['text']['bits_per_byte'],
+          'other_bits': found['other']['bits_per_byte'], 'seconds': seconds}
+
+
+def table(rows: list[dict]) -> str:
+  """The rows as text, with the KL as a share of average's."""
+  base = {tuple(row[key] for key in KEYS[:3]): row['kl'] for row in rows
+          if row['init'] == 'average'}
+  lines = [''.join(name.rjust(width) for name, width in COLUMNS)]
+  for row in sorted(rows, key=lambda row: (
+      row['model'], row['loops'], len(row['rank']), row['rank'])):
+    share = base.get(tuple(row[key] for key in KEYS[:3]))
+    cells = (
+        row['model'], row['loops'], row['rank'], row['init'], row['seed'],
+        f'{row["parameters"]:,}', f'{row["kl"]:.4f}',
+        f'{row["kl"] / share:.4f}' if share else '', f'{row["bits"]:.4f}',
+        f'{row["other_bits"]:.4f}', f'{row["seconds"]:.1f}')
+    lines.append(''.join(str(cell).rjust(width) for cell, (_, width)
+                         in zip(cells, COLUMNS, strict=True)))
+  return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+  main()
