@@ -1,6 +1,6 @@
 """Calibration tokens: those given, checked, or those a model says itself."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 import itertools
 import os
 import pathlib
@@ -12,8 +12,8 @@ from recursive_tx import config as config_lib
 from recursive_tx import engine, sampling
 from recursive_tx.tokenizer import Tokenizer
 
-_LENGTH = 128
-_SEQUENCES = 96  # Of what a model says.
+_SEQUENCES, _LENGTH = 96, 128  # Of what a model says.
+_TEXT_LENGTH = 256
 
 
 def checked(cfg: config_lib.ModelConfig, calibration: Any) -> np.ndarray:
@@ -73,10 +73,7 @@ def read(
     path: str | os.PathLike, tokenizer: Tokenizer, *, tokens: int,
     document: str = '',
 ) -> np.ndarray:
-  """The first tokens of a text file, [N, 128], int32.
-
-  Each row opens as a document does, since models see to that token a great
-  deal; a document's rest that fills no row is left out.
+  """The first tokens of a text file, [N, 256], int32.
 
   Args:
     path: UTF-8 text.
@@ -85,27 +82,21 @@ def read(
     document: what stands between two documents; empty: the file is one.
 
   Raises:
-    ValueError: there is no such text, or less than a row of it.
+    ValueError: there is no such text, or less than a sequence of it.
   """
   try:
     text = pathlib.Path(path).read_text('utf-8')
   except (OSError, UnicodeDecodeError) as error:
     raise ValueError(f'{path} is no text that can be read ({error}); name a '
                      f'UTF-8 file') from None
-  rows = list(itertools.islice(
-      _rows(text.split(document) if document else [text], tokenizer),
-      tokens // _LENGTH))
-  if not rows:
-    raise ValueError(
-        f'{path} has no document that fills a row of {_LENGTH} tokens, or '
-        f'tokens={tokens} allows none: give more text')
-  return np.array(rows, np.int32)
-
-
-def _rows(texts: list[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
   opening = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-  piece = _LENGTH - len(opening)
-  for text in texts:
-    ids = [*tokenizer.encode(text.strip()), tokenizer.eos_id]
-    for begin in range(0, len(ids) - piece + 1, piece):
-      yield opening + ids[begin:begin + piece]
+  texts = text.split(document) if document else [text]
+  stream = itertools.chain.from_iterable(
+      (*opening, *tokenizer.encode(text.strip()), tokenizer.eos_id)
+      for text in texts if text.strip())
+  ids = np.fromiter(itertools.islice(stream, tokens), np.int32)
+  rows = len(ids) // _TEXT_LENGTH
+  if not rows:
+    raise ValueError(f'{path} has {len(ids)} tokens to fit to; expected '
+                     f'{_TEXT_LENGTH} at least: give more text')
+  return ids[:rows * _TEXT_LENGTH].reshape(rows, _TEXT_LENGTH)
