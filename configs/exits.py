@@ -35,6 +35,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.optim.lr = 1e-3
     config.losses.update(common.exit_losses(args.exits, MODEL['loops']))
     config.losses.gate = (1.0, 1.0, 0.0)
+    config.losses.early = 0.5
   config.checkpoint.every = 200
   config.eval.every = 500
   config.run.unroll = True

@@ -18,7 +18,7 @@ One threshold serves all loops. Knows a model and batches; not where they come
 from.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import math
 from typing import Any
@@ -80,6 +80,7 @@ def calibrate(
     cfg: config_lib.ModelConfig, variables: Any, heldout: Any, *, rule: str,
     delta: float = 0.01, confidence: float = 0.95,
     run: config_lib.Run = config_lib.Run(),
+    progress: Callable[[Sequence], Iterable] = iter,
 ) -> Result:
   """Chooses a rule's threshold on held-out text.
 
@@ -92,6 +93,7 @@ def calibrate(
     confidence: probability, over the draw of the sequences, that they do not
       differ more often.
     run: how to execute the model.
+    progress: gives the thresholds on, one by one, as `tqdm` does.
 
   Raises:
     ValueError: a rule, model or number that cannot be, or too few sequences
@@ -118,7 +120,7 @@ def calibrate(
         ' --text, a smaller --seq_len or a larger --delta')
   once = early.forward(cfg, run, rule)
   points, level = [], 1 - confidence
-  for threshold in thresholds(rule):
+  for threshold in progress(thresholds(rule)):
     wrongs_U, depths_U = [0.0], [float(cfg.loops)]
     # Above the highest score nobody leaves.
     if np.float32(threshold) <= surest:

@@ -101,11 +101,11 @@ def _loop(cfg, run, variables, x_BTD, loop, context, left_BT):
   if not cfg.has_loop_vectors:
     values_N = adapters.overlay(params['block']['vectors'], values_N)
   layer = model.Layer(cfg, run, parent=None)
+  context = {**context, 'left_BT': left_BT}
 
   def through(x_BTD, inputs):
     kernels, values = inputs
-    y_BTD, _ = layer.apply({'params': kernels}, x_BTD, values, context, None)
-    return jnp.where(left_BT[..., None], x_BTD, y_BTD), None
+    return layer.apply({'params': kernels}, x_BTD, values, context)
 
   return lax.scan(through, x_BTD, (params['block']['layers'], values_N))[0]
 

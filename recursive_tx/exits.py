@@ -116,8 +116,11 @@ def score(
   if rule == 'top':
     return jnp.exp(log_p_BV.max(axis=-1))
   if rule == 'margin':
-    best = jnp.exp(jax.lax.top_k(log_p_BV, 2)[0])
-    return best[..., 0] - best[..., 1]
+    # Two maxima: CPUs sort for top_k.
+    best_B = jnp.argmax(log_p_BV, axis=-1, keepdims=True)
+    others_BV = jnp.where(
+        jnp.arange(log_p_BV.shape[-1]) == best_B, -jnp.inf, log_p_BV)
+    return jnp.exp(log_p_BV.max(axis=-1)) - jnp.exp(others_BV.max(axis=-1))
   p_log_p_BV = jnp.where(log_p_BV > -jnp.inf, jnp.exp(log_p_BV) * log_p_BV, 0)
   return 1 + p_log_p_BV.sum(axis=-1) / jnp.log(log_p_BV.shape[-1])
 

@@ -72,6 +72,10 @@ class LossConfig:
     gate: weights of the cross-entropy of the exit gate with what it is to
       foresee: 1 where the loop's best token is the final loop's, else 0. Its
       gradient reaches the gate only; the final loop's weight is 0.
+    early: share of the sequences whose tokens leave after loops drawn at
+      random, so that those that go on learn to read the keys and values of
+      tokens that left. A token that left has no final output to compare with:
+      `self_distill` and `gate` pass it over.
   """
 
   next_token: tuple[float, ...] = (1.0,)
@@ -79,6 +83,7 @@ class LossConfig:
   self_distill: tuple[float, ...] = ()
   divergence: str = 'forward_kl'
   gate: tuple[float, ...] = ()
+  early: float = 0.0
 
   def __post_init__(self):
     one_of('losses.divergence', self.divergence, DIVERGENCES)
@@ -96,6 +101,10 @@ class LossConfig:
       raise ValueError(
           f'losses.gate is {self.gate}; its last weight is the final loop\'s,'
           ' which has no gate: make it 0.'
+      )
+    if not 0 <= self.early <= 1:
+      raise ValueError(
+          f'losses.early is {self.early}; it is a share, from 0 to 1.'
       )
 
   def weights(self, loops: int) -> dict[str, tuple[float, ...]]:
@@ -141,7 +150,7 @@ def total(
     *,
     norm: jax.Array,
     teacher: tuple[jax.Array, Head] | None = None,
-  gate_LBT: jax.Array | None = None,
+    gate_LBT: jax.Array | None = None,
     chunk: int = 0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """The loss of a batch and the terms it is made of.
@@ -151,7 +160,8 @@ def total(
     h_LBTD: the hidden states that the head multiplies, of every loop.
     batch: `target_BT` integers and `weight_BT` floats, 0 where there is
       nothing to predict; where the teacher's best guesses were saved, also
-      `teacher_id_BTC` and `teacher_log_p_BTC`, see `top_divergence`.
+      `teacher_id_BTC` and `teacher_log_p_BTC`, see `top_divergence`; where
+      tokens left, `depth_BT`, the loops that each went through.
     head: the student's.
     norm: what sums over tokens are divided by: the sum of `weight_BT` over the
       global batch, of which this batch may be a part.
@@ -184,6 +194,9 @@ def total(
   if uses_gate(config):
     outputs['gate_LBT'] = gate_LBT
   fixed = {key: batch[key] for key in ('target_BT', 'weight_BT', *saved)}
+  fixed['final_BT'] = fixed['weight_BT']  # Of tokens with a final output.
+  if 'depth_BT' in batch:
+    fixed['final_BT'] *= batch['depth_BT'] == h_LBTD.shape[0]
   teacher_head = None
   if uses_teacher(config) and not saved:
     fixed['teacher_h_BTD'], teacher_head = teacher
@@ -350,7 +363,9 @@ def _nats(
       else:
         teacher_BTV = fixed['teacher_BTV'] if term == 'distill' else final_BTV
         nats_BT = divergence(config.divergence, logits_BTV, teacher_BTV)
-      mean = jnp.sum(nats_BT * fixed['weight_BT']) / norm
+      weight_BT = fixed[
+          'final_BT' if term in ('gate', 'self_distill') else 'weight_BT']
+      mean = jnp.sum(nats_BT * weight_BT) / norm
       terms[f'{term}/loop{loop + 1}'] = mean
       loss += weights[term][loop] * mean
   return loss, terms

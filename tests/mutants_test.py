@@ -37,6 +37,7 @@ class Mutant:
 _SOURCES = 'tying_test.py::test_average_takes_all_and_lower_the_first'
 _STEPWISE = 'tying_test.py::test_stepwise_takes_the_papers_layers'
 _SVD = 'tying_test.py::test_error_is_that_of_the_cut_singular_values'
+_LEAVING = 'leaving_training_test.py::test_what_left_stays_as_it_was'
 _MERGE = 'tying_test.py::test_merge_computes_the_same'
 _TRIP = 'hf_test.py::test_what_is_written_is_read_back'
 _EXITS = ('model_test.py::'
@@ -124,6 +125,12 @@ MUTANTS = {
     'exit_skips_the_coda': Mutant(
         'model/decoder.py', 'self._leave(x_BTD, context) for',
         'normalize(self.cfg, x_BTD, self.norm()) for', (_EXITS,)),
+    'left_tokens_go_on_for_a_loop': Mutant(
+        'model/stack.py', 'depth_BT <= loop', 'depth_BT < loop', (_LEAVING,)),
+    'left_tokens_judged_by_themselves': Mutant(
+        'losses.py', "fixed['final_BT'] *= batch", "batch",
+        ('leaving_training_test.py::'
+         'test_a_token_that_left_has_no_final_output_to_compare_with',)),
     'positions_counted_from_the_call': Mutant(
         'cache.py', 'slice(None), place.position_BT)',
         'slice(None), place.position_BT * 0)', (_STEPS,)),

@@ -9,9 +9,11 @@ independent draws, so give many documents rather than one long one.
 """
 
 import dataclasses
+import functools
 import pathlib
 
 from absl import flags
+from tqdm import tqdm
 
 from recursive_tx import calibrate, exits, saved, start
 from recursive_tx import config as config_lib
@@ -43,7 +45,8 @@ def main(argv: list[str]) -> None:
   tokenizer_lib.check_vocab(tokenizer, cfg.V)
   result = calibrate.calibrate(
       cfg, variables, _HELDOUT(tokenizer), rule=_RULE.value, delta=_DELTA.value,
-      confidence=_CONFIDENCE.value, run=run)
+      confidence=_CONFIDENCE.value, run=run,
+      progress=functools.partial(tqdm, desc='thresholds', leave=False))
   print(table(result))
   if result.chosen is None:
     raise ValueError(

@@ -60,17 +60,23 @@ class Decoder(nn.Module):
       self.gate(h_BTD, 0)
     return self.logits(h_BTD)
 
-  def hidden(self, token_BT, segment_BT=None, position_BT=None):
+  def hidden(
+      self, token_BT, segment_BT=None, position_BT=None, depth_BT=None
+  ):
     """What the head multiplies, for every loop: h_LBTD, compute dtype.
 
     Each loop's output goes through the coda and the final norm, as an exit
-    after that loop would.
+    after that loop would. A token that leaves after depth_BT loops stays as it
+    then is; later loops make their keys and values of that. None leaves none.
     """
-    return self._every_loop(token_BT, segment_BT, position_BT)[1]
+    return self._every_loop(token_BT, segment_BT, position_BT, depth_BT)[1]
 
-  def hidden_and_gates(self, token_BT, segment_BT=None, position_BT=None):
+  def hidden_and_gates(
+      self, token_BT, segment_BT=None, position_BT=None, depth_BT=None
+  ):
     """`hidden`, and gate_LBT: the exit gate's logits, but the final loop's."""
-    x_LBTD, h_LBTD = self._every_loop(token_BT, segment_BT, position_BT)
+    x_LBTD, h_LBTD = self._every_loop(
+        token_BT, segment_BT, position_BT, depth_BT)
     gate_LBT = jnp.stack([
         self.gate(normalize(self.cfg, x_BTD, self.norm()), loop)
         for loop, x_BTD in enumerate(x_LBTD[:-1])])
@@ -210,11 +216,12 @@ class Decoder(nn.Module):
     return {'mask_BTS': mask_BTS, 'segment_BT': segment_BT,
             'rope': rope_tables(self.cfg, position_BT)}
 
-  def _every_loop(self, token_BT, segment_BT, position_BT):
+  def _every_loop(self, token_BT, segment_BT, position_BT, depth_BT):
     """Each loop's output, x_LBTD, and what the head reads of it, h_LBTD."""
     context = self._context(token_BT, segment_BT, position_BT)
     x_BTD = self._enter(token_BT, context)
-    x_LBTD = self.block(x_BTD, self.adapters(), context)[1]
+    x_LBTD = self.block(
+        x_BTD, self.adapters(), {**context, 'depth_BT': depth_BT})[1]
     return x_LBTD, jnp.stack(
         [self._leave(x_BTD, context) for x_BTD in x_LBTD])
 

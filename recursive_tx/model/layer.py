@@ -131,6 +131,8 @@ class Layer(nn.Module):
     mlp = self.mlp(
         normalize(cfg, residual_BTD, adapter['mlp_norm']), adapter)
     y_BTD = residual_BTD + mlp + (attn if cfg.parallel else 0)
+    if 'left_BT' in context:  # Tokens that have left stay as they are.
+      y_BTD = jnp.where(context['left_BT'][..., None], x_BTD, y_BTD)
     return nn.with_logical_constraint(y_BTD, ('B', 'T', 'D')), cache
 
   def fill(self, x_BTD, adapter, context, cache, place):

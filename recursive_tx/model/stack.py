@@ -46,29 +46,30 @@ class Stack(nn.Module):
     if self.run.unroll and not self.is_initializing():
       return self._unrolled(layer, x_BTD, adapters_L, context)
 
-    def loop(stack, x_BTD, adapter):
+    def loop(stack, x_BTD, adapter, index):
       scan = nn.scan(
           layer, variable_axes={'params': 0}, split_rngs={'params': True},
           in_axes=(0, nn.broadcast), length=stack.layers,
           metadata_params={nn.PARTITION_NAME: 'layers'})
       x_BTD, _ = scan(stack.cfg, stack.run, name='layers')(
-          x_BTD, adapter, context)
+          x_BTD, adapter, _at_loop(context, index))
       return x_BTD, x_BTD
 
     loops = nn.scan(
         loop, variable_broadcast='params', split_rngs={'params': False},
         in_axes=0, length=self.loops)
-    return loops(self, x_BTD, adapters_L)
+    return loops(self, x_BTD, adapters_L, jnp.arange(self.loops))
 
   def _unrolled(self, layer, x_BTD, adapters_L, context):
     """The same without a scan, which would stack what backward needs."""
     layer = layer(self.cfg, self.run, parent=None)
     params = _unstack(self.variables['params']['layers'], self.layers)
     h_LBTD = []
-    for adapter in _unstack(adapters_L, self.loops):
+    for index, adapter in enumerate(_unstack(adapters_L, self.loops)):
+      now = _at_loop(context, index)
       for leaves, values in zip(
           params, _unstack(adapter, self.layers), strict=True):
-        x_BTD, _ = layer.apply({'params': leaves}, x_BTD, values, context)
+        x_BTD, _ = layer.apply({'params': leaves}, x_BTD, values, now)
       h_LBTD.append(x_BTD)
     return x_BTD, jnp.stack(h_LBTD)
 
@@ -97,6 +98,15 @@ class Stack(nn.Module):
           adapters.overlay(vectors_N[i], adapters_N[i]), context, cache,
           place._replace(virtual_BT=place.virtual_BT + i), method=method)
     return x_BTD, cache
+
+
+def _at_loop(context: dict, loop) -> dict:
+  """What layers share, with the tokens that left before this loop."""
+  context = dict(context)
+  depth_BT = context.pop('depth_BT', None)
+  if depth_BT is not None:
+    context['left_BT'] = depth_BT <= loop
+  return context
 
 
 def _list(tree, size: int) -> list:

@@ -45,7 +45,8 @@ def make_step(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """The update: (state, batch, teacher's variables) -> (state, metrics)."""
   student = forward(
-      config, config.model, mesh, gates=losses.uses_gate(config.losses))
+      config, config.model, mesh, gates=losses.uses_gate(config.losses),
+      leave=True)
   teach = teacher and forward(config, teacher, mesh)
 
   def loss_fn(params, batch, teacher_variables, norm):
@@ -62,6 +63,8 @@ def make_step(
   def step(state, batch, teacher_variables):
     # Of the whole batch, so that losses and gradients of its parts add up.
     tokens = jnp.maximum(batch['weight_BT'].sum(), 1.0)
+    if config.losses.early:
+      batch = {**batch, 'depth_BT': _depths(config, state.step, batch)}
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     (loss, terms), grads = _sum_over_parts(
         lambda part: grad_fn(state.params, part, teacher_variables, tokens),
@@ -191,9 +194,14 @@ def chunk(config: Config, mesh: Mesh) -> int:
 
 
 def forward(
-    config: Config, cfg: ModelConfig, mesh: Mesh, *, gates: bool = False
+    config: Config, cfg: ModelConfig, mesh: Mesh, *, gates: bool = False,
+    leave: bool = False,
 ) -> Forward:
-  """A model on the mesh, up to its head; with `gates`, its exit gates too."""
+  """A model on the mesh, up to its head.
+
+  With `gates`, its exit gates too; with `leave`, tokens leave after as many
+  loops as a batch's depth_BT says, where it does.
+  """
   decoder = model.Decoder(cfg, run=config.run)
   letters = rules(config, cfg, mesh)
 
@@ -202,7 +210,7 @@ def forward(
     with nn.logical_axis_rules(letters):
       found = decoder.apply(
           variables, batch['token_BT'], batch['segment_BT'],
-          batch['position_BT'],
+          batch['position_BT'], batch.get('depth_BT') if leave else None,
           method='hidden_and_gates' if gates else 'hidden',
       )
     h_LBTD, gate_LBT = found if gates else (found, None)
@@ -219,6 +227,18 @@ def forward(
       return decoder.apply({'params': params}, h, loop, method='logits')
 
   return hidden
+
+
+def _depths(
+    config: Config, step: jax.Array, batch: Mapping[str, jax.Array]
+) -> jax.Array:
+  """Loops that each token of a step goes through, see `LossConfig.early`."""
+  loops, (B, T) = config.model.loops, batch['weight_BT'].shape
+  rows, places = jax.random.split(
+      jax.random.fold_in(jax.random.key(config.seed), step))
+  return jnp.where(
+      jax.random.uniform(rows, (B, 1)) < config.losses.early,
+      jax.random.randint(places, (B, T), 1, loops + 1), loops)
 
 
 def _sum_over_parts(

@@ -49,6 +49,8 @@ def main() -> None:
                       metavar='LEAST,MOST', help='tokens of a prompt')
   parser.add_argument('--new', type=_numbers(3), default=(16, 96, 256),
                       metavar='LEAST,MEAN,MOST', help='tokens that follow')
+  parser.add_argument('--write', metavar='JSONL', help='only write the texts '
+                      'of other such requests, to calibrate with')
   parser.add_argument('--simulate', action='store_true',
                       help="the paper's tables from its block times")
   parser.add_argument('--json', help='file for the rows')
@@ -58,6 +60,9 @@ def main() -> None:
   args = parser.parse_args()
   if args.simulate:
     found = paper_throughput.simulate()
+  elif args.checkpoint and args.text and args.write:
+    write(args)
+    return
   elif args.checkpoint and args.text:
     found = measure(args)
   else:
@@ -146,6 +151,23 @@ def serve(engine, tokenizer, prompts, lengths, scripts=None) -> Served:
         first.append(now - begin)
       last[id] = now
   return Served(time.perf_counter() - begin, tokens, depths, first, gaps)
+
+
+def write(args) -> None:
+  """Texts that the model writes at full depth, a document a line."""
+  import recursive_tx as rtx
+  from recursive_tx import saved
+  from recursive_tx import tokenizer as tokenizer_lib
+  cfg, variables = saved.load(pathlib.Path(args.checkpoint))
+  tokenizer = tokenizer_lib.load(pathlib.Path(args.checkpoint))
+  prompts, lengths = requests(tokenizer, args, seed=1)
+  engine = rtx.Engine(cfg, variables, slots=args.slots,
+                      max_len=args.prompt[1] + args.new[2])
+  served = serve(engine, tokenizer, prompts, lengths)
+  opening = len(tokenizer.opening)
+  pathlib.Path(args.write).write_text(''.join(
+      json.dumps({'text': tokenizer.decode(prompt[opening:] + tokens)}) + '\n'
+      for prompt, tokens in zip(prompts, served.tokens, strict=True)))
 
 
 class Judge:
