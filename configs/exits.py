@@ -5,7 +5,7 @@ uptraining), on stories of one kind:
 
   python -m recursive_tx train --config=configs/exits.py:text=FILE \
     --config.tokenizer=HF_DIR --workdir=DIR/body
-  python -m recursive_tx train --config=configs/exits.py:text=FILE,exits=0.3 \
+  python -m recursive_tx train --config=configs/exits.py:text=FILE,exits=1 \
     --config.init_from=DIR/body/model --workdir=DIR/exits
 
 FILE is TinyStories, stories between lines <|endoftext|>; HF_DIR has a

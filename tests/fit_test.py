@@ -40,8 +40,8 @@ def _kl(cfg, values, other, token_NT):
 
 
 @pytest.mark.parametrize('name', [
-    'llama', 'gpt_neox', *(pytest.param(name, marks=pytest.mark.slow)
-                           for name in ('mistral', 'gemma'))])
+    'llama', *(pytest.param(name, marks=pytest.mark.slow)
+               for name in ('gpt_neox', 'mistral', 'gemma'))])
 def test_full_rank_is_exact(name):
   cfg = tiny.FAMILIES[name]
   values = tiny.variables(cfg)
@@ -59,8 +59,9 @@ def test_full_rank_is_exact(name):
 # What is chosen.
 
 
-@pytest.mark.parametrize('rank', [0, 4])
-@pytest.mark.parametrize('loop_norms', [True, False])
+@pytest.mark.parametrize('rank, loop_norms', [
+    (4, True), *(pytest.param(*case, marks=pytest.mark.slow)
+                 for case in ((0, True), (0, False), (4, False)))])
 def test_no_start_of_the_paper_is_nearer_on_what_was_kept_apart(
     rank, loop_norms):
   values = tiny.variables(LLAMA)
@@ -86,6 +87,7 @@ def test_the_papers_start_is_taken_where_it_is_nearer():
                        tiny.decoder(LLAMA)(values, token_BT)) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_fit_is_far_nearer_where_inputs_lie_in_few_directions():
   """Weights that no input meets are nobody's loss; plain SVD keeps them."""
   cfg = dataclasses.replace(LLAMA, attention_bias=False, mlp_bias=False)
