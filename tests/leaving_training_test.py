@@ -98,6 +98,7 @@ def test_a_share_of_the_sequences_leaves(batch):
   assert (depth_BT != step_lib._depths(config, jnp.int32(4), rows)).any()
 
 
+@pytest.mark.slow
 def test_a_step_learns_from_what_left(variables, batch):
   metrics = []
   for share in (0.0, 1.0):
