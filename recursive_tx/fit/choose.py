@@ -1,5 +1,6 @@
 """How far a recursive model is from its original, one layer at a time."""
 
+import collections
 import functools
 
 import jax
@@ -14,13 +15,8 @@ def final(
     cfg: config_lib.ModelConfig, read: layers.Read, token_NT: np.ndarray
 ) -> np.ndarray:
   """What comes out of a vanilla model's last layer, [N, T, D] fp32."""
-  x_NTD = layers.embed(cfg, layers.ends(cfg, read), token_NT)
-  for layer in range(cfg.num_layers):
-    values = layers.read_layer(cfg, read, layer)
-    x_NTD = np.concatenate([
-        layers.forward(cfg, values, x_NTD[rows])
-        for rows in layers.batches(token_NT)])
-  return x_NTD
+  stream = layers.stream(cfg, read, layers.ends(cfg, read), token_NT)
+  return collections.deque(stream, maxlen=1).pop()
 
 
 def divergence(

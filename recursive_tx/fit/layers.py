@@ -74,6 +74,26 @@ def embed(
       enter(variables, token_NT[rows]) for rows in batches(token_NT)])
 
 
+def stream(
+    cfg: config_lib.ModelConfig, read: Read, variables: dict,
+    token_NT: np.ndarray,
+) -> Iterator[np.ndarray]:
+  """What every layer reads, and last what comes out, [N, T, D] fp32.
+
+  Args:
+    cfg, read: a vanilla model.
+    variables: its `ends`.
+    token_NT: int32 token ids.
+  """
+  x_NTD = embed(cfg, variables, token_NT)
+  for layer in range(cfg.num_layers):
+    yield x_NTD
+    values = read_layer(cfg, read, layer)
+    x_NTD = np.concatenate([
+        forward(cfg, values, x_NTD[rows]) for rows in batches(token_NT)])
+  yield x_NTD
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def forward(cfg, values, x_BTD):
   """One layer's output, [B, T, D]."""

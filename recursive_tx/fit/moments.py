@@ -61,13 +61,10 @@ def measure(
     tell: told the share of the work done since it was last told.
   """
   variables = layers.ends(cfg, read)
-  xs = [layers.embed(cfg, variables, token_NT)]
-  for layer in range(cfg.num_layers):
-    values = layers.read_layer(cfg, read, layer)
-    xs.append(np.concatenate([
-        layers.forward(cfg, values, xs[-1][rows])
-        for rows in layers.batches(token_NT)]))
-    tell(0.25 / cfg.num_layers)
+  xs = []
+  for x_NTD in layers.stream(cfg, read, variables, token_NT):
+    xs.append(x_NTD)
+    tell(0.25 / (cfg.num_layers + 1))
   d_NTD = _drawn(cfg, variables, token_NT, xs.pop(), seed)
   moments = Moments(directory)
   for layer in reversed(range(cfg.num_layers)):
