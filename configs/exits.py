@@ -1,7 +1,7 @@
 """A small model of 3 loops with exits, for `tests/benchmarks/throughput.py`.
 
 First the model, then its exits and their gate (the paper's section 3.7, after
-uptraining), on stories of one kind:
+uptraining), and keys that all loops share, on stories of one kind:
 
   python -m recursive_tx train --config=configs/exits.py:text=FILE \
     --config.tokenizer=HF_DIR --workdir=DIR/body
@@ -35,7 +35,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.optim.lr = 1e-3
     config.losses.update(common.exit_losses(args.exits, MODEL['loops']))
     config.losses.gate = (1.0, 1.0, 0.0)
-    config.losses.early = 0.5
+    config.model.loop_keys = False
   config.checkpoint.every = 200
   config.eval.every = 500
   config.run.unroll = True

@@ -37,17 +37,20 @@ class Place(NamedTuple):
       are dropped.
     position_BT: position of each token.
     virtual_BT: number of the virtual layer; rows may be at different loops.
+    writes_BT: whose keys are written, bool; the others' are there. None is
+      all's.
   """
   row_BT: jax.Array
   position_BT: jax.Array
   virtual_BT: jax.Array
+  writes_BT: jax.Array | None = None
 
 
 def init(
     cfg: config_lib.ModelConfig, rows: int, length: int, dtype='float32'
 ) -> Cache:
   """An empty cache of `length` positions a row."""
-  shape = (cfg.num_layers, rows, cfg.K, length, cfg.H)
+  shape = (cfg.key_layers, rows, cfg.K, length, cfg.H)
   return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
@@ -58,7 +61,10 @@ def write(
 
   A token's keys go to several places where T is 1 but the place's is not.
   """
-  at = (place.virtual_BT, place.row_BT, slice(None), place.position_BT)
+  row_BT = place.row_BT
+  if place.writes_BT is not None:
+    row_BT = jnp.where(place.writes_BT, row_BT, cache.k.shape[1])
+  at = (place.virtual_BT, row_BT, slice(None), place.position_BT)
   return Cache(*(
       nn.with_logical_constraint(
           leaf.at[at].set(new.astype(leaf.dtype), mode='drop'), LETTERS)

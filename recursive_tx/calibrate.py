@@ -3,10 +3,11 @@
 Held-out sequences are read with exits as they would happen (see early.py), and
 each has a share of tokens whose best guess is not the full depth's. Learn then
 Test (Angelopoulos et al., arxiv.org/abs/2110.01052; for exits CALM,
-arxiv.org/abs/2207.07061): thresholds are tried from the most
-careful one on, each by a p-value for "the mean share is above delta", and the
-last before the first that fails is taken. With at least the stated confidence
-over the draw of the sequences, its true mean share is then at most delta.
+arxiv.org/abs/2207.07061): a part of the sequences tells which thresholds are
+worth trying (see thresholds.py). They are tried on the others from the most
+careful ones on, each by a p-value for "the mean share is above delta", and the
+last before the first that fails are taken. With at least the stated confidence
+over the draw of the sequences, their true mean share is then at most delta.
 
 What is promised: on text like that given, read token by token, the next token
 chosen is the full depth's at least so often. Of texts that the model goes on
@@ -14,8 +15,7 @@ to write by itself nothing is promised, nor where sequences are not drawn
 independently, as pieces of one book are not. Every token of a sequence may
 leave here, where a prompt would be read at full depth.
 
-One threshold serves all loops. Knows a model and batches; not where they come
-from.
+Knows a model and batches; not where they come from.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -23,27 +23,27 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import numpy as np
 import scipy.special
 
 from recursive_tx import config as config_lib
-from recursive_tx import early, exits
+from recursive_tx import early, exits, thresholds
 
 # Those whose threshold is a matter of degree.
 RULES = tuple(rule for rule in exits.RULES
               if rule not in (*exits.SCORELESS, 'static'))
-# Equal steps of log-odds, the most careful first. They are fixed before the
-# text is seen: to choose them by it would spoil the test.
-THRESHOLDS = tuple(
-    1 / (1 + math.exp(-0.25 * step)) for step in range(56, -25, -1))
+# Of so many sequences one is to choose by and tests nothing: a test of what was
+# chosen by it would say too much.
+_CHOOSE = 4
 # Where the curve that is shown ends.
 _LEAST_AGREEMENT = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-  """One threshold: what share agreed with full depth, and at what depth."""
-  threshold: float
+  """Thresholds: what share agreed with full depth, and at what depth."""
+  thresholds: tuple[float, ...]
   agreement: float
   depth: float
   p_value: float
@@ -55,9 +55,9 @@ class Result:
 
   Attributes:
     rule, delta, confidence: as asked for.
-    units: sequences.
-    tokens: that were judged.
-    points: the curve, the most careful threshold first.
+    units: sequences that tested.
+    tokens: of all sequences.
+    points: the curve, the most careful thresholds first.
     chosen: of `points`; None where not even the first one passed.
     oracle_depth: mean of the earliest loops that agree with the final one.
     agreement_E: share of tokens on which each exit agrees, had all gone on.
@@ -82,7 +82,7 @@ def calibrate(
     run: config_lib.Run = config_lib.Run(),
     progress: Callable[[Sequence], Iterable] = iter,
 ) -> Result:
-  """Chooses a rule's threshold on held-out text.
+  """Chooses a rule's thresholds on held-out text.
 
   Args:
     cfg, variables: a model with several loops.
@@ -100,46 +100,31 @@ def calibrate(
       for any threshold to pass.
   """
   _check(cfg, rule, delta, confidence)
-  tokens_U, known, surest = [], [], -math.inf
   full = early.forward(cfg, run, rule, every=True)
   batches = [batch for batch in heldout.batches if batch['weight_BT'].any()]
-  for batch in batches:
-    passed = full(variables, batch, np.inf)
-    counted_BT = batch['weight_BT'] > 0
-    tokens_U += counted_BT.sum(axis=1).tolist()
-    same_EBT = np.asarray(passed.best_EBT) == np.asarray(passed.best_BT)
-    known.append((np.asarray(passed.best_BT), same_EBT[:, counted_BT],
-                  np.asarray(passed.score_EBT)[:, counted_BT]))
-    surest = max(surest, float(passed.score_EBT.max()))
-  units = sum(tokens > 0 for tokens in tokens_U)
-  least = math.ceil(math.log(1 - confidence) / math.log(1 - delta))
-  if units < least:
-    raise ValueError(
-        f'{units} sequences are too few to be {confidence:g} sure of a delta of'
-        f' {delta:g}, even if none differed; that takes {least}: give more'
-        ' --text, a smaller --seq_len or a larger --delta')
-  once = early.forward(cfg, run, rule)
+  chooses, tests = _split(batches)
+  units = sum(int(mask_BT.any(axis=1).sum()) for mask_BT in tests)
+  _check_units(units, delta, confidence)
+  known = [jax.tree.map(np.asarray, full(
+      variables, batch, np.full(cfg.loops - 1, np.inf))) for batch in batches]
   points, level = [], 1 - confidence
-  for threshold in progress(thresholds(rule)):
-    wrongs_U, depths_U = [0.0], [float(cfg.loops)]
-    # Above the highest score nobody leaves.
-    if np.float32(threshold) <= surest:
-      wrongs_U, depths_U = [], []
-      for batch, (best_BT, *_) in zip(batches, known, strict=True):
-        passed = once(variables, batch, threshold)
-        wrongs_U += _by_row(np.asarray(passed.best_BT) != best_BT, batch)
-        depths_U += _by_row(np.asarray(passed.depth_BT), batch)
+  for tried in progress(thresholds.path(*_scores(known, chooses))):
+    wrongs_U, depths_U = [], []
+    for batch, first, mask_BT in zip(batches, known, tests, strict=True):
+      best_BT, depth_BT = _passed(
+          cfg, run, rule, variables, batch, first, tried)
+      wrongs_U += _by_row(best_BT != first.best_BT, mask_BT)
+      depths_U += _by_row(depth_BT, mask_BT)
     wrong = float(np.mean(wrongs_U))
-    points.append(Point(threshold, 1 - wrong, float(np.mean(depths_U)),
+    points.append(Point(tried, 1 - wrong, float(np.mean(depths_U)),
                         p_value(wrong, units, delta)))
     if points[-1].p_value > level and 1 - wrong < _LEAST_AGREEMENT:
       break
   passed = last_passed([point.p_value for point in points], level)
-  same_ET, score_ET = (
-      np.concatenate(parts, axis=1) for parts in list(zip(
-          *known, strict=True))[1:])
+  score_ET, same_ET = _scores(
+      known, [batch['weight_BT'] > 0 for batch in batches])
   return Result(
-      rule, delta, confidence, units, sum(tokens_U), tuple(points),
+      rule, delta, confidence, units, score_ET.shape[1], tuple(points),
       None if passed is None else points[passed],
       float(oracle_depth(same_ET).mean()),
       tuple(same_ET.mean(axis=1).tolist()),
@@ -147,16 +132,38 @@ def calibrate(
           score_ET, same_ET, strict=True)))
 
 
-def exit_of(cfg: config_lib.ModelConfig, result: Result) -> exits.Exit:
-  """The exit that was chosen."""
-  assert result.chosen is not None
-  return exits.Exit(
-      result.rule, (result.chosen.threshold,) * (cfg.loops - 1))
+def _split(batches) -> tuple[list[np.ndarray], list[np.ndarray]]:
+  """Tokens of every batch to choose by, and those to test, bool [B, T]."""
+  chooses, tests, seen = [], [], 0
+  for batch in batches:
+    counted_BT = batch['weight_BT'] > 0
+    number_B = seen + counted_BT.any(axis=1).cumsum()
+    seen = number_B[-1]
+    chooses_B1 = (number_B % _CHOOSE == 1)[:, None]
+    chooses.append(counted_BT & chooses_B1)
+    tests.append(counted_BT & ~chooses_B1)
+  return chooses, tests
 
 
-def thresholds(rule: str) -> Sequence[float]:
-  """What is tried, the most careful first."""
-  return (1.0,) if rule == 'agreement' else THRESHOLDS
+def _scores(known, masks) -> tuple[np.ndarray, np.ndarray]:
+  """Scores, and whether the token is the final one, [E, tokens of a mask]."""
+  pairs = [(first.score_EBT[:, mask_BT],
+            (first.best_EBT == first.best_BT)[:, mask_BT])
+           for first, mask_BT in zip(known, masks, strict=True)]
+  score_ET, same_ET = (
+      np.concatenate(parts, axis=1) for parts in zip(*pairs, strict=True))
+  return score_ET, same_ET
+
+
+def _passed(cfg, run, rule, variables, batch, first, tried):
+  """What comes of a batch at some thresholds: best_BT and depth_BT."""
+  if cfg.loop_keys or cfg.coda:
+    passed = early.forward(cfg, run, rule)(variables, batch, np.array(tried))
+    return np.asarray(passed.best_BT), np.asarray(passed.depth_BT)
+  # Nobody reads what those that left would have made: one pass tells all.
+  best_LBT = np.concatenate([first.best_EBT, first.best_BT[None]])
+  loop_BT = thresholds.leave(first.score_EBT, tried)
+  return np.take_along_axis(best_LBT, loop_BT[None], 0)[0], loop_BT + 1
 
 
 def p_value(mean: float, units: int, delta: float) -> float:
@@ -219,12 +226,21 @@ def area(score_T: np.ndarray, same_T: np.ndarray) -> float:
   return float((rank_T[same_T].sum() - same * (same + 1) / 2) / pairs)
 
 
-def _by_row(value_BT: np.ndarray, batch: dict[str, np.ndarray]) -> list[float]:
-  """Means over the counted tokens of every row that has some."""
-  counted_BT = batch['weight_BT'] > 0
-  return [float(value_T[counted_T].mean())
-          for value_T, counted_T in zip(value_BT, counted_BT, strict=True)
-          if counted_T.any()]
+def _by_row(value_BT: np.ndarray, mask_BT: np.ndarray) -> list[float]:
+  """Means over the tokens of the mask of every row that has some."""
+  return [float(value_T[mask_T].mean())
+          for value_T, mask_T in zip(value_BT, mask_BT, strict=True)
+          if mask_T.any()]
+
+
+def _check_units(units: int, delta: float, confidence: float) -> None:
+  least = math.ceil(math.log(1 - confidence) / math.log(1 - delta))
+  if units < least:
+    raise ValueError(
+        f'{units} sequences, beside those to choose by, are too few to be'
+        f' {confidence:g} sure of a delta of {delta:g}, even if none differed;'
+        f' that takes {least}: give more --text, a smaller --seq_len or a'
+        ' larger --delta')
 
 
 def _check(cfg, rule, delta, confidence) -> None:

@@ -57,6 +57,10 @@ class ModelConfig:
       one; a number or 'full' alone does not mean it.
     loop_norms: each loop has its own norm scales and biases (if loops > 1);
       False is the paper's tying.
+    loop_keys: each loop attends to keys and values of its own; False: all to
+      those of the first, so that a token's are whole wherever it leaves
+      (recursive KV sharing of Mixture-of-Recursions, arxiv.org/abs/2507.10524,
+      section 2.2).
     norm: 'rms', 'rms+1' (the scale is stored minus one), or 'layer'.
     norm_eps: added to the mean square (or variance).
     act: the MLP's activation.
@@ -85,6 +89,7 @@ class ModelConfig:
   coda: int = 0
   rank: str = '0'
   loop_norms: bool = True
+  loop_keys: bool = True
   norm: str = 'rms'
   norm_eps: float = 1e-6
   act: str = 'silu'
@@ -124,6 +129,12 @@ class ModelConfig:
   def num_layers(self) -> int:
     """Layers a token passes through."""
     return self.prelude + self.loops * self.layers_per_loop + self.coda
+
+  @property
+  def key_layers(self) -> int:
+    """Virtual layers that have keys and values of their own."""
+    loops = self.loops if self.loop_keys else 1
+    return self.prelude + loops * self.layers_per_loop + self.coda
 
   @property
   def has_loop_vectors(self) -> bool:

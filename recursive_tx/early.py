@@ -38,7 +38,7 @@ class Passed(NamedTuple):
 
 @functools.cache
 def forward(cfg: ModelConfig, run: Run, rule: str, *, every: bool = False):
-  """(variables, batch, threshold) -> Passed, compiled.
+  """(variables, batch, thresholds_E) -> Passed, compiled.
 
   Args:
     cfg: the model.
@@ -60,16 +60,20 @@ def forward(cfg: ModelConfig, run: Run, rule: str, *, every: bool = False):
   best_of = functools.partial(_best, decoder, run)
 
   def passed(
-      variables: Any, batch: Mapping[str, jax.Array], threshold: jax.Array
+      variables: Any, batch: Mapping[str, jax.Array],
+      thresholds_E: jax.Array
   ) -> Passed:
     bound = decoder.bind(variables)
     context = bound._context(
         batch['token_BT'], batch['segment_BT'], batch['position_BT'])
     x_BTD = bound._enter(batch['token_BT'], context)
+    keys_N = model.no_keys(cfg, x_BTD, cfg.layers_per_loop, cfg.loops)
     depth_BT = jnp.full(batch['token_BT'].shape, cfg.loops)
     best_BT, bests, scores = jnp.full_like(depth_BT, -1), [], []
     for loop in range(cfg.loops):
-      x_BTD = _loop(cfg, run, variables, x_BTD, loop, context, depth_BT <= loop)
+      x_BTD, keys_N = _loop(
+          cfg, run, variables, x_BTD, keys_N,
+          {**context, 'first': loop == 0, 'left_BT': depth_BT <= loop}, loop)
       if loop == cfg.loops - 1:
         break
       # As an exit here: what the gate and the head read without a coda.
@@ -83,7 +87,8 @@ def forward(cfg: ModelConfig, run: Run, rule: str, *, every: bool = False):
         best_BT, score_BT = best_of(variables, h_BTD, loop, rule, best_BT)
       bests.append(best_BT)
       scores.append(score_BT)
-      leaves_BT = (depth_BT == cfg.loops) & (score_BT >= threshold)
+      leaves_BT = (depth_BT == cfg.loops) & (
+          score_BT >= thresholds_E[loop])
       depth_BT = jnp.where(leaves_BT, loop + 1, depth_BT)
     best_BT, _ = best_of(
         variables, bound._leave(x_BTD, context), depth_BT - 1)
@@ -93,7 +98,7 @@ def forward(cfg: ModelConfig, run: Run, rule: str, *, every: bool = False):
   return jax.jit(passed)
 
 
-def _loop(cfg, run, variables, x_BTD, loop, context, left_BT):
+def _loop(cfg, run, variables, x_BTD, keys_N, context, loop):
   """One pass of the block; tokens that have left stay as they are."""
   params = variables['params']
   values_N = {name: jax.tree.map(lambda v: v[loop], params['adapters'][name])
@@ -101,13 +106,13 @@ def _loop(cfg, run, variables, x_BTD, loop, context, left_BT):
   if not cfg.has_loop_vectors:
     values_N = adapters.overlay(params['block']['vectors'], values_N)
   layer = model.Layer(cfg, run, parent=None)
-  context = {**context, 'left_BT': left_BT}
 
   def through(x_BTD, inputs):
     kernels, values = inputs
     return layer.apply({'params': kernels}, x_BTD, values, context)
 
-  return lax.scan(through, x_BTD, (params['block']['layers'], values_N))[0]
+  return lax.scan(through, x_BTD, (
+      params['block']['layers'], model.with_keys(values_N, keys_N)))
 
 
 def _best(decoder, run, variables, h_BTD, loop, rule=None, before_BT=None):

@@ -95,9 +95,10 @@ def score(
 
   Args:
     rule: 'top', the largest probability; 'margin', its distance from the
-      second; 'entropy', 1 - H / log V; 'agreement', 1 where the likeliest
-      token is that of the loop before, else 0; 'gate', the probability the
-      gate gives; 'static', 0.
+      second over their sum, which ranks as their logits' distance does;
+      'entropy', 1 - H / log V; 'agreement', 1 where the likeliest token is
+      that of the loop before, else 0; 'gate', the probability the gate gives;
+      'static', 0.
     logits_BV: the loop's, of any leading dimensions; where `Exit.needs` says.
     before_B: the preceding loop's likeliest token, -1 where there was none.
     gate_B: the gate's logit, as `Decoder.gate` gives it.
@@ -112,15 +113,16 @@ def score(
     return jax.nn.sigmoid(gate_B.astype(jnp.float32))
   if rule == 'agreement':
     return (jnp.argmax(logits_BV, axis=-1) == before_B).astype(jnp.float32)
+  if rule == 'margin':
+    # Two maxima: CPUs sort for top_k.
+    best_B1 = jnp.argmax(logits_BV, axis=-1, keepdims=True)
+    others_BV = jnp.where(
+        jnp.arange(logits_BV.shape[-1]) == best_B1, -jnp.inf, logits_BV)
+    apart_B = logits_BV.max(axis=-1) - others_BV.max(axis=-1)
+    return jnp.tanh(apart_B.astype(jnp.float32) / 2)
   log_p_BV = jax.nn.log_softmax(logits_BV.astype(jnp.float32))
   if rule == 'top':
     return jnp.exp(log_p_BV.max(axis=-1))
-  if rule == 'margin':
-    # Two maxima: CPUs sort for top_k.
-    best_B = jnp.argmax(log_p_BV, axis=-1, keepdims=True)
-    others_BV = jnp.where(
-        jnp.arange(log_p_BV.shape[-1]) == best_B, -jnp.inf, log_p_BV)
-    return jnp.exp(log_p_BV.max(axis=-1)) - jnp.exp(others_BV.max(axis=-1))
   p_log_p_BV = jnp.where(log_p_BV > -jnp.inf, jnp.exp(log_p_BV) * log_p_BV, 0)
   return 1 + p_log_p_BV.sum(axis=-1) / jnp.log(log_p_BV.shape[-1])
 

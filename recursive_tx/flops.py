@@ -84,11 +84,13 @@ def forward(
   exits = (cfg.loops,) if exits is None else exits
   loops = max(exits)
   tokens = float(batch * seq_len)
-  linears = adapters = 0
+  linears = looped = adapters = 0
   for kernel in cfg.kernels:
     rows, columns = cfg.in_out(kernel)
+    passes = loops if cfg.loop_keys or kernel not in 'kv' else 1
     linears += rows * columns
-    adapters += cfg.ranks[kernel] * min(
+    looped += passes * rows * columns
+    adapters += passes * cfg.ranks[kernel] * min(
         tokens * (rows + columns), rows * columns)
   head_rank = min(cfg.D, cfg.V, parse_rank(cfg.rank).get(HEAD, 0))
   early = sum(loop < cfg.loops for loop in exits)
@@ -98,9 +100,9 @@ def forward(
   scores = 4.0 * batch * pairs(seq_len, cfg.window) * cfg.N * cfg.H
   return {
       'prelude': 2 * tokens * linears * cfg.prelude,
-      'block': 2 * tokens * linears * block,
+      'block': 2 * tokens * looped * cfg.layers_per_loop,
       'coda': 2 * tokens * linears * coda,
-      'adapters': 2 * adapters * block
+      'adapters': 2 * adapters * cfg.layers_per_loop
                   + 2 * tokens * head_rank * (cfg.D + cfg.V) * early,
       'attention': scores * (cfg.prelude + block + coda),
       'head': 2 * tokens * cfg.D * cfg.V * len(exits),

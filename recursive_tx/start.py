@@ -91,7 +91,8 @@ def parts_as(
     origin: of `source`.
     wanted: the model they are for. Where it is not the directory's, that is
       given a fresh adapter of the head or exit gate, if this is all it lacks;
-      else it must be vanilla, and is relaxed.
+      else it must be vanilla, and is relaxed. Either way its loops may share
+      keys that they did not, or stop to.
     init: how `relax` makes the shared layers.
     lora: how `relax` makes the adapters.
     seed: of what `relax` draws.
@@ -99,6 +100,9 @@ def parts_as(
   Raises:
     ValueError: relaxing does not lead to the model wanted.
   """
+  if origin.cfg.loops > 1:  # No parameter tells who reads which keys.
+    origin = dataclasses.replace(origin, cfg=dataclasses.replace(
+        origin.cfg, loop_keys=wanted.loop_keys))
   if origin.cfg == wanted:
     return parts(origin)
   if _lacks_exits(origin.cfg, wanted):
@@ -110,7 +114,8 @@ def parts_as(
   relaxed = dataclasses.replace(target(
       origin.cfg, init=init, lora=lora, loops=wanted.loops, rank=wanted.rank,
       prelude=wanted.prelude, coda=wanted.coda, loop_norms=wanted.loop_norms,
-  ), exit_gate=wanted.exit_gate if wanted.loops > 1 else 0)
+  ), exit_gate=wanted.exit_gate if wanted.loops > 1 else 0,
+      loop_keys=wanted.loop_keys)
   differences = [
       f'{field.name} {getattr(relaxed, field.name)!r} but config.model has'
       f' {getattr(wanted, field.name)!r}'

@@ -115,6 +115,11 @@ def merge(
     Its unrolled config and variables, fp32 wherever an
     adapter was added.
   """
+  if cfg.loops > 1 and not cfg.loop_keys:
+    raise ValueError(
+        'model.loop_keys=False: no vanilla model has layers that read the keys'
+        ' of earlier ones; train it with config.model.loop_keys=True to merge'
+        ' or export it')
   flat = dataclasses.replace(
       cfg, loops=1, prelude=0, coda=0, rank='0', exit_gate=0,
       layers_per_loop=cfg.num_layers)

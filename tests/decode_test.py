@@ -24,7 +24,7 @@ def _decode(cfg, run=None):
 
 
 CACHED = [
-    tiny.MIXED,
+    tiny.MIXED, dataclasses.replace(tiny.MIXED, loop_keys=False),
     *(pytest.param(cfg, marks=pytest.mark.slow) for cfg in (
         dataclasses.replace(tiny.MIXED, window=0),
         dataclasses.replace(tiny.MIXED, prelude=0, loops=3),
@@ -108,6 +108,7 @@ def test_a_row_that_is_nobodys_writes_nothing():
 
 @pytest.mark.parametrize('cfg', [
     dataclasses.replace(tiny.MIXED, loops=3),
+    dataclasses.replace(tiny.MIXED, loops=3, loop_keys=False),
     pytest.param(dataclasses.replace(tiny.MIXED, loops=3, loop_norms=False),
                  marks=pytest.mark.slow),
     pytest.param(dataclasses.replace(tiny.FAMILIES['gpt_neox'], loops=3,

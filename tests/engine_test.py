@@ -209,6 +209,30 @@ def test_tokens_leave_as_the_rule_says(cfg, rule, fill):
   assert len(seen) > 1 or isinstance(rule, int), 'all leave at the same loop'
 
 
+@pytest.mark.parametrize('cfg', [
+    dataclasses.replace(TIED, loop_keys=False),
+    pytest.param(dataclasses.replace(
+        SERIAL, loop_keys=False, prelude=1), marks=pytest.mark.slow)])
+def test_who_left_is_not_seen_where_loops_share_keys(cfg):
+  """Full forwards of whole texts say which token comes, and when it leaves."""
+  exit, prompts = _half(cfg, 'top'), _prompts(cfg, 3)
+  events = _run(cfg, [engine.Request(prompt, 8) for prompt in prompts],
+                exit=exit)
+  seen = set()
+  for prompt, row in zip(prompts, events.values(), strict=True):
+    tokens = list(prompt)
+    for event in row:
+      logits_LV = _full(cfg, tokens)[:, -1]
+      score_L = exits.score('top', logits_BV=logits_LV)
+      leaves_L = score_L >= np.array([*exit.thresholds, -np.inf])
+      loop = int(np.argmax(leaves_L))
+      assert event.token == logits_LV[loop].argmax()
+      assert event.depth == loop + 1
+      tokens.append(event.token)
+      seen.add(event.depth)
+  assert len(seen) > 1
+
+
 # Any order of arrival, any neighbours.
 
 

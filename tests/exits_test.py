@@ -32,7 +32,8 @@ def by_hand(rule, logits_V, before):
   p_V /= p_V.sum()
   falling_V = np.sort(p_V)[::-1]
   return {
-      'top': falling_V[0], 'margin': falling_V[0] - falling_V[1],
+      'top': falling_V[0],
+      'margin': (falling_V[0] - falling_V[1]) / falling_V[:2].sum(),
       'entropy': 1 + (p_V * np.log(p_V)).sum() / np.log(V),
       'agreement': float(p_V.argmax() == before)}[rule]
 

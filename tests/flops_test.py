@@ -23,6 +23,7 @@ MODELS = {
     'neox': dict(parallel=True, gated=False, norm='layer', act='relu'),
     'rank': dict(rank='q4+o8+mlp16'),
     'ends': dict(prelude=1, coda=1, tied=False),
+    'shared keys': dict(loop_keys=False, rank='k4+o8'),
 }
 LOSSES = {
     'final': (LossConfig((1.0,)), False),

@@ -13,7 +13,8 @@ PACKAGE = pathlib.Path(recursive_tx.__file__).parent
 # Who may import whom: a module imports from rows above its own only. Modules
 # of a package (data, cli) may import each other.
 ROWS = (
-    ('chunks', 'config', 'disk', 'distributed', 'tree', 'tokenizer'),
+    ('chunks', 'config', 'disk', 'distributed', 'thresholds', 'tree',
+     'tokenizer'),
     ('text_stream',),
     ('adapters', 'attention', 'chips', 'data', 'depths', 'embedding',
      'families', 'flops', 'history', 'hlo', 'losses', 'optim', 'sampling'),

@@ -250,6 +250,7 @@ FIELDS = {
     'coda': (LOOPED, dict(coda=1)),
     'rank': (LOOPED, dict(rank='v1')),
     'loop_norms': (LOOPED, dict(loop_norms=True)),
+    'loop_keys': (LOOPED, dict(loop_keys=False)),
     'norm': (LOOPED, dict(norm='rms+1')),
     'norm_eps': (LOOPED, dict(norm_eps=1e-2)),
     'act': (LOOPED, dict(act='gelu')),

@@ -127,6 +127,23 @@ MUTANTS = {
         'normalize(self.cfg, x_BTD, self.norm()) for', (_EXITS,)),
     'left_tokens_go_on_for_a_loop': Mutant(
         'model/stack.py', 'depth_BT <= loop', 'depth_BT < loop', (_LEAVING,)),
+    'shared_keys_of_the_loop_before': Mutant(
+        'model/layer.py', "jnp.where(context['first'], own, shared[leaf])",
+        'shared[leaf] + own',
+        ('shared_keys_test.py::test_logits_are_those_made_by_hand',)),
+    'shared_keys_overwritten': Mutant(
+        'model/decoder.py', 'writes_BT=loop_BT == 0', 'writes_BT=loop_BT >= 0',
+        (_MIXED, 'engine_test.py::'
+         'test_who_left_is_not_seen_where_loops_share_keys')),
+    'leaves_only_above_the_threshold': Mutant(
+        'thresholds.py', 'score_E[loop] >= threshold',
+        'score_E[loop] > threshold',
+        ('thresholds_test.py::'
+         'test_tokens_leave_at_the_first_loop_that_lets_them',)),
+    'tests_what_it_chose_by': Mutant(
+        'calibrate.py', 'tests.append(counted_BT & ~chooses_B1)',
+        'tests.append(counted_BT)',
+        ('calibrate_test.py::test_the_chosen_thresholds_keep_to_delta',)),
     'left_tokens_judged_by_themselves': Mutant(
         'losses.py', "fixed['final_BT'] *= batch", "batch",
         ('leaving_training_test.py::'

@@ -8,7 +8,6 @@ tokens on text like the one given, read token by token; sequences count as
 independent draws, so give many documents rather than one long one.
 """
 
-import dataclasses
 import functools
 import pathlib
 
@@ -50,15 +49,17 @@ def main(argv: list[str]) -> None:
   print(table(result))
   if result.chosen is None:
     raise ValueError(
-        f'no threshold of {result.rule!r} keeps to delta={result.delta:g};'
+        f'no thresholds of {result.rule!r} keep to delta={result.delta:g};'
         ' nothing was written: give a larger --delta, another --rule or more'
         ' --text')
-  facts = {**dataclasses.asdict(result.chosen), 'delta': result.delta,
-           'confidence': result.confidence, 'units': result.units,
-           'tokens': result.tokens, 'seq_len': flags.FLAGS.seq_len}
-  facts['mean_depth'] = facts.pop('depth')
-  del facts['threshold']
-  exits.save(directory, calibrate.exit_of(cfg, result), facts)
+  chosen = result.chosen
+  exits.save(directory, exits.Exit(result.rule, chosen.thresholds), {
+      'agreement': chosen.agreement, 'mean_depth': chosen.depth,
+      'p_value': chosen.p_value, 'delta': result.delta,
+      'confidence': result.confidence, 'units': result.units,
+      'tokens': result.tokens, 'seq_len': flags.FLAGS.seq_len,
+      'curve': [{'thresholds': point.thresholds, 'agreement': point.agreement,
+                 'mean_depth': point.depth} for point in result.points]})
   print(f'{directory / "exit.json"}: agreement of at least'
         f' {1 - result.delta:g} with full depth, {result.confidence:g} sure.')
 
@@ -71,11 +72,11 @@ def table(result: calibrate.Result) -> str:
       zip(result.agreement_E, result.area_E, strict=True), 1):
     lines.append(f'loop {loop} agrees on {agreement:.4f} of them; {result.rule}'
                  f' tells which with an area under the ROC curve of {area:.4f}')
-  lines.append('threshold   agreement   mean depth    p-value')
-  # Of those at which no token leaves the last is enough.
-  idle = sum(point.depth == result.points[0].depth for point in result.points)
-  for point in result.points[max(0, idle - 1):]:
+  width = max(10, 9 * len(result.agreement_E))
+  lines.append(f'{"thresholds":{width}}   agreement   mean depth    p-value')
+  for point in result.points:
     mark = '  <- chosen' if point == result.chosen else ''
-    lines.append(f'{point.threshold:9.6f}{point.agreement:12.4f}'
+    tried = ' '.join(f'{value:.6f}' for value in point.thresholds)
+    lines.append(f'{tried:{width}}{point.agreement:12.4f}'
                  f'{point.depth:13.4f}{point.p_value:11.2g}{mark}')
   return '\n'.join(lines)

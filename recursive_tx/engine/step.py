@@ -26,7 +26,8 @@ from recursive_tx.model import Decoder, normalize
 # cdb: continuous depth-wise; every slot is at its own.
 SCHEDULES = ('static', 'csb', 'cdb')
 # What becomes of the keys and values of the loops that a token skips.
-# propagate: they are made of the hidden state that it left with.
+# propagate: they are made of the hidden state that it left with; where loops
+#   share keys (loop_keys=False) there is nothing to make.
 # complete: it goes through those loops all the same, though its token is out.
 FILLS = ('propagate', 'complete')
 
@@ -215,7 +216,7 @@ def _ask(plan, variables, slots: Slots, rows, index_G, cache, place):
 def _propagate(plan, variables, slots: Slots, early_B, cache, place):
   """Keys and values of the loops that tokens skip, of what they left with."""
   cfg = plan.cfg
-  if cfg.loops == 1 or plan.exit.rule == 'last':
+  if cfg.loops == 1 or plan.exit.rule == 'last' or not cfg.loop_keys:
     return cache
   R, later = cache.k.shape[1], jnp.arange(1, cfg.loops)
   alike = not cfg.has_loop_vectors and not any(cfg.ranks.values())

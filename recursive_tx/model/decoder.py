@@ -187,17 +187,22 @@ class Decoder(nn.Module):
     if mixed_N is None:
       mixed_N = depths.mixed(cfg, params.get('adapters', {}))
     values_N = depths.at(cfg, mixed_N, loop)
-    first_BT = cfg.prelude + loop * cfg.layers_per_loop
-    if isinstance(loop, int):
-      first_BT = jnp.full_like(place.row_BT, first_BT)
+    loop_BT = jnp.full_like(place.row_BT, loop) if isinstance(
+        loop, int) else loop
+    if cfg.loop_keys:
+      place = place._replace(
+          virtual_BT=cfg.prelude + loop_BT * cfg.layers_per_loop)
+    else:
+      place = place._replace(
+          virtual_BT=jnp.full_like(loop_BT, cfg.prelude),
+          writes_BT=loop_BT == 0)
     return self.block.once(
-        x_BTD, values_N, self._place_context(place), cache,
-        place._replace(virtual_BT=first_BT), method)
+        x_BTD, values_N, self._place_context(place), cache, place, method)
 
   def leave(self, x_BTD, cache, place):
     """What the head multiplies, h_BTD, and the cache after the coda."""
     if self.coda is not None:
-      first = self.cfg.num_layers - self.cfg.coda
+      first = self.cfg.key_layers - self.cfg.coda
       x_BTD, cache = self.coda.once(
           x_BTD, [{}] * self.cfg.coda, self._place_context(place), cache,
           place._replace(virtual_BT=jnp.full_like(place.row_BT, first)))

@@ -66,7 +66,10 @@ def rotate(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 class Attention(nn.Module):
-  """Grouped-query attention with rotary positions and an optional cache."""
+  """Grouped-query attention with rotary positions and an optional cache.
+
+  Without a cache, and where loops share keys, it gives those in its place.
+  """
   cfg: config_lib.ModelConfig
   run: config_lib.Run
 
@@ -76,17 +79,28 @@ class Attention(nn.Module):
 
   def __call__(self, x_BTD, adapter, context, cache=None, place=None):
     q_BTNH = rotate(self.q(x_BTD, adapter.get('q', {})), context['rope'])
-    k_BSKH, v_BSKH = self.keys(x_BTD, adapter, context)
+    k_BSKH, v_BSKH = self._own_or_shared(x_BTD, adapter, context)
     if cache is None:
       y_BTNH = attention.attend(
           q_BTNH, k_BSKH, v_BSKH, mask_BTS=context['mask_BTS'],
           segment_BT=context['segment_BT'], window=self.cfg.window,
           implementation=self.run.attention)
+      cache = {'k': k_BSKH, 'v': v_BSKH} if 'keys' in adapter else None
     else:
       cache = cache_lib.write(cache, place, k_BSKH, v_BSKH)
       y_BTNH = cache_lib.attend(
           q_BTNH, cache, place, window=self.cfg.window)
     return self.o(y_BTNH, adapter.get('o', {})), cache
+
+  def _own_or_shared(self, x_BTD, adapter, context):
+    shared = adapter.get('keys')
+    if shared is None or context['first'] is True:
+      return self.keys(x_BTD, adapter, context)
+    if context['first'] is False:
+      return shared['k'], shared['v']
+    # A scan over loops does not know which one it is in.
+    return tuple(jnp.where(context['first'], own, shared[leaf]) for leaf, own
+                 in zip('kv', self.keys(x_BTD, adapter, context), strict=True))
 
   def keys(self, x_BTD, adapter, context):
     """Keys and values, BTKH."""
@@ -114,7 +128,7 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-  """One layer; its norms, biases and factors come in as `adapter`."""
+  """One layer; its norms, biases, factors, shared keys come as `adapter`."""
   cfg: config_lib.ModelConfig
   run: config_lib.Run
 

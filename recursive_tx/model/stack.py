@@ -46,30 +46,36 @@ class Stack(nn.Module):
     if self.run.unroll and not self.is_initializing():
       return self._unrolled(layer, x_BTD, adapters_L, context)
 
-    def loop(stack, x_BTD, adapter, index):
+    def loop(stack, carry, adapter, index):
+      x_BTD, keys_N = carry
       scan = nn.scan(
           layer, variable_axes={'params': 0}, split_rngs={'params': True},
           in_axes=(0, nn.broadcast), length=stack.layers,
           metadata_params={nn.PARTITION_NAME: 'layers'})
-      x_BTD, _ = scan(stack.cfg, stack.run, name='layers')(
-          x_BTD, adapter, _at_loop(context, index))
-      return x_BTD, x_BTD
+      carry = scan(stack.cfg, stack.run, name='layers')(
+          x_BTD, with_keys(adapter, keys_N), _at_loop(context, index))
+      return carry, carry[0]
 
     loops = nn.scan(
         loop, variable_broadcast='params', split_rngs={'params': False},
         in_axes=0, length=self.loops)
-    return loops(self, x_BTD, adapters_L, jnp.arange(self.loops))
+    (x_BTD, _), h_LBTD = loops(
+        self, (x_BTD, no_keys(self.cfg, x_BTD, self.layers, self.loops)),
+        adapters_L, jnp.arange(self.loops))
+    return x_BTD, h_LBTD
 
   def _unrolled(self, layer, x_BTD, adapters_L, context):
     """The same without a scan, which would stack what backward needs."""
     layer = layer(self.cfg, self.run, parent=None)
     params = _unstack(self.variables['params']['layers'], self.layers)
-    h_LBTD = []
+    h_LBTD, keys_N = [], no_keys(self.cfg, x_BTD, self.layers, self.loops)
     for index, adapter in enumerate(_unstack(adapters_L, self.loops)):
-      now = _at_loop(context, index)
-      for leaves, values in zip(
-          params, _unstack(adapter, self.layers), strict=True):
-        x_BTD, _ = layer.apply({'params': leaves}, x_BTD, values, now)
+      now, keys = _at_loop(context, index), []
+      for leaves, values in zip(params, _unstack(
+          with_keys(adapter, keys_N), self.layers), strict=True):
+        x_BTD, own = layer.apply({'params': leaves}, x_BTD, values, now)
+        keys.append(own)
+      keys_N = jax.tree.map(lambda *own: jnp.stack(own), *keys)
       h_LBTD.append(x_BTD)
     return x_BTD, jnp.stack(h_LBTD)
 
@@ -100,9 +106,25 @@ class Stack(nn.Module):
     return x_BTD, cache
 
 
+def no_keys(cfg, x_BTD, layers: int, loops: int) -> dict | None:
+  """What stands for the first loop's keys before it; None if none are shared.
+  """
+  if cfg.loop_keys or loops == 1:
+    return None
+  keys = nn.with_logical_constraint(
+      jnp.zeros((layers, *x_BTD.shape[:2], cfg.K, cfg.H), x_BTD.dtype),
+      ('layers', 'B', 'T', 'K', 'H'))
+  return {'k': keys, 'v': keys}
+
+
+def with_keys(adapter: dict, keys_N: dict | None) -> dict:
+  """One loop's values for its layers, and the keys that it is to share."""
+  return adapter if keys_N is None else {**adapter, 'keys': keys_N}
+
+
 def _at_loop(context: dict, loop) -> dict:
   """What layers share, with the tokens that left before this loop."""
-  context = dict(context)
+  context = {**context, 'first': loop == 0}
   depth_BT = context.pop('depth_BT', None)
   if depth_BT is not None:
     context['left_BT'] = depth_BT <= loop

@@ -33,8 +33,8 @@ import time
 import numpy as np
 import paper_throughput
 
-# Of a rule, for the curve of agreement against speed.
-THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
+# Points of a curve: the nearest to these agreements that were calibrated.
+AGREEMENTS = (0.9, 0.93, 0.95, 0.97, 0.98, 0.985, 0.99, 0.9925, 0.995)
 
 
 def main() -> None:
@@ -54,8 +54,8 @@ def main() -> None:
   parser.add_argument('--simulate', action='store_true',
                       help="the paper's tables from its block times")
   parser.add_argument('--json', help='file for the rows')
-  parser.add_argument('--curve', action='append', default=[], metavar='RULE',
-                      help='also several thresholds of this rule; repeatable')
+  parser.add_argument('--curve', action='append', default=[], metavar='FILE',
+                      help="also points of an exit.json's curve; repeatable")
   parser.add_argument('--plot', help="PNG of the curves' agreement and speed")
   args = parser.parse_args()
   if args.simulate:
@@ -243,13 +243,12 @@ def measure(args) -> dict:
     engines[f'cdb, {calibrated.rule}'] = engine(exit=calibrated)
     engines[f'cdb, {calibrated.rule}, complete'] = engine(
         exit=calibrated, fill='complete')
-  if calibrated:
+  if calibrated and cfg.loop_keys:
     engines[f'cdb, {calibrated.rule}, share'] = shared(
         engine(exit=calibrated, steps=17), tokenizer, prompts, lengths)
-  for rule in args.curve:
-    for threshold in THRESHOLDS:
-      engines[f'cdb, {rule} {threshold:g}'] = engine(
-          exit=exits.Exit(rule, (threshold,) * (cfg.loops - 1)))
+  for file in args.curve:
+    for name, exit in curve(file):
+      engines[name] = engine(exit=exit)
 
   runs = {name: [] for name in engines}
   for i in range(args.rounds + 1):
@@ -263,6 +262,16 @@ def measure(args) -> dict:
   if args.plot:
     plot(args.plot, args.curve, found['rows'])
   return found
+
+
+def curve(file: str):
+  """Names and exits of some points that were calibrated."""
+  from recursive_tx import exits
+  found = json.loads(pathlib.Path(file).read_text())
+  for goal in AGREEMENTS:
+    point = min(found['curve'], key=lambda p: abs(p['agreement'] - goal))
+    yield f'cdb, {found["rule"]} {goal:g}', exits.Exit(
+        found['rule'], tuple(point['thresholds']))
 
 
 def shared(engine, tokenizer, prompts, lengths):
@@ -343,19 +352,21 @@ def report(args, cfg, tokenizer, prompts, runs, judge) -> dict:
   return {'fixed_loops': fixed, 'rows': rows}
 
 
-def plot(path: str, rules: list[str], rows: list[dict]) -> None:
+def plot(path: str, files: list[str], rows: list[dict]) -> None:
   """Agreement with full depth against tokens/s over csb's."""
   import matplotlib
   matplotlib.use('Agg')
   from matplotlib import pyplot
   figure, axes = pyplot.subplots(figsize=(6, 4), layout='constrained')
-  for i, rule in enumerate(rules):
-    names = [f'cdb, {rule} {threshold:g}' for threshold in THRESHOLDS]
-    curve = [row for row in rows if row['row'] in names]
-    agreement = [row['agreement'] for row in curve]
-    axes.plot(agreement, [row['to_csb'] for row in curve], f'C{i}o-',
+  for i, file in enumerate(files):
+    names = [name for name, _ in curve(file)]
+    points = sorted((row for row in rows if row['row'] in names),
+                    key=lambda row: row['agreement'])
+    agreement = [row['agreement'] for row in points]
+    rule = names[0].split()[1]
+    axes.plot(agreement, [row['to_csb'] for row in points], f'C{i}o-',
               label=rule)
-    axes.plot(agreement, [row['theory'] for row in curve], f'C{i}:',
+    axes.plot(agreement, [row['theory'] for row in points], f'C{i}:',
               label=f'{rule}: (loops + f) / (depth + f)')
   axes.set(xlabel='share of tokens as at full depth',
            ylabel='tokens/s over sequence-wise batching')
