@@ -14,7 +14,7 @@ import numpy as np
 
 from recursive_tx import config as config_lib
 from recursive_tx import disk, hf, model, saved
-from recursive_tx.relax import parts, target, tokens
+from recursive_tx.relax import begun, target, tokens
 
 # Fitting takes about so many times as long as all else.
 _FIT_WORK = 9
@@ -26,7 +26,7 @@ def convert(
     prelude: int = 0, coda: int = 0, lora: str = 'svd',
     calibration: Iterable | None = None, seed: int = 0,
     check: bool = False, overwrite: bool = False,
-    progress: Callable[[int, int], Any] = lambda total, written: None,
+    progress: Callable[[int, float], Any] = lambda total, written: None,
 ) -> dict[str, Any]:
   """`relax` from a Hugging Face directory to a saved directory.
 
@@ -55,20 +55,26 @@ def convert(
   token_NT = tokens(
       cfg, init, calibration, lambda: hf.load_hf(source)[1], seed)
   energy = {}
-  report = {'init': init, 'lora': lora, 'loops': loops, 'rank': rcfg.rank,
-            'parameters': parameters(rcfg), 'original': parameters(cfg)}
-  shapes = model.flat_shapes(rcfg)
-  count = report['parameters']['total']
+  count = parameters(rcfg)['total']
   fitting = _FIT_WORK * count if init == 'fit' else 0
   with disk.new_directory(output, overwrite=overwrite) as new:
-    tensors = {name: (shape, np.float32) for name, shape in shapes.items()}
-    with disk.Writer(new / 'model.safetensors', tensors) as writer:
-      for path, at, array in parts(
-          cfg, rcfg, origin.read, init=init, lora=lora, seed=seed,
-          energy=energy, token_NT=token_NT, scratch=new.parent,
-          tell=lambda share: progress(count + fitting, fitting * share)):
-        writer.write(path, array, at)
-        progress(count + fitting, array.size)
+    with begun(
+        cfg, rcfg, origin.read, init=init, lora=lora, seed=seed,
+        energy=energy, token_NT=token_NT, scratch=new.parent,
+        tell=lambda share: progress(count + fitting, fitting * share),
+    ) as (rcfg, kept, parts):
+      report = {
+          'init': init, 'kept': kept, 'lora': lora, 'loops': loops,
+          'rank': rcfg.rank, 'parameters': parameters(rcfg),
+          'original': parameters(cfg)}
+      shapes = model.flat_shapes(rcfg)
+      tensors = {name: (shape, np.float32) for name, shape in shapes.items()}
+      # Ranks that were chosen may come to a few parameters less.
+      work = count / report['parameters']['total']
+      with disk.Writer(new / 'model.safetensors', tensors) as writer:
+        for path, at, array in parts:
+          writer.write(path, array, at)
+          progress(count + fitting, array.size * work)
     saved.describe(new, rcfg, source)
     report['energy_kept'] = _shares(rcfg, energy)
     if check:
@@ -115,7 +121,11 @@ def difference(
 def table(report: dict[str, Any]) -> str:
   """The report as text."""
   new, old = report['parameters'], report['original']
-  lines = ['parameters'.ljust(16) + 'original'.rjust(16) + 'new'.rjust(16)]
+  lines = []
+  if report['kept'] != report['init']:
+    lines += [f'start: {report["kept"]}, which was nearer to the original '
+              f'than {report["init"]}']
+  lines += ['parameters'.ljust(16) + 'original'.rjust(16) + 'new'.rjust(16)]
   for part in {**old, **new}:
     lines.append(part.ljust(16) + f'{old.get(part, 0):16,}'
                  + f'{new.get(part, 0):16,}')

@@ -6,29 +6,26 @@ is of `fit`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+import contextlib
 import dataclasses
 import functools
 import os
 import pathlib
-import shutil
 import tempfile
 from typing import Any
 
-from absl import logging
 import numpy as np
 
 from recursive_tx import adapters, fit, model, tree, tying
 from recursive_tx import config as config_lib
-from recursive_tx.fit.layers import Read
+from recursive_tx.fit import Read
 
 INITS = (*tying.INITS, 'fit')
 # A fit is kept only where none of these is nearer to the original.
 _RIVALS = ('stepwise', 'average', 'lower')
 
-# (kernel's name, place in the block) -> the shared kernel, and for every loop
-# its factors a [*in, R] and b [R, *out], the residual's energy that they keep,
-# and that there was; no factors at rank 0.
-Kernel = Callable[[str, int], tuple[np.ndarray, list[tuple]]]
+# (path, leading indices, fp32 array) of every part of a relaxed model.
+Parts = Iterator[tuple[str, tuple[int, ...], np.ndarray]]
 
 
 def relax(
@@ -69,15 +66,16 @@ def relax(
   rcfg = target(cfg, loops=loops, rank=rank, init=init, lora=lora,
                 loop_norms=loop_norms, prelude=prelude, coda=coda)
   token_NT = tokens(cfg, init, calibration, lambda: variables, seed)
-  params = {}
-  for path, shape in model.flat_shapes(rcfg).items():
-    tree.put(params, path, np.empty(shape, np.float32))
   def read(path, layer):
     return np.asarray(
         tree.get(variables['params'], path)[() if layer is None else layer])
-  for path, at, array in parts(cfg, rcfg, read, init=init, lora=lora,
-                               seed=seed, token_NT=token_NT):
-    tree.get(params, path)[at] = array
+  params = {}
+  with begun(cfg, rcfg, read, init=init, lora=lora, seed=seed,
+             token_NT=token_NT) as (rcfg, _, found):
+    for path, shape in model.flat_shapes(rcfg).items():
+      tree.put(params, path, np.empty(shape, np.float32))
+    for path, at, array in found:
+      tree.get(params, path)[at] = array
   return rcfg, {'params': params}
 
 
@@ -149,13 +147,42 @@ def tokens(
   return None
 
 
-def parts(
+@contextlib.contextmanager
+def begun(
     cfg: config_lib.ModelConfig, rcfg: config_lib.ModelConfig, read: Read, *,
     init: str, lora: str = 'svd', seed: int = 0,
     energy: dict | None = None, token_NT: np.ndarray | None = None,
     scratch: str | os.PathLike | None = None,
     tell: Callable[[float], Any] = lambda share: None,
-) -> Iterator[tuple[str, tuple[int, ...], np.ndarray]]:
+) -> Iterator[tuple[config_lib.ModelConfig, str, Parts]]:
+  """The relaxed config, the init that was kept, and `parts`, for a while.
+
+  Args:
+    cfg, rcfg, read, init, lora, seed, energy: as for `parts`. Where 'fit'
+      chooses ranks, the config is another.
+    token_NT: for 'fit', see `tokens`.
+    scratch: where 'fit' has a directory of moments and starts for a while;
+      None is the system's.
+    tell: told, for 'fit', the share of the work before the first part that
+      was done since.
+  """
+  if init != 'fit':
+    yield rcfg, init, parts(cfg, rcfg, read, init=init, lora=lora, seed=seed,
+                            energy=energy)
+    return
+  rivals = {name: functools.partial(_paper_kernel, rcfg, read, name, lora,
+                                    seed) for name in _RIVALS}
+  with tempfile.TemporaryDirectory(prefix='.fit.', dir=scratch) as folder:
+    start = fit.nearest(cfg, rcfg, read, rivals, token_NT,
+                        pathlib.Path(folder), seed=seed, tell=tell)
+    yield start.rcfg, start.init, _parts(
+        cfg, start.rcfg, start.read, start.rule, start.kernel, seed, energy)
+
+
+def parts(
+    cfg: config_lib.ModelConfig, rcfg: config_lib.ModelConfig, read: Read, *,
+    init: str, lora: str = 'svd', seed: int = 0, energy: dict | None = None,
+) -> Parts:
   """Every part of the relaxed model, one layer of one leaf at a time.
 
   Args:
@@ -164,29 +191,18 @@ def parts(
     init, lora, seed: as for `relax`.
     energy: gathers {(kernel, loop): [kept, total]} of the residuals' squared
       singular values, summed over the block's layers.
-    token_NT: for 'fit', see `tokens`.
-    scratch: where 'fit' has a directory of moments and starts for a while;
-      None is the system's.
-    tell: told, for 'fit', the share of the work before the first part that
-      was done since.
 
   Yields:
     (path, leading indices, fp32 array) until the whole tree is covered.
 
   Raises:
-    ValueError: 'fit' without tokens.
+    ValueError: 'fit', which needs tokens.
   """
-  if init != 'fit':
-    kernel = functools.partial(_paper_kernel, rcfg, read, init, lora, seed)
-    yield from _parts(cfg, rcfg, read, init, kernel, seed, energy)
-    return
-  if token_NT is None:
+  if init == 'fit':
     raise ValueError("init='fit' needs calibration tokens; convert the model "
                      "with --init=fit first, and start from that")
-  with tempfile.TemporaryDirectory(prefix='.fit.', dir=scratch) as folder:
-    rule, kernel = _fitted(
-        cfg, rcfg, read, token_NT, pathlib.Path(folder), seed, tell)
-    yield from _parts(cfg, rcfg, read, rule, kernel, seed, energy)
+  kernel = functools.partial(_paper_kernel, rcfg, read, init, lora, seed)
+  yield from _parts(cfg, rcfg, read, init, kernel, seed, energy)
 
 
 def _parts(cfg, rcfg, read, init, kernel, seed, energy):
@@ -207,85 +223,6 @@ def _parts(cfg, rcfg, read, init, kernel, seed, energy):
       yield from _kernel_parts(rcfg, path, kernel, energy)
   for path, value in adapters.fresh_exits(rcfg, seed).items():
     yield f'adapters/{path}', (), value
-
-
-def _fitted(cfg, rcfg, read, token_NT, folder, seed, tell):
-  """The rule of vectors and the kernels that are nearest to the original.
-
-  Each start in turn is stored, and only the nearest so far is kept.
-  """
-  kept = max(1, len(token_NT) // 8)
-  (folder / 'moments').mkdir()
-  moments = fit.measure(
-      cfg, read, token_NT[:-kept], folder / 'moments', seed=seed,
-      tell=lambda share: tell(share / 4))
-  final_NTD = fit.final(cfg, read, token_NT[-kept:])
-  best = None
-  for init in ('fit', *_RIVALS):
-    kernel, rule = functools.partial(
-        _paper_kernel, rcfg, read, init, 'svd', seed), init
-    if init == 'fit':
-      kernel, rule = functools.partial(
-          _fitted_kernel, rcfg, read, moments, seed), 'average'
-    stored = _stored(rcfg, kernel, folder / init,
-                     lambda share: tell(share * 3 / 16))
-    nats = fit.divergence(
-        cfg, read, final_NTD, fit.final(
-            cfg, _unrolled(rcfg, read, rule, stored), token_NT[-kept:]))
-    logging.info('%s: KL %.4f nats a token on %d tokens kept apart', init,
-                 nats, token_NT[-kept:].size)
-    if best is None or nats < best[0]:
-      best, loser = (nats, init, rule, stored), best and best[1]
-    else:
-      loser = init
-    if loser:
-      shutil.rmtree(folder / loser)
-    if init == 'fit':
-      shutil.rmtree(folder / 'moments')
-  return best[2:]
-
-
-def _stored(rcfg, kernel, folder, tell) -> Kernel:
-  """The same kernels, made now, and read from files from now on."""
-  folder.mkdir()
-  for name in rcfg.kernels:
-    for place in range(rcfg.layers_per_loop):
-      shared, factors = kernel(name, place)
-      columns = zip(*factors, strict=True)
-      np.savez(folder / f'{name}.{place}.npz', shared,
-               *(np.stack(column) for column in columns))
-      tell(1 / len(rcfg.kernels) / rcfg.layers_per_loop)
-
-  def read(name, place):
-    with np.load(folder / f'{name}.{place}.npz') as arrays:
-      shared, *columns = (arrays[key] for key in arrays.files)
-    return shared, list(zip(*columns, strict=True))
-  return read
-
-
-def _unrolled(rcfg, read, init, kernel) -> Read:
-  """The relaxed model's layers as those of a vanilla one."""
-  K = rcfg.layers_per_loop
-
-  def unrolled(path, layer):
-    if layer is None:
-      return read(path, None)
-    loop, place = divmod(layer - rcfg.prelude, K)
-    if not 0 <= loop < rcfg.loops:
-      return read(path, layer)
-    if path.startswith('block/vectors/'):
-      if rcfg.has_loop_vectors:
-        return read(path, layer)
-      return tying.fold([read(path, rcfg.prelude + i)
-                         for i in _sources(rcfg, init)[place]])
-    shared, factors = kernel(path.split('/')[3], place)
-    if not factors:
-      return shared
-    a, b = factors[loop][:2]
-    rank = len(b)
-    return shared + (a.reshape(-1, rank) @ b.reshape(rank, -1)).reshape(
-        shared.shape)
-  return unrolled
 
 
 def _vector_parts(rcfg, path, read, init):
@@ -323,7 +260,7 @@ def _kernel_parts(rcfg, path, kernel, energy):
 
 def _paper_kernel(rcfg, read, init, lora, seed, name, layer):
   """Kernel: the init's layers' mean, and each residual's truncated SVD."""
-  path, rank = _path(name), rcfg.ranks[name]
+  path, rank = fit.path(name), rcfg.ranks[name]
   rng = np.random.default_rng([seed, list(rcfg.kernels).index(name), layer])
   if init == 'random':
     std = rcfg.in_out(name)[0] ** -0.5
@@ -334,26 +271,7 @@ def _paper_kernel(rcfg, read, init, lora, seed, name, layer):
                          for i in _sources(rcfg, init)[layer]])
   return shared, [
       _adapter(rcfg, name, read(path, virtual), shared, lora, rng)
-      for virtual in _virtual(rcfg, layer) if rank]
-
-
-def _fitted_kernel(rcfg, read, moments, seed, name, layer):
-  """Kernel: what is best by the moments of calibration tokens."""
-  originals = [read(_path(name), virtual).astype(np.float32)
-               for virtual in _virtual(rcfg, layer)]
-  matrices = [original.reshape(rcfg.in_out(name)) for original in originals]
-  shared, factors = fit.share(
-      matrices,
-      [moments.input(name, virtual) for virtual in _virtual(rcfg, layer)],
-      [moments.output(name, virtual) for virtual in _virtual(rcfg, layer)],
-      rcfg.ranks[name], rng=np.random.default_rng(
-          [seed, list(rcfg.kernels).index(name), layer]))
-  rows = []
-  for matrix, (a, b) in zip(matrices, factors, strict=False):
-    total = _energy(matrix - shared)
-    rows.append((*_shaped(rcfg, name, a, b),
-                 max(0.0, total - _energy(matrix - shared - a @ b)), total))
-  return shared.reshape(originals[0].shape), rows
+      for virtual in fit.virtual(rcfg, layer) if rank]
 
 
 def _adapter(rcfg, name, original, shared, lora, rng):
@@ -366,30 +284,7 @@ def _adapter(rcfg, name, original, shared, lora, rng):
   a, b, kept = tying.factor(
       residual, rcfg.ranks[name], scale=float(np.linalg.norm(original)),
       rng=rng)
-  return *_shaped(rcfg, name, a, b), kept, _energy(residual)
-
-
-def _shaped(rcfg, name, a, b):
-  inner, outer = config_lib.split(rcfg.kernels[name])
-  rank = len(b)
-  return (a.reshape(*rcfg.shape(inner), rank),
-          b.reshape(rank, *rcfg.shape(outer)))
-
-
-def _energy(matrix) -> float:
-  return float(np.linalg.norm(matrix.astype(np.float64))) ** 2
-
-
-def _path(name) -> str:
-  group = next(group for group, names in config_lib.GROUPS.items()
-               if name in names)
-  return f'block/layers/{group}/{name}/kernel'
-
-
-def _virtual(rcfg, layer) -> list[int]:
-  """The virtual layers that one layer of the block stands for."""
-  return [rcfg.prelude + loop * rcfg.layers_per_loop + layer
-          for loop in range(rcfg.loops)]
+  return *fit.shaped(rcfg, name, a, b), kept, fit.energy(residual)
 
 
 def _sources(rcfg, init) -> list[list[int]]:

@@ -32,12 +32,16 @@ def test_fitting_streams_too(source, tmp_path):
       loops=2, rank='q3+mlp5', init='fit', prelude=1, coda=1,
       calibration=tiny.tokens(tiny.FAMILIES['llama'], 16))
   told = []
-  convert.convert(source, tmp_path / 'new', **arguments,
-                  progress=lambda total, done: told.append((total, done)))
+  report = convert.convert(
+      source, tmp_path / 'new', **arguments,
+      progress=lambda total, done: told.append((total, done)))
   cfg, variables = rtx.restore(tmp_path / 'new')
   expected, values = rtx.relax(*rtx.load_hf(source), **arguments)
   assert cfg == expected
   tiny.assert_same_tree(variables, values)
+  assert report['init'] == report['kept'] == 'fit'
+  assert 'start:' not in convert.table(report)
+  assert 'start: lower' in convert.table({**report, 'kept': 'lower'})
   # What is told comes to the whole, little by little; nothing stays behind.
   totals, done = zip(*told, strict=True)
   assert len(set(totals)) == 1 and len(done) > 30

@@ -185,8 +185,19 @@ MUTANTS = {
     'moments_by_sequence': Mutant(
         'fit/moments.py', 'total / token_NT.size', 'total / len(token_NT)',
         ('fit_test.py::test_moments_are_means_over_tokens',)),
+    'units_of_one_kernel_stay': Mutant(
+        'fit/align.py', "if name in ('gate', 'up'):", "if name == 'up':",
+        ('fit_align_test.py::test_the_aligned_model_is_the_original',)),
+    'more_than_the_budget': Mutant(
+        'fit/ranks.py', 'and price[name] <= left', 'and left > 0',
+        ('fit_ranks_test.py::'
+         'test_the_budget_is_used_and_never_exceeded',)),
+    'what_went_astray_stays': Mutant(
+        'fit/layers.py', "(gaps['o'] if name == 'down' else 0)", '0',
+        ('fit_test.py::'
+         'test_what_the_last_kernel_lacks_is_all_the_layer_lacks',)),
     'the_start_that_is_farthest': Mutant(
-        'relax.py', 'nats < best[0]', 'nats > best[0]',
+        'fit/start.py', 'nats < best[0]', 'nats > best[0]',
         ('fit_test.py::'
          'test_no_start_of_the_paper_is_nearer_on_what_was_kept_apart',)),
 }

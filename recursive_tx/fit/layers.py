@@ -127,6 +127,40 @@ def backward(cfg, values, x_BTD, d_BTD):
                  for name, x in seen.items()}, d_outputs
 
 
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def lacks(cfg, values, ours, x_BTD, y_BTD, names):
+  """What kernels of one layer see in another model, and what it lacks there.
+
+  Args:
+    cfg, values: the layer, which reads x_BTD.
+    ours: the other model's layer, which reads y_BTD.
+    names: of the kernels.
+
+  Returns:
+    By name, the kernel's input [tokens, rows] in `ours`, and how much its
+    output [tokens, columns] is less than that in `values`. Where it is added
+    to the stream, the stream before counts too.
+  """
+  inputs, outputs = {}, ({}, {})
+
+  def watch(to):
+    def change(linear, y, x):
+      to[linear] = y.reshape(-1, cfg.in_out(linear)[1])
+      inputs[linear] = x.reshape(-1, cfg.in_out(linear)[0])
+      return y
+    return change
+
+  for z_BTD, layer, to in zip((x_BTD, y_BTD), (values, ours), outputs,
+                              strict=True):
+    _run(cfg, layer, z_BTD, watch(to))  # The second one's inputs stay.
+  gaps = {name: outputs[0][name] - outputs[1][name]
+          for name in ('o', *names)}
+  stream = (x_BTD - y_BTD).reshape(-1, cfg.D)
+  return {name: (inputs[name], gaps[name]
+                 + (stream if name in ('o', 'down') else 0)
+                 + (gaps['o'] if name == 'down' else 0)) for name in names}
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def logprobs(cfg, variables, x_BTD):
   """Log-probabilities [B, T, V] of what comes out of the last layer."""

@@ -20,6 +20,11 @@ from recursive_tx.fit import layers
 _WIDEST = 4096
 
 
+def is_wide(size: int) -> bool:
+  """Whether an input or output of that size has its moment's diagonal only."""
+  return size > _WIDEST
+
+
 class Moments:
   """Those of every layer, in files of a directory, fp32."""
 
@@ -86,7 +91,7 @@ def measure(
 
 def _square(x: np.ndarray) -> np.ndarray:
   """x^T x, or its diagonal, of one batch: fp32 products, summed up in fp64."""
-  if x.shape[1] > _WIDEST:
+  if is_wide(x.shape[1]):
     return np.square(x).sum(axis=0, dtype=np.float64)
   return (x.T @ x).astype(np.float64)
 

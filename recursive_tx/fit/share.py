@@ -66,6 +66,48 @@ def share(
       for kernel, root in zip(kernels, roots, strict=True)]
 
 
+def factors(
+    kernel: np.ndarray, shared: np.ndarray, seen: np.ndarray,
+    moved: np.ndarray, rank: int, *, rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+  """One layer's factors beside a given shared kernel, as for `share`.
+
+  Args:
+    kernel, shared: [rows, columns].
+    seen, moved: second moments of the input, and of the gradient in the
+      output, or their diagonals.
+    rank, rng: as for `share`; at least 1.
+  """
+  kernel, shared = kernel.astype(np.float64), shared.astype(np.float64)
+  return _factors(
+      kernel - shared, kernel,
+      _root(_damped(seen.astype(np.float64), _INPUT_DAMPING)),
+      _root(_damped(moved.astype(np.float64), _OUTPUT_DAMPING)), rank, rng)
+
+
+def spectra(
+    kernels: Sequence[np.ndarray], inputs: Sequence[np.ndarray],
+    outputs: Sequence[np.ndarray],
+) -> np.ndarray:
+  """What the next rank of all layers would take off the weighted error.
+
+  Args:
+    kernels, inputs, outputs: as for `share`.
+
+  Returns:
+    [min(rows, columns)], falling: squared singular values of the residuals
+    that the best shared kernel without factors leaves, the layers' summed up.
+  """
+  shared, _ = share(kernels, inputs, outputs, 0, rng=None)
+  roots, right = _roots(inputs, outputs)
+  total = np.zeros(min(shared.shape))
+  for kernel, root in zip(kernels, roots, strict=True):
+    left = _columns(_apply(root.T, kernel.astype(np.float64) - shared), right)
+    gram = left @ left.T if len(left) <= left.shape[1] else left.T @ left
+    total += np.maximum(scipy.linalg.eigvalsh(gram)[::-1], 0)
+  return total
+
+
 def _roots(inputs, outputs):
   """Roots of every C, and of an S that all layers have up to a number.
 

@@ -1,0 +1,109 @@
+"""Factors anew, layer by layer, for the inputs that they will really get.
+
+The layers before a converted one give it another stream than the original's.
+So its factors are fitted to do to that stream what brings it to where the
+original's is after the same kernel; those that write to it also make up for
+what went astray before (as GPTQ does within a kernel; Frantar et al., 2022).
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+
+from recursive_tx import config as config_lib
+from recursive_tx.fit import kernels, layers, moments
+from recursive_tx.fit.share import factors
+
+# Kernels that are fitted at once; the next ones read what these give.
+_STAGES = (('q', 'k', 'v'), ('o',), ('gate', 'up'), ('down',))
+# Pulls what a kernel shall do to what the original's does, as a share of the
+# input moment's mean diagonal: some thousand tokens say little of most
+# directions. Of 0.001 to 1, the best on held-out text.
+_DAMPING = 0.3
+
+
+def refit(
+    cfg: config_lib.ModelConfig, rcfg: config_lib.ModelConfig,
+    read: layers.Read, converted: layers.Read, store: kernels.Store,
+    output: Callable[[str, int], np.ndarray], token_NT: np.ndarray, *,
+    rng: np.random.Generator,
+    tell: Callable[[float], Any] = lambda share: None,
+) -> None:
+  """Replaces the factors in `store`, but of kernels with wide inputs.
+
+  Args:
+    cfg, read: the original.
+    rcfg: the recursive model.
+    converted: its layers, unrolled.
+    store: its kernels.
+    output: second moment of the gradient in a kernel's output, by the
+      kernel's name and the layer.
+    token_NT: int32 token ids.
+    rng: for directions without residual.
+    tell: told the share of the work done since it was last told.
+  """
+  last = rcfg.prelude + rcfg.loops * rcfg.layers_per_loop
+  x_NTD = layers.embed(cfg, layers.ends(cfg, read), token_NT)
+  y_NTD = x_NTD.copy()
+  for layer in range(last):
+    values = layers.read_layer(cfg, read, layer)
+    ours = layers.read_layer(cfg, converted, layer)
+    if layer >= rcfg.prelude:
+      sums = functools.partial(_sums, cfg, values, ours, x_NTD, y_NTD)
+      _refit(rcfg, layer, values, ours, store, output, sums, rng)
+    for rows in layers.batches(token_NT):
+      x_NTD[rows] = layers.forward(cfg, values, x_NTD[rows])
+      y_NTD[rows] = layers.forward(cfg, ours, y_NTD[rows])
+    tell(1 / last)
+
+
+def _refit(rcfg, layer, values, ours, store, output, sums, rng):
+  """One layer: its factors in `store`, its kernels in `ours`."""
+  loop, place = divmod(layer - rcfg.prelude, rcfg.layers_per_loop)
+  names = [name for name, rank in rcfg.ranks.items()
+           if rank and not moments.is_wide(rcfg.in_out(name)[0])]
+  for name in names:  # Until its turn, a kernel is the original's.
+    _leaf(ours, name)['kernel'] = _leaf(values, name)['kernel']
+  for stage in _STAGES:
+    found = sums(tuple(name for name in stage if name in names))
+    for name, (moment, pull) in found.items():
+      kernel = _leaf(values, name)['kernel']
+      matrix = kernel.reshape(rcfg.in_out(name))
+      shared = store.shared(name, place).reshape(matrix.shape)
+      a, b = factors(
+          matrix + _solved(moment, pull), shared, moment,
+          output(name, layer), rcfg.ranks[name], rng=rng)
+      store.replace(name, place, loop, kernels.kept(
+          rcfg, name, matrix - shared, a, b))
+      _leaf(ours, name)['kernel'] = (shared + a @ b).reshape(kernel.shape)
+
+
+def _leaf(values, name):
+  group = values['layers']['attn' if name in 'qkvo' else 'mlp']
+  return group[name]
+
+
+def _sums(cfg, values, ours, x_NTD, y_NTD, names):
+  """Of each kernel, E[z z^T] of its input z in the converted model, and
+  E[z g^T], g what its output lacks while the kernel is the original's."""
+  sums = {}
+  for rows in layers.batches(x_NTD[..., 0]) if names else ():
+    found = layers.lacks(cfg, values, ours, x_NTD[rows], y_NTD[rows], names)
+    for name, (z, g) in found.items():
+      z = np.asarray(z)
+      square, pull = sums.get(name, (0.0, 0.0))
+      sums[name] = (square + (z.T @ z).astype(np.float64),
+                    pull + (z.T @ np.asarray(g)).astype(np.float64))
+  tokens = x_NTD[..., 0].size
+  return {name: (square / tokens, pull / tokens)
+          for name, (square, pull) in sums.items()}
+
+
+def _solved(moment, pull):
+  """What to add to the kernel: damped least squares, [rows, columns]."""
+  damped = moment + _DAMPING * np.trace(moment) / len(moment) * np.eye(
+      len(moment))
+  return scipy.linalg.solve(damped, pull, assume_a='pos')
