@@ -4,6 +4,7 @@
 from recursive_tx.config import ModelConfig as ModelConfig
 from recursive_tx.config import Run as Run
 from recursive_tx.engine import Engine as Engine
+from recursive_tx.engine import Replicas as Replicas
 from recursive_tx.engine import Request as Request
 from recursive_tx.engine import generate as generate
 from recursive_tx.families import FAMILIES as FAMILIES

@@ -69,11 +69,14 @@ def _expected(directory, prompts, count, seed=0, temperature=0.0):
 
 
 @pytest.mark.slow
-def test_prompts_come_from_everywhere_and_leave_in_order(directory, tmp_path):
+@pytest.mark.parametrize('replicas', [1, 2])
+def test_prompts_come_from_everywhere_and_leave_in_order(
+    directory, tmp_path, replicas):
   records = tmp_path / 'prompts.jsonl'
   records.write_text('{"prompt": "a dog"}\n\n{"text": "日本\\nmat"}\n')
   code, output, errors = _run(
       directory, '--prompt=the cat', f'--prompts={records}', '--slots=2',
+      f'--replicas={replicas}',
       '--max_new_tokens=9', '--seed=3', '--temperature=1')
   assert code == 0, errors
   texts = _expected(directory, ['the cat', 'a dog', '日本\nmat'], 9, seed=3,

@@ -18,7 +18,7 @@ from absl import flags
 
 from recursive_tx import engine, sampling, start
 from recursive_tx import tokenizer as tokenizer_lib
-from recursive_tx.cli import arguments, exits
+from recursive_tx.cli import arguments, exits, replicas
 from recursive_tx.text_stream import TextStream
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -48,7 +48,7 @@ flags.DEFINE_alias('show-depth', 'show_depth')
 _COLOR = flags.DEFINE_enum(
     'color', 'auto', ['auto', 'always', 'never'],
     'Whether to colour; auto: where the output is a terminal.')
-_EXIT = exits.define()
+_EXIT, _REPLICAS = exits.define(), replicas.define()
 
 # Backgrounds from blue to red, of xterm's 256.
 _COLORS = (24, 30, 64, 136, 130, 124)
@@ -57,6 +57,7 @@ _COLORS = (24, 30, 64, 136, 130, 124)
 def main(argv: list[str]) -> None:
   """Runs the verb."""
   arguments.check(argv, checkpoint=_CHECKPOINT.value)
+  make = _REPLICAS()
   sampler = sampling.Sampler(
       temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value,
       seed=_SEED.value)
@@ -71,10 +72,11 @@ def main(argv: list[str]) -> None:
   opening = tokenizer.opening
   ids = [tokenizer.encode(text) for text in texts]
   longest = len(opening) + max(map(len, ids)) + _MAX_NEW_TOKENS.value
-  served = engine.Engine(
-      cfg, variables, slots=min(_SLOTS.value, len(ids)), exit=exit, fill=fill,
-      # Compiled once for each multiple of 64, not for each length.
-      max_len=-(-longest // 64) * 64, eos_id=tokenizer.eos_id)
+  served = make(
+      min(_SLOTS.value, len(ids)), lambda slots, device: engine.Engine(
+          cfg, variables, slots=slots, exit=exit, fill=fill, device=device,
+          # Compiled once for each multiple of 64, not for each length.
+          max_len=-(-longest // 64) * 64, eos_id=tokenizer.eos_id))
   requests = [
       engine.Request(opening + prompt, _MAX_NEW_TOKENS.value,
                      dataclasses.replace(sampler, seed=sampler.seed + i))
@@ -114,7 +116,8 @@ def prompts() -> list[str]:
 
 
 def continuations(
-    served: engine.Engine, requests: list[engine.Request],
+    served: engine.Engine | engine.Replicas,
+    requests: list[engine.Request],
     streams: list[TextStream],
 ) -> Iterator[tuple[int, str, int, bool]]:
   """(number of the prompt, text, loops it took, whether it is the last)."""

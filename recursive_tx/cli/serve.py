@@ -18,7 +18,7 @@ from absl import flags
 
 from recursive_tx import engine, start
 from recursive_tx import tokenizer as tokenizer_lib
-from recursive_tx.cli import arguments, exits
+from recursive_tx.cli import arguments, exits, replicas
 from recursive_tx.config import Run
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -43,12 +43,13 @@ _WARM_UP = flags.DEFINE_integer(
     ' request.')
 _DTYPE = flags.DEFINE_string(
     'dtype', 'float32', 'Of the computation: float32 or bfloat16.')
-_EXIT = exits.define()
+_EXIT, _REPLICAS = exits.define(), replicas.define()
 
 
 def main(argv: list[str]) -> None:
   """Runs the verb."""
   arguments.check(argv, checkpoint=_CHECKPOINT.value)
+  make = _REPLICAS()
   try:
     from recursive_tx import serve
   except ModuleNotFoundError as error:
@@ -64,10 +65,10 @@ def main(argv: list[str]) -> None:
   tokenizer_lib.check_vocab(tokenizer, cfg.V)
   exit, fill = _EXIT(directory, cfg)
   service = serve.Service(
-      serve.Worker(engine.Engine(
-          cfg, variables, slots=_SLOTS.value, max_len=_MAX_LEN.value,
-          exit=exit, fill=fill, eos_id=tokenizer.eos_id,
-          run=Run(dtype=_DTYPE.value))),
+      serve.Worker(make(_SLOTS.value, lambda slots, device: engine.Engine(
+          cfg, variables, slots=slots, max_len=_MAX_LEN.value, exit=exit,
+          fill=fill, eos_id=tokenizer.eos_id, run=Run(dtype=_DTYPE.value),
+          device=device))),
       tokenizer, serve.Chat(directory, tokenizer),
       serve.Limits(_MAX_LEN.value, _QUEUE.value, _MAX_BODY.value),
       _NAME.value or pathlib.Path(_CHECKPOINT.value).resolve().name,

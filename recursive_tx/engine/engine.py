@@ -5,7 +5,6 @@ A burst is several steps in one dispatch. Knows token ids; nothing of text.
 
 import collections
 from collections.abc import Sequence
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -73,13 +72,14 @@ class Engine:
 
   `submit` and `poll` until nothing is `pending`. One thread at a time.
   """
+  replicas = 1  # See replicas.py.
 
   def __init__(
       self, cfg: ModelConfig, variables: dict, *, slots: int = 32,
       max_len: int = 2048, exit: exits.Exit = exits.Exit(),
       fill: str = 'propagate', schedule: str = 'cdb',
       eos_id: int | None = None, steps: int = 16, run: Run = Run(),
-      mesh: Mesh | None = None,
+      mesh: Mesh | None = None, device: jax.Device | None = None,
   ):
     """Allocates the cache.
 
@@ -97,6 +97,7 @@ class Engine:
       run: how the model is executed.
       mesh: of `sharding.make_mesh`, to cut the model along 'tensor'; None is
         one device.
+      device: which one, without a mesh; None is JAX's first.
 
     Raises:
       ValueError: a size below 1, an unknown fill or schedule, an exit that is
@@ -111,7 +112,7 @@ class Engine:
     exit.check(cfg)
     self.cfg, self.max_len, self.slots = cfg, max_len, slots
     self._eos = -1 if eos_id is None else eos_id
-    self._mesh = mesh
+    self._mesh, self._device = mesh, device
     rules = _rules(cfg, mesh) if mesh else ()
     # Half: whole groups where all leave together, and little that is not asked
     # for where a third do. A few rows take as long as one.
@@ -121,6 +122,8 @@ class Engine:
     if mesh:
       params = sharding.of_boxed(model.abstract_params(cfg), mesh, rules)
       variables = sharding.place(variables, {'params': params})
+    elif device:
+      variables = jax.device_put(variables, device)
     self._variables = self._call(_serving, cfg, run.dtype, variables)
     # Half as many again wait with their prompts read.
     self._rows = slots + -(-slots // 2)
@@ -179,13 +182,17 @@ class Engine:
 
   def poll(self) -> list[Event]:
     """Admits what waits, runs a burst, and tells the tokens it gave."""
+    return self.collect(self.dispatch())
+
+  def dispatch(self) -> state_lib.Log | None:
+    """The first half of `poll`: does not wait for the burst."""
     self._admit()
     self._stop_cancelled()
     if not self._owner:
-      return []
+      return None
     self._state, log = self._call(
         _burst, self._plan, self._steps, self._variables, self._state)
-    return self._collect(jax.device_get(log))
+    return log
 
   def _admit(self) -> None:
     """Reads prompts into free rows, in the order of arrival."""
@@ -262,8 +269,11 @@ class Engine:
       row_P[:len(rows)] = rows
       self._state = self._call(_stop, self._plan, self._state, row_P)
 
-  def _collect(self, log: state_lib.Log) -> list[Event]:
-    events = []
+  def collect(self, log: state_lib.Log | None) -> list[Event]:
+    """The second half: the tokens of what `dispatch` gave."""
+    if log is None:
+      return []
+    log, events = jax.device_get(log), []
     at = np.nonzero(log.row >= 0)
     for row, token, depth, log_p in zip(
         *(leaf[at].tolist() for leaf in log), strict=True):
@@ -282,9 +292,9 @@ class Engine:
         self._free.append(row)
     return events
 
-
   def _call(self, function, *args):
-    with jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext():
+    with jax.set_mesh(self._mesh) if self._mesh else jax.default_device(
+        self._device):
       return function(*args)
 
 

@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import threading
 
-from recursive_tx.engine import Engine, Event, Request
+from recursive_tx.engine import Engine, Event, Replicas, Request
 
 # What a ticket's owner is called with: some tokens, or why there are none.
 Deliver = Callable[[list[Event] | Exception], None]
@@ -44,7 +44,7 @@ class Worker:
     failure: what ended the thread; None while all is well.
   """
 
-  def __init__(self, engine: Engine):
+  def __init__(self, engine: Engine | Replicas):
     self.live = 0
     self.failure: Exception | None = None
     self._engine = engine
@@ -106,12 +106,14 @@ class Worker:
   def _answer(self, length: int, count: int, cancel: bool = False) -> None:
     """Lets the engine answer prompts of nothing; or begin to."""
     room = self._engine.max_len - length
-    for _ in range(count):
-      new = self._engine.submit(Request(
-          [0] * length, room if cancel else 1, ignore_eos=True))
+    news = [
+        self._engine.submit(Request(
+            [0] * length, room if cancel else 1, ignore_eos=True))
+        for _ in range(count * self._engine.replicas)]
     self._engine.poll()
     if cancel:
-      self._engine.cancel(new)
+      for new in news:
+        self._engine.cancel(new)
       self._engine.poll()
     while self._engine.pending:
       self._engine.poll()

@@ -35,17 +35,19 @@ def main() -> None:
   parser.add_argument('--checkpoint', required=True,
                       help='a saved model directory, or a Hugging Face one')
   parser.add_argument('--rounds', type=int, default=5)
+  parser.add_argument('--replicas', type=int, default=1,
+                      help='of the engine, where it has as many slots')
   parser.add_argument('--json', help='file for the rows')
   parser.add_argument('--serve', choices=KINDS, help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.serve:
-    serve(args.serve, args.checkpoint)
+    serve(args.serve, args.checkpoint, args.replicas)
     return
   rows = []
   print(f'prompts of {PROMPT} tokens, {NEW} new ones, fp32, {THREADS} threads, '
         f'{args.rounds} rounds\nbatch  engine tok/s  transformers  ratio  bar')
   with tempfile.TemporaryDirectory() as folder:
-    servers = start(args.checkpoint, pathlib.Path(folder))
+    servers = start(args.checkpoint, pathlib.Path(folder), args.replicas)
     try:
       for batch in BATCHES:
         rows.append(measure(servers, batch, args.rounds))
@@ -57,7 +59,7 @@ def main() -> None:
     pathlib.Path(args.json).write_text(json.dumps(rows, indent=2) + '\n')
 
 
-def start(checkpoint: str, folder: pathlib.Path) -> dict:
+def start(checkpoint: str, folder: pathlib.Path, replicas: int) -> dict:
   """A process for each kind, waiting for batch sizes on stdin."""
   from recursive_tx import hf, saved
   cfg, variables = saved.load(pathlib.Path(checkpoint))
@@ -65,8 +67,10 @@ def start(checkpoint: str, folder: pathlib.Path) -> dict:
   hf.save_hf(export, cfg, variables)
   sources = {'engine': checkpoint, 'transformers': str(export)}
   return {kind: subprocess.Popen(
-      [sys.executable, __file__, '--serve', kind, '--checkpoint', source],
-      env={**os.environ, **_ENVIRONMENT}, text=True, stdin=subprocess.PIPE,
+      [sys.executable, __file__, '--serve', kind, '--checkpoint', source,
+       f'--replicas={replicas}'],
+      env={**os.environ, **_ENVIRONMENT, 'JAX_NUM_CPU_DEVICES': str(replicas)},
+      text=True, stdin=subprocess.PIPE,
       stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
       for kind, source in sources.items()}
 
@@ -90,16 +94,19 @@ def measure(servers: dict, batch: int, rounds: int) -> dict:
           'tokens_per_second': medians, 'rounds': rates}
 
 
-def serve(kind: str, checkpoint: str) -> None:
+def serve(kind: str, checkpoint: str, replicas: int) -> None:
   """Answers each batch size on stdin with seconds on stdout."""
-  run = {'engine': _engine, 'transformers': _transformers}[kind](checkpoint)
+  run = (_engine(checkpoint, replicas) if kind == 'engine'
+         else _transformers(checkpoint))
   for line in sys.stdin:
     batch = int(line)
     prompts = np.random.default_rng(0).integers(5, 500, (batch, PROMPT))
     print(run(prompts), flush=True)
 
 
-def _engine(checkpoint: str):
+def _engine(checkpoint: str, replicas: int):
+  import jax
+
   import recursive_tx as rtx
   from recursive_tx import saved
   cfg, variables = saved.load(pathlib.Path(checkpoint))
@@ -107,8 +114,10 @@ def _engine(checkpoint: str):
 
   def run(prompts) -> float:
     if len(prompts) not in engines:
-      engines[len(prompts)] = rtx.Engine(
-          cfg, variables, slots=len(prompts), max_len=256)
+      count = replicas if len(prompts) % replicas == 0 else 1
+      engines[len(prompts)] = rtx.Replicas([
+          rtx.Engine(cfg, variables, slots=len(prompts) // count, max_len=256,
+                     device=device) for device in jax.devices()[:count]])
     served = engines[len(prompts)]
     begin = time.perf_counter()
     for prompt in prompts.tolist():

@@ -1,0 +1,46 @@
+"""The flag of how many devices answer, for the verbs that generate."""
+
+from collections.abc import Callable
+
+from absl import flags
+import jax
+
+from recursive_tx.engine import Engine, Replicas
+
+# Whoever calls `define` owns the flags, and shows them in its help.
+flags.disclaim_key_flags()
+
+# (slots, device) -> an engine.
+Build = Callable[[int, jax.Device | None], Engine]
+
+
+def define() -> Callable[[], Callable[[int, Build], Engine | Replicas]]:
+  """Defines it. Returns what reads it before JAX computes anything.
+
+  That gives (slots of all, build) -> the engine.
+  """
+  flag = flags.DEFINE_integer(
+      'replicas', 1, 'Copies of the model, each on a device of its own, that'
+      ' share the slots. A CPU counts as so many devices: small models answer'
+      ' several requests faster with a core for each copy.')
+
+  def read():
+    count = flag.value
+    if count < 1:
+      raise ValueError(f'--replicas={count}; expected at least 1')
+    if count > 1:
+      jax.config.update('jax_num_cpu_devices', count)
+    return lambda slots, build: _made(count, slots, build)
+
+  return read
+
+
+def _made(count: int, slots: int, build: Build) -> Engine | Replicas:
+  if count == 1:
+    return build(slots, None)
+  devices = jax.local_devices()
+  if len(devices) < count:
+    raise ValueError(f'--replicas={count}, but there are {len(devices)}'
+                     ' devices; give no more than that')
+  return Replicas([
+      build(-(-slots // count), device) for device in devices[:count]])
