@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from recursive_tx import fit, tying
+from recursive_tx import tying
+from recursive_tx.fit.share import factors as factors_of
+from recursive_tx.fit.share import share, spectra
 
 ROWS, COLUMNS = 12, 9
 
@@ -23,7 +25,10 @@ def _problem(layers=2, rows=ROWS, columns=COLUMNS, seed=0):
 
 
 def _share(problem, rank):
-  return fit.share(*problem, rank, rng=np.random.default_rng(0))
+  rng = np.random.default_rng(0)
+  shared = share(*problem, rank, rng=rng)
+  return shared, [factors_of(kernel, shared, C, S, rank, rng=rng)
+                  for kernel, C, S in zip(*problem, strict=True) if rank]
 
 
 def _error(problem, shared, factors):
@@ -136,3 +141,18 @@ def test_moments_of_nothing_are_no_division_by_zero():
       (kernels, [0 * C for C in inputs], [0 * S for S in outputs]), 3)
   assert np.isfinite(shared).all()
   assert all(np.isfinite(x).all() for pair in factors for x in pair)
+
+
+@pytest.mark.parametrize('shape', [(12, 9), (9, 12)])
+def test_spectra_are_what_ranks_take_off(shape):
+  kernels, inputs, _ = _problem(3, *shape)
+  problem = kernels, inputs, [np.eye(shape[1]) * (1 + i) for i in range(3)]
+  shared, _ = _share(problem, 0)
+  falling = spectra(*problem)
+  assert (np.diff(falling) <= 0).all() and len(falling) == 9
+  for rank in (0, 2):
+    left = _error(problem, shared, [
+        factors_of(kernel, shared, C, S, rank, rng=np.random.default_rng(0))
+        for kernel, C, S in zip(*problem, strict=True) if rank])
+    # Moments are damped, which adds a little.
+    assert left == pytest.approx(falling[rank:].sum(), rel=0.05)

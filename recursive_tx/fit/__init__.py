@@ -8,7 +8,6 @@ from recursive_tx.fit.kernels import virtual as virtual
 from recursive_tx.fit.layers import Read as Read
 from recursive_tx.fit.moments import Moments as Moments
 from recursive_tx.fit.moments import measure as measure
-from recursive_tx.fit.share import share as share
 from recursive_tx.fit.start import nearest as nearest
 from recursive_tx.fit.tokens import checked as checked
 from recursive_tx.fit.tokens import read as read

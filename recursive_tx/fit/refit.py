@@ -25,6 +25,12 @@ _STAGES = (('q', 'k', 'v'), ('o',), ('gate', 'up'), ('down',))
 _DAMPING = 0.3
 
 
+def refitted(rcfg: config_lib.ModelConfig) -> list[str]:
+  """Kernels that have factors, and a whole input moment to fit them by."""
+  return [name for name, rank in rcfg.ranks.items()
+          if rank and not moments.is_wide(rcfg.in_out(name)[0])]
+
+
 def refit(
     cfg: config_lib.ModelConfig, rcfg: config_lib.ModelConfig,
     read: layers.Read, converted: layers.Read, store: kernels.Store,
@@ -32,7 +38,7 @@ def refit(
     rng: np.random.Generator,
     tell: Callable[[float], Any] = lambda share: None,
 ) -> None:
-  """Replaces the factors in `store`, but of kernels with wide inputs.
+  """Puts factors into `store`, of the kernels that `refitted` names.
 
   Args:
     cfg, read: the original.
@@ -63,12 +69,10 @@ def refit(
 def _refit(rcfg, layer, values, ours, store, output, sums, rng):
   """One layer: its factors in `store`, its kernels in `ours`."""
   loop, place = divmod(layer - rcfg.prelude, rcfg.layers_per_loop)
-  names = [name for name, rank in rcfg.ranks.items()
-           if rank and not moments.is_wide(rcfg.in_out(name)[0])]
-  for name in names:  # Until its turn, a kernel is the original's.
+  for name in refitted(rcfg):  # Until its turn, a kernel is the original's.
     _leaf(ours, name)['kernel'] = _leaf(values, name)['kernel']
   for stage in _STAGES:
-    found = sums(tuple(name for name in stage if name in names))
+    found = sums(tuple(name for name in stage if name in refitted(rcfg)))
     for name, (moment, pull) in found.items():
       kernel = _leaf(values, name)['kernel']
       matrix = kernel.reshape(rcfg.in_out(name))
@@ -86,12 +90,12 @@ def _leaf(values, name):
   return group[name]
 
 
-def _sums(cfg, values, ours, x_NTD, y_NTD, names):
+def _sums(cfg, values, ours, x_NTD, y_NTD, stage):
   """Of each kernel, E[z z^T] of its input z in the converted model, and
   E[z g^T], g what its output lacks while the kernel is the original's."""
   sums = {}
-  for rows in layers.batches(x_NTD[..., 0]) if names else ():
-    found = layers.lacks(cfg, values, ours, x_NTD[rows], y_NTD[rows], names)
+  for rows in layers.batches(x_NTD[..., 0]) if stage else ():
+    found = layers.lacks(cfg, values, ours, x_NTD[rows], y_NTD[rows], stage)
     for name, (z, g) in found.items():
       z = np.asarray(z)
       square, pull = sums.get(name, (0.0, 0.0))

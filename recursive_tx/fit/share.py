@@ -1,4 +1,4 @@
-"""One kernel for several layers, and each layer's factors, by weighted error.
+"""One kernel for several layers, and a layer's factors, by weighted error.
 
 The error of a kernel M that stands for W is the mean square of what x M and
 x W do differently to the output: ||C^(1/2) (M - W) S^(1/2)||^2, where C is the
@@ -31,8 +31,8 @@ _RIDGE = 1e-6
 def share(
     kernels: Sequence[np.ndarray], inputs: Sequence[np.ndarray],
     outputs: Sequence[np.ndarray], rank: int, *, rng: np.random.Generator,
-) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
-  """The shared kernel and every layer's factors, of least weighted error.
+) -> np.ndarray:
+  """The shared kernel that, with every layer's best factors, errs least.
 
   Args:
     kernels: [rows, columns] of each layer, any float dtype.
@@ -41,48 +41,17 @@ def share(
     outputs: likewise of the gradient in its output, [columns, columns] or
       [columns].
     rank: of the factors, at most min(rows, columns); 0 is none.
-    rng: for directions without residual, as for `tying.factor`.
+    rng: where the search for the factors begins.
 
   Returns:
-    The kernel [rows, columns], and a [rows, rank] with orthonormal columns
-    and b [rank, columns] of each layer, fp32; no factors at rank 0.
+    [rows, columns], fp32.
   """
-  kernels = [kernel.astype(np.float64) for kernel in kernels]
   roots, right = _roots(inputs, outputs)
-  inverse = _inverse(sum(_square(root) for root in roots))
-  # With S taken into the columns, what is left to weigh is C.
-  wide = [_columns(kernel, right) for kernel in kernels]
-  # The layers' weighted mean, which is best as long as there are no factors.
-  shared = _apply(inverse, sum(
-      _apply(_square(root), kernel)
-      for root, kernel in zip(roots, wide, strict=True)))
+  wide, shared, inverse = _mean(
+      [kernel.astype(np.float64) for kernel in kernels], roots, right)
   if 0 < rank < min(shared.shape):
     shared -= _taken_off(wide, shared, roots, inverse, rank, rng)
-  shared = _columns_back(shared, right).astype(np.float32)
-  if not rank:
-    return shared, []
-  return shared, [
-      _factors(kernel - shared, kernel, root, right, rank, rng)
-      for kernel, root in zip(kernels, roots, strict=True)]
-
-
-def factors(
-    kernel: np.ndarray, shared: np.ndarray, seen: np.ndarray,
-    moved: np.ndarray, rank: int, *, rng: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:
-  """One layer's factors beside a given shared kernel, as for `share`.
-
-  Args:
-    kernel, shared: [rows, columns].
-    seen, moved: second moments of the input, and of the gradient in the
-      output, or their diagonals.
-    rank, rng: as for `share`; at least 1.
-  """
-  kernel, shared = kernel.astype(np.float64), shared.astype(np.float64)
-  return _factors(
-      kernel - shared, kernel,
-      _root(_damped(seen.astype(np.float64), _INPUT_DAMPING)),
-      _root(_damped(moved.astype(np.float64), _OUTPUT_DAMPING)), rank, rng)
+  return _columns_back(shared, right).astype(np.float32)
 
 
 def spectra(
@@ -98,14 +67,59 @@ def spectra(
     [min(rows, columns)], falling: squared singular values of the residuals
     that the best shared kernel without factors leaves, the layers' summed up.
   """
-  shared, _ = share(kernels, inputs, outputs, 0, rng=None)
+  # fp32 does: it is to choose by.
   roots, right = _roots(inputs, outputs)
-  total = np.zeros(min(shared.shape))
-  for kernel, root in zip(kernels, roots, strict=True):
-    left = _columns(_apply(root.T, kernel.astype(np.float64) - shared), right)
+  roots = [root.astype(np.float32) for root in roots]
+  wide, mean, _ = _mean(
+      [kernel.astype(np.float32) for kernel in kernels], roots,
+      right.astype(np.float32))
+  total = np.zeros(min(mean.shape))
+  for kernel, root in zip(wide, roots, strict=True):
+    left = _apply(root.T, kernel - mean)
     gram = left @ left.T if len(left) <= left.shape[1] else left.T @ left
     total += np.maximum(scipy.linalg.eigvalsh(gram)[::-1], 0)
   return total
+
+
+def factors(
+    kernel: np.ndarray, shared: np.ndarray, seen: np.ndarray,
+    moved: np.ndarray, rank: int, *, rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+  """One layer's factors beside a shared kernel, of least weighted error.
+
+  Args:
+    kernel, shared: [rows, columns].
+    seen, moved: second moments of the input, and of the gradient in the
+      output, or their diagonals.
+    rank: at least 1.
+    rng: for directions without residual, as for `tying.factor`.
+
+  Returns:
+    a [rows, rank] with orthonormal columns and b [rank, columns], fp32.
+  """
+  root = _root(_damped(seen.astype(np.float64), _INPUT_DAMPING))
+  right = _root(_damped(moved.astype(np.float64), _OUTPUT_DAMPING))
+  residual = _apply(
+      root.T, kernel.astype(np.float64) - shared.astype(np.float64))
+  a, _, _ = tying.factor_exactly(
+      _columns(residual, right), rank, scale=float(np.linalg.norm(_columns(
+          _apply(root.T, kernel.astype(np.float64)), right))), rng=rng)
+  a = np.linalg.qr(_unapply(root.T, a))[0]
+  # The best b for this a; S does not change it.
+  b = np.linalg.lstsq(_apply(root.T, a), residual, rcond=None)[0]
+  return a.astype(np.float32), b.astype(np.float32)
+
+
+def _mean(kernels, roots, right):
+  """The kernels and their weighted mean, with S taken into the columns so
+  that what is left to weigh is C; and the inverse of all C's sum."""
+  inverse = _inverse(sum(_square(root.astype(np.float64)) for root in roots))
+  inverse = inverse.astype(kernels[0].dtype)
+  wide = [_columns(kernel, right) for kernel in kernels]
+  # This is best as long as there are no factors.
+  return wide, _apply(inverse, sum(
+      _apply(_square(root), kernel)
+      for root, kernel in zip(roots, wide, strict=True))), inverse
 
 
 def _roots(inputs, outputs):
@@ -118,7 +132,8 @@ def _roots(inputs, outputs):
   """
   sizes = [_trace(moment) or 1.0 for moment in outputs]
   common = sum(moment.astype(np.float64) / size
-               for moment, size in zip(outputs, sizes, strict=True))
+               for moment, size in zip(outputs, sizes, strict=True)
+               ) / len(outputs)
   right = _root(_damped(common, _OUTPUT_DAMPING))
   return [_root(size * _damped(moment.astype(np.float64), _INPUT_DAMPING))
           for moment, size in zip(inputs, sizes, strict=True)], right
@@ -171,19 +186,6 @@ def _solve(F, H, U):
       system, wanted.astype(np.float64), assume_a='pos').astype(np.float32)
   error = sum(float(np.vdot(f, f)) for f in F) - float(np.vdot(wanted, b))
   return np.split(b, len(F)), error
-
-
-def _factors(residual, kernel, root, right, rank, rng):
-  """a, with orthonormal columns, and b of one layer, fp32."""
-  a, _, _ = tying.factor_exactly(
-      _columns(_apply(root.T, residual), right), rank,
-      scale=float(np.linalg.norm(_columns(_apply(root.T, kernel), right))),
-      rng=rng)
-  a = np.linalg.qr(_unapply(root.T, a))[0]
-  # The best b for this a; S does not change it.
-  weighted = _apply(root.T, a)
-  b = np.linalg.lstsq(weighted, _apply(root.T, residual), rcond=None)[0]
-  return a.astype(np.float32), b.astype(np.float32)
 
 
 def _damped(moment, share):

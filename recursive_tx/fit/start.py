@@ -12,8 +12,8 @@ import numpy as np
 from recursive_tx import config as config_lib
 from recursive_tx.fit import align, choose, kernels, moments, ranks
 from recursive_tx.fit.layers import Read
-from recursive_tx.fit.refit import refit
-from recursive_tx.fit.share import share, spectra
+from recursive_tx.fit.refit import refit, refitted
+from recursive_tx.fit.share import factors, share, spectra
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,22 +97,31 @@ def _fitted(cfg, rcfg, read, measured, store, token_NT, seed, tell) -> Start:
                   for place in range(rcfg.layers_per_loop))
         for name in rcfg.kernels})
     logging.info('Ranks %s', rcfg.rank)
-  for name, rank in rcfg.ranks.items():
+  later = [] if exact else refitted(rcfg)
+  for name in rcfg.kernels:
     for place in range(rcfg.layers_per_loop):
-      originals, *weights = _tied(rcfg, aligned, name, place)
-      shared, factors = share(originals, *weights, rank, rng=rng)
-      shape = read(kernels.path(name), rcfg.prelude).shape
-      store.put(name, place, shared.reshape(shape), [
-          kernels.kept(rcfg, name, original - shared, a, b)
-          for original, (a, b) in zip(originals, factors, strict=False)])
+      store.put(name, place, *_shared(
+          rcfg, aligned, name, place, name not in later, rng))
       tell(0.5 / len(rcfg.kernels) / rcfg.layers_per_loop)
-  if any(rcfg.ranks.values()) and not exact:
+  if later:
     refit(cfg, rcfg, aligned.read,
           kernels.unrolled(rcfg, aligned.read, 'average', store), store,
           aligned.output, token_NT, rng=rng, tell=lambda x: tell(x / 2))
   else:
     tell(0.5)
   return Start('fit', rcfg, aligned.read, 'average', store.kernel)
+
+
+def _shared(rcfg, aligned, name, place, with_factors, rng):
+  """Shared kernel, and factors if they are wanted."""
+  rank, weights = rcfg.ranks[name], _tied(rcfg, aligned, name, place)
+  shared, rows = share(*weights, rank, rng=rng), []
+  for original, seen, moved in zip(*weights, strict=True) if (
+      rank and with_factors) else ():
+    rows.append(kernels.kept(rcfg, name, original - shared, *factors(
+        original, shared, seen, moved, rank, rng=rng)))
+  letters = ''.join(config_lib.split(rcfg.kernels[name]))
+  return shared.reshape(rcfg.shape(letters)), rows
 
 
 def _tied(rcfg, aligned, name, place):
