@@ -125,6 +125,8 @@ def table(report: dict[str, Any]) -> str:
   if report['kept'] != report['init']:
     lines += [f'start: {report["kept"]}, which was nearer to the original '
               f'than {report["init"]}']
+  if report['rank'] != '0':
+    lines += [f'rank: {report["rank"]}']
   lines += ['parameters'.ljust(16) + 'original'.rjust(16) + 'new'.rjust(16)]
   for part in {**old, **new}:
     lines.append(part.ljust(16) + f'{old.get(part, 0):16,}'

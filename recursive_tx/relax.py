@@ -41,7 +41,8 @@ def relax(
     loops: how often the shared block runs; divides the layers that are left
       between prelude and coda.
     rank: of every loop's adapters: an int, 'full', or per kernel such as
-      'q64+k32+v32+o64+mlp128'.
+      'q64+k32+v32+o64+mlp128'. An int is a budget for 'fit': the parameters
+      of so much rank everywhere, spread over the kernels by what they gain.
     init: of the shared block: 'stepwise' (the paper's choice without
       adapters), 'average' (with them), 'lower' or 'random'; or 'fit', the
       shared kernels and factors that change least what the model says of the
@@ -111,8 +112,9 @@ def target(
                      "expected lora='svd' with init='fit'")
   if cfg.loops > 1 or cfg.prelude or cfg.coda or any(cfg.ranks.values()):
     raise ValueError(
-        f'the model already has loops={cfg.loops}, rank={cfg.rank}; merge it '
-        f'(or export it) before relaxing it anew')
+        f'the model already has loops={cfg.loops}, rank={cfg.rank}, and '
+        f'loops={loops}, rank={rank} is asked for; ask for what it has, or '
+        f'merge it (or export it) before relaxing it anew')
   middle = cfg.num_layers - prelude - coda
   if prelude < 0 or coda < 0 or middle < 1:
     raise ValueError(f'prelude={prelude} and coda={coda} leave {middle} of '

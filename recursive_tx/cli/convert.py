@@ -23,7 +23,8 @@ _LOOPS = flags.DEFINE_integer(
     'loops', 2, 'How often the shared block runs; divides the layers.')
 _RANK = flags.DEFINE_string(
     'rank', '0', "Rank of every loop's adapters: a number, full, or per "
-    'kernel such as q64+k32+v32+o64+mlp128; capped at min(in, out).')
+    'kernel such as q64+k32+v32+o64+mlp128; capped at min(in, out). With '
+    '--init=fit a number is a budget, spread over the kernels.')
 _INIT = flags.DEFINE_string(
     'init', '', 'Start of the shared block: stepwise, average, lower or '
     'random; or fit, from --calibration. Empty: stepwise at rank 0, else '
