@@ -103,21 +103,26 @@ def test_a_fit_is_far_nearer_where_inputs_lie_in_few_directions():
   assert ours < theirs / 4
 
 
-def test_it_is_a_function_of_its_arguments():
-  values = tiny.variables(LLAMA)
+def test_it_is_a_function_of_its_arguments_in_whatever_batches():
+  values, token_NT = tiny.variables(LLAMA), tiny.tokens(LLAMA, N, T)
   one, other, third = (
-      _fit(LLAMA, values, loops=2, rank=3, seed=seed) for seed in (0, 0, 1))
+      rtx.relax(LLAMA, values, loops=2, rank=3, init='fit', seed=seed,
+                calibration=calibration)
+      for seed, calibration in (
+          (0, token_NT), (0, iter([token_NT[:5], token_NT[5:]])),
+          (1, token_NT)))
+  assert one[0] == other[0]
   tiny.assert_same_tree(one[1], other[1])
-  q = [rvars['params']['adapters']['q']['a'] for _, rvars in (one, third)]
-  assert not np.array_equal(*q)
-
-
-def test_batches_are_one_array():
-  values = tiny.variables(LLAMA)
-  token_NT = tiny.tokens(LLAMA, N, T)
-  tiny.assert_same_tree(_fit(LLAMA, values, loops=2, rank=1)[1], rtx.relax(
-      LLAMA, values, loops=2, rank=1, init='fit',
-      calibration=iter([token_NT[:5], token_NT[5:]]))[1])
+  kernels_of = [rvars['params']['block']['layers']['attn']['q']['kernel']
+                for _, rvars in (one, third)]
+  assert not np.array_equal(*kernels_of)
+  # One rank for all is a budget.
+  rcfg, rvars = one
+  size = sum(leaf.size for path, leaf in tree.items(rvars['params'])
+             if path.endswith(('/a', '/b')))
+  assert len(set(rcfg.ranks.values())) > 1
+  most = 6 * 3 * sum(sum(LLAMA.in_out(name)) for name in LLAMA.kernels)
+  assert 0 <= most - size < 6 * 40
 
 
 @pytest.mark.slow
@@ -152,15 +157,6 @@ def test_energy_is_of_the_residual_that_is_left():
     total += (residual ** 2).sum()
     kept += (residual ** 2).sum() - ((residual - product) ** 2).sum()
   assert energy['q', 1] == pytest.approx([kept, total], rel=1e-4)
-
-
-def test_one_rank_is_a_budget():
-  rcfg, rvars = _fit(LLAMA, tiny.variables(LLAMA), loops=2, rank=3)
-  size = sum(leaf.size for path, leaf in tree.items(rvars['params'])
-             if path.endswith(('/a', '/b')))
-  assert len(set(rcfg.ranks.values())) > 1
-  most = 6 * 3 * sum(sum(LLAMA.in_out(name)) for name in LLAMA.kernels)
-  assert 0 <= most - size < 6 * 40
 
 
 def test_factors_are_for_the_inputs_that_they_get(tmp_path):
