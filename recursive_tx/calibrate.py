@@ -25,7 +25,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import scipy.special
 
 from recursive_tx import config as config_lib
 from recursive_tx import early, exits, thresholds
@@ -36,6 +35,8 @@ RULES = tuple(rule for rule in exits.RULES
 # Of so many sequences one is to choose by and tests nothing: a test of what was
 # chosen by it would say too much.
 _CHOOSE = 4
+# The greatest share of his wealth that the gambler of `p_value` may lose.
+_STAKE = 0.9
 # Where the curve that is shown ends.
 _LEAST_AGREEMENT = 0.9
 
@@ -117,7 +118,7 @@ def calibrate(
       depths_U += _by_row(depth_BT, mask_BT)
     wrong = float(np.mean(wrongs_U))
     points.append(Point(tried, 1 - wrong, float(np.mean(depths_U)),
-                        p_value(wrong, units, delta)))
+                        p_value(np.array(wrongs_U), delta, level)))
     if points[-1].p_value > level and 1 - wrong < _LEAST_AGREEMENT:
       break
   passed = last_passed([point.p_value for point in points], level)
@@ -166,28 +167,31 @@ def _passed(cfg, run, rule, variables, batch, first, tried):
   return np.take_along_axis(best_LBT, loop_BT[None], 0)[0], loop_BT + 1
 
 
-def p_value(mean: float, units: int, delta: float) -> float:
-  """Of "the mean share is above delta": Hoeffding's and Bentkus' bound.
+def p_value(share_U: np.ndarray, delta: float, level: float) -> float:
+  """Of "the mean share is above delta", by betting against it.
+
+  A gambler stakes on every share's being below delta, as much as the shares
+  before it advise. Where the hypothesis is true he expects no gain, whatever
+  he does, and his greatest wealth is seldom high (Ville's inequality): its
+  inverse is a p-value (Waudby-Smith and Ramdas, arxiv.org/abs/2010.09686,
+  section 4). Shares that differ little from each other tell much, which bounds
+  by the mean alone (Hoeffding's, Bentkus') do not see.
 
   Args:
-    mean: of shares in [0, 1].
-    units: how many there are, independent and alike.
+    share_U: in [0, 1], independent and alike.
     delta: in (0, 1).
-
-  Returns:
-    At least the probability of so low a mean were the true one above delta
-    (the Hoeffding-Bentkus inequality of Learn then Test and of Bates et al.,
-    arxiv.org/abs/2101.02703).
+    level: at which it is to be small; what is staked depends on it.
   """
-  if mean >= delta:
-    return 1.0
-  # The divergence of two coins; 0 log 0 is 0.
-  h = scipy.special.rel_entr(mean, delta) + scipy.special.rel_entr(
-      1 - mean, 1 - delta)
-  # A sum that is whole but for rounding is not rounded up.
-  successes = math.ceil(units * mean - 1e-9)
-  bentkus = math.e * scipy.special.bdtr(successes, units, delta)
-  return float(min(1.0, math.exp(-units * h), bentkus))
+  wealth = most = 1.0
+  total, spread = 0.5, 0.25  # As if one half had been seen before.
+  for seen, share in enumerate(share_U.tolist(), 1):
+    stake = math.sqrt(2 * math.log(1 / level) * seen / (len(share_U) * spread))
+    # He never stakes all: a share of 1 leaves him something.
+    wealth *= 1 + min(stake, _STAKE / (1 - delta)) * (delta - share)
+    most = max(most, wealth)
+    total += share
+    spread += (share - total / (seen + 1)) ** 2
+  return 1 / most
 
 
 def last_passed(p_values: Sequence[float], level: float) -> int | None:
@@ -234,8 +238,11 @@ def _by_row(value_BT: np.ndarray, mask_BT: np.ndarray) -> list[float]:
 
 
 def _check_units(units: int, delta: float, confidence: float) -> None:
-  least = math.ceil(math.log(1 - confidence) / math.log(1 - delta))
-  if units < least:
+  level = 1 - confidence
+  if p_value(np.zeros(units), delta, level) > level:
+    least = units
+    while p_value(np.zeros(least), delta, level) > level:
+      least += 1
     raise ValueError(
         f'{units} sequences, beside those to choose by, are too few to be'
         f' {confidence:g} sure of a delta of {delta:g}, even if none differed;'

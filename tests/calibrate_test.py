@@ -163,33 +163,45 @@ def test_chunks_of_logits_do_not_matter():
 # The test of thresholds.
 
 
-def binomial(n, p):
-  return [math.comb(n, k) * p**k * (1 - p)**(n - k) for k in range(n + 1)]
+def test_a_p_value_is_the_inverse_of_a_gamblers_greatest_wealth():
+  """By hand, in fractions of what was seen before."""
+  shares, delta, level = [0.0, 0.5, 0.0, 0.0], 0.25, 0.1
+  wealths, seen, moved = [1.0], [0.5], [0.25]
+  for share in shares:
+    stake = math.sqrt(2 * math.log(10) / (4 * sum(moved) / len(moved)))
+    stake = min(stake, 0.9 / 0.75)
+    wealths.append(wealths[-1] * (1 + stake * (delta - share)))
+    seen.append(share)
+    moved.append((share - sum(seen) / len(seen)) ** 2)
+  assert wealths[2] < 1 < wealths[4]
+  assert calibrate.p_value(np.array(shares), delta, level) == pytest.approx(
+      1 / max(wealths))
+  assert calibrate.p_value(np.ones(50), delta, level) == 1
+  # All that is known of shares that are all 0 is their number.
+  assert calibrate.p_value(np.zeros(50), delta, level) >= (1 - delta) ** 50
 
 
-@pytest.mark.parametrize('n, delta', [(40, 0.1), (300, 0.01), (7, 0.5)])
-def test_a_p_value_is_hoeffdings_or_bentkus(n, delta):
-  mass = binomial(n, delta)
-  for k in range(n + 1):
-    mean = k / n
-    h = math.inf
-    if 0 < mean < 1:
-      h = mean * math.log(mean / delta) + (1 - mean) * math.log(
-          (1 - mean) / (1 - delta))
-    elif mean == 0:
-      h = -math.log(1 - delta)
-    expected = min(1, math.exp(-n * h), math.e * sum(mass[:k + 1]))
-    expected = 1 if mean >= delta else expected
-    assert calibrate.p_value(mean, n, delta) == pytest.approx(expected)
+@pytest.mark.parametrize('delta, tokens', [(0.1, 1), (0.05, 20), (0.01, 64)])
+def test_a_p_value_is_seldom_small_where_the_mean_is_delta(delta, tokens):
+  rng, draws = np.random.default_rng(0), 400
+  for level in (0.05, 0.2):
+    small = sum(
+        calibrate.p_value(
+            rng.binomial(tokens, delta, 150) / tokens, delta, level) <= level
+        for _ in range(draws))
+    # Three standard deviations of the draws above it.
+    assert small / draws <= level + 3 * math.sqrt(level * (1 - level) / draws)
 
 
-@pytest.mark.parametrize('n, delta', [(40, 0.1), (300, 0.01)])
-def test_a_p_value_is_seldom_small_where_the_mean_is_delta(n, delta):
-  mass = binomial(n, delta)
-  p_values = [calibrate.p_value(k / n, n, delta) for k in range(n + 1)]
-  for level in (0.01, 0.05, 0.2, 0.5):
-    assert sum(m for m, p in zip(mass, p_values, strict=True)
-               if p <= level) <= level
+def test_a_p_value_sees_that_shares_differ_little():
+  share_U = np.tile([0.0, 1 / 64], 200)
+  even = calibrate.p_value(share_U, 0.02, 0.05)
+  assert even < 0.05
+  # The same mean by a few sequences that are all wrong tells less.
+  lumps_U = np.zeros(400)
+  lumps_U[50::100] = 200 / 64 / 4
+  assert lumps_U.mean() == share_U.mean()
+  assert calibrate.p_value(lumps_U, 0.02, 0.05) > 2 * even
 
 
 def test_the_last_before_the_first_that_fails():
@@ -207,9 +219,10 @@ def test_the_guarantee_holds():
   for _ in range(300):
     # Sequences differ in how hard they are; shares are of 20 tokens.
     hard_U = rng.choice([0.2, 1.8], n)
-    means = [rng.binomial(20, risk * hard_U).mean() / 20 for risk in risks]
+    shares = [rng.binomial(20, risk * hard_U) / 20 for risk in risks]
     last = calibrate.last_passed(
-        [calibrate.p_value(mean, n, delta) for mean in means], 1 - confidence)
+        [calibrate.p_value(share_U, delta, 1 - confidence)
+         for share_U in shares], 1 - confidence)
     if last is not None:
       found += 1
       wrong += risks[last] > delta
@@ -288,7 +301,7 @@ def test_agreement_has_few_thresholds():
     (BARE, dict(rule='agrement'), ("'agreement'",)),
     (BARE, dict(delta=0.0), ('delta is 0.0',)),
     (BARE, dict(confidence=1.0), ('confidence is 1.0',)),
-    (BARE, dict(), ('6 sequences', '299', '--text')),
+    (BARE, dict(), ('6 sequences', '337', '--text')),
     (dataclasses.replace(BARE, exit_gate=0), {}, ('model.exit_gate=0',)),
     (dataclasses.replace(BARE, exit_gate=0, loops=1, rank='0'), {},
      ('model.loops=1', 'several')),
