@@ -241,9 +241,9 @@ def measure(args) -> dict:
   calibrated = exits.load(args.checkpoint)
   if calibrated:
     engines[f'cdb, {calibrated.rule}'] = engine(exit=calibrated)
+  if calibrated and cfg.loop_keys:  # Else there is nothing to fill.
     engines[f'cdb, {calibrated.rule}, complete'] = engine(
         exit=calibrated, fill='complete')
-  if calibrated and cfg.loop_keys:
     engines[f'cdb, {calibrated.rule}, share'] = shared(
         engine(exit=calibrated, steps=17), tokenizer, prompts, lengths)
   for file in args.curve:
