@@ -152,8 +152,8 @@ MUTANTS = {
         'cache.py', 'slice(None), place.position_BT)',
         'slice(None), place.position_BT * 0)', (_STEPS,)),
     'loops_share_their_keys': Mutant(
-        'model/decoder.py', 'cfg.prelude + loop * cfg.layers_per_loop',
-        'cfg.prelude + loop * 0', (_STEPS,)),
+        'model/decoder.py', 'cfg.prelude + loop_BT * cfg.layers_per_loop',
+        'cfg.prelude + loop_BT * 0', (_STEPS,)),
     'mask_of_the_next_loop': Mutant(
         'depths.py', 'jax.nn.one_hot(loop, cfg.loops)',
         'jax.nn.one_hot((loop + 1) % cfg.loops, cfg.loops)', (_MIXED,)),
