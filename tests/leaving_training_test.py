@@ -37,9 +37,9 @@ def hidden(variables, batch, depth_BT, unroll=False):
 
 
 def test_tokens_leave_as_an_engine_has_them_leave(variables, batch):
-  pass_at = early.forward(CFG, rtx.Run(), 'top')
-  score_EBT = pass_at(variables, batch, np.inf).score_EBT
-  passed = pass_at(variables, batch, np.median(score_EBT))
+  pass_at, exits = early.forward(CFG, rtx.Run(), 'top'), CFG.loops - 1
+  score_EBT = pass_at(variables, batch, np.full(exits, np.inf)).score_EBT
+  passed = pass_at(variables, batch, np.full(exits, np.median(score_EBT)))
   assert len(np.unique(passed.depth_BT)) == CFG.loops
   h_BTD = hidden(variables, batch, passed.depth_BT)[-1]
   logits_BTV = rtx.Decoder(CFG).apply(variables, h_BTD, method='logits')
