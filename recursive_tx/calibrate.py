@@ -18,6 +18,7 @@ leave here, where a prompt would be read at full depth.
 Knows a model and batches; not where they come from.
 """
 
+import bisect
 from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import math
@@ -239,10 +240,15 @@ def _by_row(value_BT: np.ndarray, mask_BT: np.ndarray) -> list[float]:
 
 def _check_units(units: int, delta: float, confidence: float) -> None:
   level = 1 - confidence
-  if p_value(np.zeros(units), delta, level) > level:
-    least = units
-    while p_value(np.zeros(least), delta, level) > level:
-      least += 1
+
+  def enough(units):
+    return p_value(np.zeros(units), delta, level) <= level
+
+  if not enough(units):
+    most = max(1, units)
+    while not enough(most):
+      most *= 2
+    least = bisect.bisect_left(range(most), True, key=enough)
     raise ValueError(
         f'{units} sequences, beside those to choose by, are too few to be'
         f' {confidence:g} sure of a delta of {delta:g}, even if none differed;'

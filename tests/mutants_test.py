@@ -175,7 +175,7 @@ MUTANTS = {
         'model/layer.py', 'frequency *= keep + (1 - keep) / factor',
         'frequency *= keep / factor + (1 - keep)', (_PARITY,)),
     'every_loop_weighs_the_same': Mutant(
-        'fit/share.py', '[_trace(moment) or 1.0 for moment in outputs]',
+        'fit/share.py', '[matrices.trace(moment) or 1.0 for moment in outputs]',
         '[1.0 for moment in outputs]',
         ('fit_share_test.py::'
          'test_a_layer_that_does_nothing_to_the_output_weighs_nothing',)),

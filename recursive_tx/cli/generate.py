@@ -57,7 +57,7 @@ _COLORS = (24, 30, 64, 136, 130, 124)
 def main(argv: list[str]) -> None:
   """Runs the verb."""
   arguments.check(argv, checkpoint=_CHECKPOINT.value)
-  make = _REPLICAS()
+  count = _REPLICAS()
   sampler = sampling.Sampler(
       temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value,
       seed=_SEED.value)
@@ -72,8 +72,8 @@ def main(argv: list[str]) -> None:
   opening = tokenizer.opening
   ids = [tokenizer.encode(text) for text in texts]
   longest = len(opening) + max(map(len, ids)) + _MAX_NEW_TOKENS.value
-  served = make(
-      min(_SLOTS.value, len(ids)), lambda slots, device: engine.Engine(
+  served = replicas.make(
+      count, min(_SLOTS.value, len(ids)), lambda slots, device: engine.Engine(
           cfg, variables, slots=slots, exit=exit, fill=fill, device=device,
           # Compiled once for each multiple of 64, not for each length.
           max_len=-(-longest // 64) * 64, eos_id=tokenizer.eos_id))

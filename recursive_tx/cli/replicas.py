@@ -14,28 +14,25 @@ flags.disclaim_key_flags()
 Build = Callable[[int, jax.Device | None], Engine]
 
 
-def define() -> Callable[[], Callable[[int, Build], Engine | Replicas]]:
-  """Defines it. Returns what reads it before JAX computes anything.
-
-  That gives (slots of all, build) -> the engine.
-  """
+def define() -> Callable[[], int]:
+  """Defines it. Returns what reads it, before JAX computes anything."""
   flag = flags.DEFINE_integer(
       'replicas', 1, 'Copies of the model, each on a device of its own, that'
       ' share the slots. A CPU counts as so many devices: small models answer'
       ' several requests faster with a core for each copy.')
 
-  def read():
-    count = flag.value
-    if count < 1:
-      raise ValueError(f'--replicas={count}; expected at least 1')
-    if count > 1:
-      jax.config.update('jax_num_cpu_devices', count)
-    return lambda slots, build: _made(count, slots, build)
+  def read() -> int:
+    if flag.value < 1:
+      raise ValueError(f'--replicas={flag.value}; expected at least 1')
+    if flag.value > 1:
+      jax.config.update('jax_num_cpu_devices', flag.value)
+    return flag.value
 
   return read
 
 
-def _made(count: int, slots: int, build: Build) -> Engine | Replicas:
+def make(count: int, slots: int, build: Build) -> Engine | Replicas:
+  """One engine, or several that have so many slots between them."""
   if count == 1:
     return build(slots, None)
   devices = jax.local_devices()

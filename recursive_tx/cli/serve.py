@@ -49,7 +49,7 @@ _EXIT, _REPLICAS = exits.define(), replicas.define()
 def main(argv: list[str]) -> None:
   """Runs the verb."""
   arguments.check(argv, checkpoint=_CHECKPOINT.value)
-  make = _REPLICAS()
+  count = _REPLICAS()
   try:
     from recursive_tx import serve
   except ModuleNotFoundError as error:
@@ -65,10 +65,11 @@ def main(argv: list[str]) -> None:
   tokenizer_lib.check_vocab(tokenizer, cfg.V)
   exit, fill = _EXIT(directory, cfg)
   service = serve.Service(
-      serve.Worker(make(_SLOTS.value, lambda slots, device: engine.Engine(
-          cfg, variables, slots=slots, max_len=_MAX_LEN.value, exit=exit,
-          fill=fill, eos_id=tokenizer.eos_id, run=Run(dtype=_DTYPE.value),
-          device=device))),
+      serve.Worker(replicas.make(
+          count, _SLOTS.value, lambda slots, device: engine.Engine(
+              cfg, variables, slots=slots, max_len=_MAX_LEN.value, exit=exit,
+              fill=fill, eos_id=tokenizer.eos_id, device=device,
+              run=Run(dtype=_DTYPE.value)))),
       tokenizer, serve.Chat(directory, tokenizer),
       serve.Limits(_MAX_LEN.value, _QUEUE.value, _MAX_BODY.value),
       _NAME.value or pathlib.Path(_CHECKPOINT.value).resolve().name,

@@ -9,7 +9,7 @@ import numpy as np
 import scipy.optimize
 
 from recursive_tx import config as config_lib
-from recursive_tx.fit import kernels
+from recursive_tx.fit import kernels, matrices
 from recursive_tx.fit.layers import Read
 from recursive_tx.fit.moments import Moments
 
@@ -116,16 +116,15 @@ def _units(rcfg, read, moments, name, layer):
     moment = moments.input(name, layer)
   else:
     units, moment = units.T, moments.output(name, layer)
-  weights = moment if moment.ndim == 1 else np.diagonal(moment)
-  return units.astype(np.float64), weights.astype(np.float64)
+  return (units.astype(np.float64),
+          matrices.diagonal(moment).astype(np.float64))
 
 
 def _costs(one, a, other, b, metric):
   """Error of every pair of units, [F, F]."""
-  moved = other * metric if metric.ndim == 1 else other @ metric
+  moved = matrices.columns(other, metric)
   squares = (
-      np.einsum('fd,fd->f', one * metric if metric.ndim == 1
-                else one @ metric, one)[:, None]
+      np.einsum('fd,fd->f', matrices.columns(one, metric), one)[:, None]
       - 2 * one @ moved.T + np.einsum('fd,fd->f', moved, other))
   total = np.maximum(a[:, None] + b, np.finfo(np.float64).tiny)
   return a[:, None] * b / total * squares

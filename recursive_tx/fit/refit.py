@@ -14,7 +14,8 @@ import numpy as np
 import scipy.linalg
 
 from recursive_tx import config as config_lib
-from recursive_tx.fit import kernels, layers, moments
+from recursive_tx import tree
+from recursive_tx.fit import kernels, layers, matrices, moments
 from recursive_tx.fit.share import factors
 
 # Kernels that are fitted at once; the next ones read what these give.
@@ -70,11 +71,11 @@ def _refit(rcfg, layer, values, ours, store, output, sums, rng):
   """One layer: its factors in `store`, its kernels in `ours`."""
   loop, place = divmod(layer - rcfg.prelude, rcfg.layers_per_loop)
   for name in refitted(rcfg):  # Until its turn, a kernel is the original's.
-    _leaf(ours, name)['kernel'] = _leaf(values, name)['kernel']
+    tree.put(ours, _path(name), tree.get(values, _path(name)))
   for stage in _STAGES:
     found = sums(tuple(name for name in stage if name in refitted(rcfg)))
     for name, (moment, pull) in found.items():
-      kernel = _leaf(values, name)['kernel']
+      kernel = tree.get(values, _path(name))
       matrix = kernel.reshape(rcfg.in_out(name))
       shared = store.shared(name, place).reshape(matrix.shape)
       a, b = factors(
@@ -82,12 +83,12 @@ def _refit(rcfg, layer, values, ours, store, output, sums, rng):
           output(name, layer), rcfg.ranks[name], rng=rng)
       store.replace(name, place, loop, kernels.kept(
           rcfg, name, matrix - shared, a, b))
-      _leaf(ours, name)['kernel'] = (shared + a @ b).reshape(kernel.shape)
+      tree.put(ours, _path(name), (shared + a @ b).reshape(kernel.shape))
 
 
-def _leaf(values, name):
-  group = values['layers']['attn' if name in 'qkvo' else 'mlp']
-  return group[name]
+def _path(name):
+  """Where `layers.read_layer` puts a kernel."""
+  return kernels.path(name).removeprefix('block/')
 
 
 def _sums(cfg, values, ours, x_NTD, y_NTD, stage):
@@ -108,6 +109,5 @@ def _sums(cfg, values, ours, x_NTD, y_NTD, stage):
 
 def _solved(moment, pull):
   """What to add to the kernel: damped least squares, [rows, columns]."""
-  damped = moment + _DAMPING * np.trace(moment) / len(moment) * np.eye(
-      len(moment))
-  return scipy.linalg.solve(damped, pull, assume_a='pos')
+  return scipy.linalg.solve(
+      matrices.damped(moment, _DAMPING), pull, assume_a='pos')

@@ -13,6 +13,7 @@ import numpy as np
 import scipy.linalg
 
 from recursive_tx import tying
+from recursive_tx.fit import matrices
 
 # Added to a second moment, as a share of its mean diagonal: directions that
 # few tokens show, and noise, weigh no less than this. A gradient is noisier
@@ -51,7 +52,7 @@ def share(
       [kernel.astype(np.float64) for kernel in kernels], roots, right)
   if 0 < rank < min(shared.shape):
     shared -= _taken_off(wide, shared, roots, inverse, rank, rng)
-  return _columns_back(shared, right).astype(np.float32)
+  return matrices.columns_back(shared, right).astype(np.float32)
 
 
 def spectra(
@@ -75,7 +76,7 @@ def spectra(
       right.astype(np.float32))
   total = np.zeros(min(mean.shape))
   for kernel, root in zip(wide, roots, strict=True):
-    left = _apply(root.T, kernel - mean)
+    left = matrices.apply(root.T, kernel - mean)
     gram = left @ left.T if len(left) <= left.shape[1] else left.T @ left
     total += np.maximum(scipy.linalg.eigvalsh(gram)[::-1], 0)
   return total
@@ -97,28 +98,31 @@ def factors(
   Returns:
     a [rows, rank] with orthonormal columns and b [rank, columns], fp32.
   """
-  root = _root(_damped(seen.astype(np.float64), _INPUT_DAMPING))
-  right = _root(_damped(moved.astype(np.float64), _OUTPUT_DAMPING))
-  residual = _apply(
-      root.T, kernel.astype(np.float64) - shared.astype(np.float64))
+  seen, moved, kernel, shared = (
+      x.astype(np.float64) for x in (seen, moved, kernel, shared))
+  root = matrices.root(matrices.damped(seen, _INPUT_DAMPING))
+  right = matrices.root(matrices.damped(moved, _OUTPUT_DAMPING))
+  residual = matrices.apply(root.T, kernel - shared)
+  whole = matrices.columns(matrices.apply(root.T, kernel), right)
   a, _, _ = tying.factor_exactly(
-      _columns(residual, right), rank, scale=float(np.linalg.norm(_columns(
-          _apply(root.T, kernel.astype(np.float64)), right))), rng=rng)
-  a = np.linalg.qr(_unapply(root.T, a))[0]
+      matrices.columns(residual, right), rank,
+      scale=float(np.linalg.norm(whole)), rng=rng)
+  a = np.linalg.qr(matrices.unapply(root.T, a))[0]
   # The best b for this a; S does not change it.
-  b = np.linalg.lstsq(_apply(root.T, a), residual, rcond=None)[0]
+  b = np.linalg.lstsq(matrices.apply(root.T, a), residual, rcond=None)[0]
   return a.astype(np.float32), b.astype(np.float32)
 
 
 def _mean(kernels, roots, right):
   """The kernels and their weighted mean, with S taken into the columns so
   that what is left to weigh is C; and the inverse of all C's sum."""
-  inverse = _inverse(sum(_square(root.astype(np.float64)) for root in roots))
+  inverse = matrices.inverse(sum(
+      matrices.square(root.astype(np.float64)) for root in roots))
   inverse = inverse.astype(kernels[0].dtype)
-  wide = [_columns(kernel, right) for kernel in kernels]
+  wide = [matrices.columns(kernel, right) for kernel in kernels]
   # This is best as long as there are no factors.
-  return wide, _apply(inverse, sum(
-      _apply(_square(root), kernel)
+  return wide, matrices.apply(inverse, sum(
+      matrices.apply(matrices.square(root), kernel)
       for root, kernel in zip(roots, wide, strict=True))), inverse
 
 
@@ -130,13 +134,15 @@ def _roots(inputs, outputs):
   layer's number, its gradient's size, goes to its C; against an S for every
   layer that costs little, against no S at all it gains much.
   """
-  sizes = [_trace(moment) or 1.0 for moment in outputs]
+  sizes = [matrices.trace(moment) or 1.0 for moment in outputs]
   common = sum(moment.astype(np.float64) / size
                for moment, size in zip(outputs, sizes, strict=True)
                ) / len(outputs)
-  right = _root(_damped(common, _OUTPUT_DAMPING))
-  return [_root(size * _damped(moment.astype(np.float64), _INPUT_DAMPING))
-          for moment, size in zip(inputs, sizes, strict=True)], right
+  right = matrices.root(matrices.damped(common, _OUTPUT_DAMPING))
+  damped = [matrices.damped(moment.astype(np.float64), _INPUT_DAMPING)
+            for moment in inputs]
+  return [matrices.root(size * moment)
+          for moment, size in zip(damped, sizes, strict=True)], right
 
 
 def _taken_off(wide, mean, roots, inverse, rank, rng):
@@ -149,10 +155,11 @@ def _taken_off(wide, mean, roots, inverse, rank, rng):
   all b at once. Its products are all thin: R is never made.
   """
   # fp32 does: H is a projection, and the factors are made anew afterwards.
-  F = [_apply(root.T, kernel - mean).astype(np.float32)
+  F = [matrices.apply(root.T, kernel - mean).astype(np.float32)
        for root, kernel in zip(roots, wide, strict=True)]
-  H = [[_product(_product(one.T, inverse), other).astype(np.float32)
-        for other in roots] for one in roots]
+  halves = [matrices.product(root.T, inverse) for root in roots]
+  H = [[matrices.product(half, other).astype(np.float32) for other in roots]
+       for half in halves]
   places = range(len(F))
   start = rng.normal(size=(mean.shape[1], rank)).astype(np.float32)
   U = [_orthonormal(f @ start) for f in F]
@@ -160,15 +167,17 @@ def _taken_off(wide, mean, roots, inverse, rank, rng):
   errors = [error]
   for _ in range(_MOST_ROUNDS):
     U = [_orthonormal(F[i] @ b[i].T + sum(
-        _apply(H[i][j], U[j]) @ (b[j] @ b[i].T) for j in places))
+        matrices.apply(H[i][j], U[j]) @ (b[j] @ b[i].T) for j in places))
          for i in places]
     b, error = _solve(F, H, U)
     errors.append(error)
     if (len(errors) > _ROUNDS
         and errors[-1 - _ROUNDS] - error < _LEAST_GAIN * abs(error)):
       break
-  return sum(_apply(inverse, _apply(roots[i], U[i].astype(np.float64))) @ b[i]
-             for i in places)
+  return sum(
+      matrices.apply(
+          inverse, matrices.apply(roots[i], U[i].astype(np.float64))) @ b[i]
+      for i in places)
 
 
 def _solve(F, H, U):
@@ -180,63 +189,12 @@ def _solve(F, H, U):
   places, rank = range(len(F)), U[0].shape[1]
   system = np.eye(len(F) * rank) * (1 + _RIDGE)
   system -= np.block([
-      [U[i].T @ _apply(H[i][j], U[j]) for j in places] for i in places])
+      [U[i].T @ matrices.apply(H[i][j], U[j]) for j in places] for i in places])
   wanted = np.concatenate([u.T @ f for u, f in zip(U, F, strict=True)])
   b = scipy.linalg.solve(
       system, wanted.astype(np.float64), assume_a='pos').astype(np.float32)
   error = sum(float(np.vdot(f, f)) for f in F) - float(np.vdot(wanted, b))
   return np.split(b, len(F)), error
-
-
-def _damped(moment, share):
-  least = share * (_trace(moment) / len(moment) or 1.0)
-  return moment + (least if moment.ndim == 1 else least * np.eye(len(moment)))
-
-
-def _trace(moment) -> float:
-  return float(moment.sum() if moment.ndim == 1 else np.trace(moment))
-
-
-# Matrices that are whole, [n, n], or diagonals, [n].
-
-
-def _root(matrix):
-  return np.sqrt(matrix) if matrix.ndim == 1 else np.linalg.cholesky(matrix)
-
-
-def _square(root):
-  return root * root if root.ndim == 1 else root @ root.T
-
-
-def _inverse(matrix):
-  if matrix.ndim == 1:
-    return 1 / matrix
-  return scipy.linalg.cho_solve(
-      (np.linalg.cholesky(matrix), True), np.eye(len(matrix)))
-
-
-def _apply(matrix, x):
-  return matrix[:, None] * x if matrix.ndim == 1 else matrix @ x
-
-
-def _unapply(matrix, x):
-  """Solves for what a root, transposed, was applied to."""
-  if matrix.ndim == 1:
-    return x / matrix[:, None]
-  return scipy.linalg.solve_triangular(matrix, x)
-
-
-def _product(one, other):
-  return one * other if one.ndim == 1 else one @ other
-
-
-def _columns(x, root):
-  return x * root if root.ndim == 1 else x @ root
-
-
-def _columns_back(x, root):
-  return x / root if root.ndim == 1 else scipy.linalg.solve_triangular(
-      root.T, x.T).T
 
 
 def _orthonormal(x):

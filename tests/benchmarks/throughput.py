@@ -268,10 +268,13 @@ def curve(file: str):
   """Names and exits of some points that were calibrated."""
   from recursive_tx import exits
   found = json.loads(pathlib.Path(file).read_text())
-  for goal in AGREEMENTS:
-    point = min(found['curve'], key=lambda p: abs(p['agreement'] - goal))
+  # The same point may be the nearest to several.
+  nearest = {
+      tuple(min(found['curve'], key=lambda p: abs(p['agreement'] - goal))[
+          'thresholds']): goal for goal in AGREEMENTS}
+  for thresholds, goal in nearest.items():
     yield f'cdb, {found["rule"]} {goal:g}', exits.Exit(
-        found['rule'], tuple(point['thresholds']))
+        found['rule'], thresholds)
 
 
 def shared(engine, tokenizer, prompts, lengths):

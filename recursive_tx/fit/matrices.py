@@ -1,0 +1,66 @@
+"""Matrices of moments, that are whole, [n, n], or diagonals, [n]."""
+
+import numpy as np
+import scipy.linalg
+
+
+def damped(moment, share):
+  """The moment, with a share of its mean diagonal added to its diagonal."""
+  least = share * (trace(moment) / len(moment) or 1.0)
+  return moment + (least if moment.ndim == 1 else least * np.eye(len(moment)))
+
+
+def trace(moment) -> float:
+  """Sum of the diagonal."""
+  return float(moment.sum() if moment.ndim == 1 else np.trace(moment))
+
+
+def diagonal(moment):
+  """[n]."""
+  return moment if moment.ndim == 1 else np.diagonal(moment)
+
+
+def root(matrix):
+  """Lower triangular, or a diagonal: Z of Z Z^T."""
+  return np.sqrt(matrix) if matrix.ndim == 1 else np.linalg.cholesky(matrix)
+
+
+def square(root):
+  """Z Z^T."""
+  return root * root if root.ndim == 1 else root @ root.T
+
+
+def inverse(matrix):
+  """Of one that is positive definite."""
+  if matrix.ndim == 1:
+    return 1 / matrix
+  return scipy.linalg.cho_solve(
+      (np.linalg.cholesky(matrix), True), np.eye(len(matrix)))
+
+
+def apply(matrix, x):
+  """matrix x, [n, columns]."""
+  return matrix[:, None] * x if matrix.ndim == 1 else matrix @ x
+
+
+def unapply(matrix, x):
+  """Solves for what a root, transposed, was applied to."""
+  if matrix.ndim == 1:
+    return x / matrix[:, None]
+  return scipy.linalg.solve_triangular(matrix, x)
+
+
+def product(one, other):
+  """one other, of two that are both whole or both diagonals."""
+  return one * other if one.ndim == 1 else one @ other
+
+
+def columns(x, matrix):
+  """x matrix, [rows, n]."""
+  return x * matrix if matrix.ndim == 1 else x @ matrix
+
+
+def columns_back(x, root):
+  """Solves for what was multiplied by a root."""
+  return x / root if root.ndim == 1 else scipy.linalg.solve_triangular(
+      root.T, x.T).T
