@@ -70,14 +70,6 @@ def factor(
     a [rows, rank] and b [rank, columns], fp32, and the energy (sum of
     squared singular values) that they keep.
   """
-  a, b, energy = factor_exactly(residual, rank, scale=scale, rng=rng)
-  return a.astype(np.float32), b.astype(np.float32), energy
-
-
-def factor_exactly(
-    residual: np.ndarray, rank: int, *, scale: float, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, float]:
-  """`factor` before its result is rounded: fp64."""
   rows, columns = residual.shape
   R = residual.astype(np.float64)
   # The squared spectrum on the shorter side. fp64 resolves singular values
@@ -98,7 +90,8 @@ def factor_exactly(
   else:
     a[:, real] = R @ (vectors[:, real] / s[real])
     b[real] = s[real, None] * vectors[:, real].T
-  return a, b, float((s[real] ** 2).sum())
+  return (a.astype(np.float32), b.astype(np.float32),
+          float((s[real] ** 2).sum()))
 
 
 def merge(

@@ -27,7 +27,7 @@ def _problem(layers=2, rows=ROWS, columns=COLUMNS, seed=0):
 def _share(problem, rank):
   rng = np.random.default_rng(0)
   shared = share(*problem, rank, rng=rng)
-  return shared, [factors_of(kernel, shared, C, S, rank, rng=rng)
+  return shared, [factors_of(kernel, shared, C, S, rank)
                   for kernel, C, S in zip(*problem, strict=True) if rank]
 
 
@@ -152,7 +152,7 @@ def test_spectra_are_what_ranks_take_off(shape):
   assert (np.diff(falling) <= 0).all() and len(falling) == 9
   for rank in (0, 2):
     left = _error(problem, shared, [
-        factors_of(kernel, shared, C, S, rank, rng=np.random.default_rng(0))
+        factors_of(kernel, shared, C, S, rank)
         for kernel, C, S in zip(*problem, strict=True) if rank])
     # Moments are damped, which adds a little.
     assert left == pytest.approx(falling[rank:].sum(), rel=0.05)

@@ -11,7 +11,7 @@ import tiny
 
 import recursive_tx as rtx
 from recursive_tx import fit, tree
-from recursive_tx.fit import choose, kernels, layers, moments, refit
+from recursive_tx.fit import align, choose, kernels, layers, moments, refit
 from recursive_tx.relax import begun, parts, target
 
 LLAMA = tiny.FAMILIES['llama']
@@ -176,7 +176,9 @@ def test_factors_are_for_the_inputs_that_they_get(tmp_path):
           for _ in range(2)])
   converted = kernels.unrolled(rcfg, read, 'average', store)
   kept = fit.Moments(tmp_path)
-  for layer in range(6):
+  streams = layers.stream(LLAMA, read, layers.ends(LLAMA, read), token_NT)
+  for layer, x_NTD in zip(range(6), streams, strict=False):
+    kept.put('layer', layer, 'input', x_NTD)
     for name in rcfg.kernels:
       kept.put(name, layer, 'output', np.eye(rcfg.in_out(name)[1]))
 
@@ -185,8 +187,8 @@ def test_factors_are_for_the_inputs_that_they_get(tmp_path):
     return float(np.square(ours - theirs).mean())
 
   before = gap()
-  refit.refit(LLAMA, rcfg, read, converted, store, kept.output, token_NT,
-              rng=np.random.default_rng(0))
+  refit.refit(
+      LLAMA, rcfg, align.Aligned(read, kept, {}), converted, store)
   assert gap() < before / 4
 
 

@@ -365,10 +365,13 @@ def get_config(arg=None):
     while len(history.read_metrics(str(workdir))) < rows:
       assert all(p.poll() is None for p in started)
       time.sleep(0.2)
-    # The last one only; again, and again while it saves.
-    for _ in range(3):
+    # The last one only; again, and again while it saves. The handler of
+    # several processes is the runtime's, and goes with it.
+    for _ in range(3000 if count == 1 else 3):
       started[-1].send_signal(signal.SIGTERM)
       time.sleep(0.1)
+      if started[-1].poll() is not None:
+        break
     said = processes.finish(started)
     (line,) = [x for x in said[0].splitlines() if x.startswith('Told to stop')]
     assert all('Told' not in other for other in said[1:])

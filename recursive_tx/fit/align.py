@@ -48,6 +48,10 @@ class Aligned:
     return self._moved(self._moments.output(kernel, layer), layer,
                        kernel in ('gate', 'up'))
 
+  def stream(self, layer: int) -> np.ndarray:
+    """As `Moments.stream`: what a layer reads has the order that it had."""
+    return self._moments.stream(layer)
+
   def _moved(self, moment, layer, hidden):
     order = self._orders.get(layer)
     if order is None or not hidden:

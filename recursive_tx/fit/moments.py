@@ -26,7 +26,7 @@ def is_wide(size: int) -> bool:
 
 
 class Moments:
-  """Those of every layer, in files of a directory, fp32."""
+  """Those of every layer, and what it read, in files of a directory, fp32."""
 
   def __init__(self, directory: pathlib.Path):
     self._directory = directory
@@ -39,9 +39,13 @@ class Moments:
     """Of the gradient in its output: [columns, columns] or [columns]."""
     return np.load(self._path(kernel, layer, 'output'))
 
-  def put(self, kernel: str, layer: int, side: str, moment: np.ndarray):
-    """Stores one; `side`: 'input' or 'output'."""
-    np.save(self._path(kernel, layer, side), moment.astype(np.float32))
+  def stream(self, layer: int) -> np.ndarray:
+    """What the layer read of the tokens, [N, T, D]."""
+    return np.load(self._path('layer', layer, 'input'))
+
+  def put(self, kernel: str, layer: int, side: str, value: np.ndarray):
+    """Stores one; `side`: 'input' or 'output'; 'layer' for the stream."""
+    np.save(self._path(kernel, layer, side), value.astype(np.float32))
 
   def _path(self, kernel, layer, side):
     return self._directory / f'{layer}.{kernel}.{side}.npy'
@@ -65,16 +69,15 @@ def measure(
     seed: of the drawn tokens.
     tell: told the share of the work done since it was last told.
   """
-  variables = layers.ends(cfg, read)
-  xs = []
-  for x_NTD in layers.stream(cfg, read, variables, token_NT):
-    xs.append(x_NTD)
+  variables, moments = layers.ends(cfg, read), Moments(directory)
+  for layer, x_NTD in enumerate(
+      layers.stream(cfg, read, variables, token_NT)):
+    moments.put('layer', layer, 'input', x_NTD)
     tell(0.25 / (cfg.num_layers + 1))
-  d_NTD = _drawn(cfg, variables, token_NT, xs.pop(), seed)
-  moments = Moments(directory)
+  d_NTD = _drawn(cfg, variables, token_NT, x_NTD, seed)
   for layer in reversed(range(cfg.num_layers)):
     values = layers.read_layer(cfg, read, layer)
-    x_NTD, sums = xs.pop(), {}
+    x_NTD, sums = moments.stream(layer), {}
     for rows in layers.batches(token_NT):
       d_BTD, inputs, outputs = layers.backward(
           cfg, values, x_NTD[rows], d_NTD[rows])

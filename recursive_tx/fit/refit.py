@@ -15,7 +15,7 @@ import scipy.linalg
 
 from recursive_tx import config as config_lib
 from recursive_tx import tree
-from recursive_tx.fit import kernels, layers, matrices, moments
+from recursive_tx.fit import align, kernels, layers, matrices, moments
 from recursive_tx.fit.share import factors
 
 # Kernels that are fitted at once; the next ones read what these give.
@@ -34,40 +34,31 @@ def refitted(rcfg: config_lib.ModelConfig) -> list[str]:
 
 def refit(
     cfg: config_lib.ModelConfig, rcfg: config_lib.ModelConfig,
-    read: layers.Read, converted: layers.Read, store: kernels.Store,
-    output: Callable[[str, int], np.ndarray], token_NT: np.ndarray, *,
-    rng: np.random.Generator,
+    original: align.Aligned, converted: layers.Read, store: kernels.Store,
     tell: Callable[[float], Any] = lambda share: None,
 ) -> None:
   """Puts factors into `store`, of the kernels that `refitted` names.
 
   Args:
-    cfg, read: the original.
+    cfg, original: the original.
     rcfg: the recursive model.
     converted: its layers, unrolled.
     store: its kernels.
-    output: second moment of the gradient in a kernel's output, by the
-      kernel's name and the layer.
-    token_NT: int32 token ids.
-    rng: for directions without residual.
     tell: told the share of the work done since it was last told.
   """
-  last = rcfg.prelude + rcfg.loops * rcfg.layers_per_loop
-  x_NTD = layers.embed(cfg, layers.ends(cfg, read), token_NT)
-  y_NTD = x_NTD.copy()
-  for layer in range(last):
-    values = layers.read_layer(cfg, read, layer)
+  last = rcfg.prelude + rcfg.loops * rcfg.layers_per_loop - 1
+  y_NTD = original.stream(rcfg.prelude)
+  for layer in range(rcfg.prelude, last + 1):
+    values = layers.read_layer(cfg, original.read, layer)
     ours = layers.read_layer(cfg, converted, layer)
-    if layer >= rcfg.prelude:
-      sums = functools.partial(_sums, cfg, values, ours, x_NTD, y_NTD)
-      _refit(rcfg, layer, values, ours, store, output, sums, rng)
-    for rows in layers.batches(token_NT):
-      x_NTD[rows] = layers.forward(cfg, values, x_NTD[rows])
+    _refit(rcfg, layer, values, ours, store, original.output, functools.partial(
+        _sums, cfg, values, ours, original.stream(layer), y_NTD))
+    for rows in layers.batches(y_NTD[..., 0]) if layer < last else ():
       y_NTD[rows] = layers.forward(cfg, ours, y_NTD[rows])
-    tell(1 / last)
+    tell(1 / rcfg.loops / rcfg.layers_per_loop)
 
 
-def _refit(rcfg, layer, values, ours, store, output, sums, rng):
+def _refit(rcfg, layer, values, ours, store, output, sums):
   """One layer: its factors in `store`, its kernels in `ours`."""
   loop, place = divmod(layer - rcfg.prelude, rcfg.layers_per_loop)
   for name in refitted(rcfg):  # Until its turn, a kernel is the original's.
@@ -80,7 +71,7 @@ def _refit(rcfg, layer, values, ours, store, output, sums, rng):
       shared = store.shared(name, place).reshape(matrix.shape)
       a, b = factors(
           matrix + _solved(moment, pull), shared, moment,
-          output(name, layer), rcfg.ranks[name], rng=rng)
+          output(name, layer), rcfg.ranks[name])
       store.replace(name, place, loop, kernels.kept(
           rcfg, name, matrix - shared, a, b))
       tree.put(ours, _path(name), (shared + a @ b).reshape(kernel.shape))
@@ -109,5 +100,7 @@ def _sums(cfg, values, ours, x_NTD, y_NTD, stage):
 
 def _solved(moment, pull):
   """What to add to the kernel: damped least squares, [rows, columns]."""
+  # So damped, the system is no harder than fp32 can tell.
   return scipy.linalg.solve(
-      matrices.damped(moment, _DAMPING), pull, assume_a='pos')
+      matrices.damped(moment, _DAMPING).astype(np.float32),
+      pull.astype(np.float32), assume_a='pos')

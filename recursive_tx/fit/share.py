@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import numpy as np
 import scipy.linalg
 
-from recursive_tx import tying
 from recursive_tx.fit import matrices
 
 # Added to a second moment, as a share of its mean diagonal: directions that
@@ -48,8 +47,7 @@ def share(
     [rows, columns], fp32.
   """
   roots, right = _roots(inputs, outputs)
-  wide, shared, inverse = _mean(
-      [kernel.astype(np.float64) for kernel in kernels], roots, right)
+  wide, shared, inverse = _mean(kernels, roots, right)
   if 0 < rank < min(shared.shape):
     shared -= _taken_off(wide, shared, roots, inverse, rank, rng)
   return matrices.columns_back(shared, right).astype(np.float32)
@@ -68,23 +66,18 @@ def spectra(
     [min(rows, columns)], falling: squared singular values of the residuals
     that the best shared kernel without factors leaves, the layers' summed up.
   """
-  # fp32 does: it is to choose by.
   roots, right = _roots(inputs, outputs)
-  roots = [root.astype(np.float32) for root in roots]
-  wide, mean, _ = _mean(
-      [kernel.astype(np.float32) for kernel in kernels], roots,
-      right.astype(np.float32))
+  wide, mean, _ = _mean(kernels, roots, right)
   total = np.zeros(min(mean.shape))
   for kernel, root in zip(wide, roots, strict=True):
-    left = matrices.apply(root.T, kernel - mean)
-    gram = left @ left.T if len(left) <= left.shape[1] else left.T @ left
-    total += np.maximum(scipy.linalg.eigvalsh(gram)[::-1], 0)
+    left = _left(root, kernel - mean)
+    total += np.maximum(scipy.linalg.eigvalsh(_gram(left))[::-1], 0)
   return total
 
 
 def factors(
     kernel: np.ndarray, shared: np.ndarray, seen: np.ndarray,
-    moved: np.ndarray, rank: int, *, rng: np.random.Generator,
+    moved: np.ndarray, rank: int,
 ) -> tuple[np.ndarray, np.ndarray]:
   """One layer's factors beside a shared kernel, of least weighted error.
 
@@ -93,37 +86,64 @@ def factors(
     seen, moved: second moments of the input, and of the gradient in the
       output, or their diagonals.
     rank: at least 1.
-    rng: for directions without residual, as for `tying.factor`.
 
   Returns:
     a [rows, rank] with orthonormal columns and b [rank, columns], fp32.
   """
-  seen, moved, kernel, shared = (
-      x.astype(np.float64) for x in (seen, moved, kernel, shared))
-  root = matrices.root(matrices.damped(seen, _INPUT_DAMPING))
-  right = matrices.root(matrices.damped(moved, _OUTPUT_DAMPING))
-  residual = matrices.apply(root.T, kernel - shared)
-  whole = matrices.columns(matrices.apply(root.T, kernel), right)
-  a, _, _ = tying.factor_exactly(
-      matrices.columns(residual, right), rank,
-      scale=float(np.linalg.norm(whole)), rng=rng)
-  a = np.linalg.qr(matrices.unapply(root.T, a))[0]
+  root = matrices.root(matrices.damped(
+      seen.astype(np.float64), _INPUT_DAMPING))
+  right = matrices.root(matrices.damped(
+      moved.astype(np.float64), _OUTPUT_DAMPING))
+  residual = kernel.astype(np.float32) - shared
+  rows, columns = residual.shape
+  if rank == min(rows, columns):  # Nothing is lost, whatever it weighs.
+    a = np.eye(rows) if rows <= columns else _orthonormal(
+        residual.astype(np.float64))
+  else:
+    a = _orthonormal(matrices.unapply(root.T, _directions(
+        matrices.columns(_left(root, residual), right.astype(np.float32)),
+        rank)))
   # The best b for this a; S does not change it.
-  b = np.linalg.lstsq(matrices.apply(root.T, a), residual, rcond=None)[0]
+  q, r = np.linalg.qr(matrices.apply(root.T, a))
+  b = scipy.linalg.solve_triangular(r, matrices.apply(root, q).T @ residual)
   return a.astype(np.float32), b.astype(np.float32)
 
 
+def _directions(matrix, rank):
+  """Leading left singular vectors, or what spans the same, [rows, rank]."""
+  gram = _gram(matrix)
+  last = len(gram) - 1
+  vectors = scipy.linalg.eigh(
+      gram.astype(np.float64), subset_by_index=[last - rank + 1, last],
+      overwrite_a=True)[1][:, ::-1]
+  return vectors if len(vectors) == len(matrix) else _orthonormal(
+      matrix @ vectors)
+
+
+def _gram(matrix):
+  """Of the rows or the columns, whichever are fewer."""
+  rows, columns = matrix.shape
+  return matrix @ matrix.T if rows <= columns else matrix.T @ matrix
+
+
+def _left(root, kernel):
+  """Z^T kernel, fp32: a kernel's size times its rows is no work for fp64."""
+  return matrices.apply(root.T.astype(np.float32), kernel)
+
+
 def _mean(kernels, roots, right):
-  """The kernels and their weighted mean, with S taken into the columns so
-  that what is left to weigh is C; and the inverse of all C's sum."""
-  inverse = matrices.inverse(sum(
-      matrices.square(root.astype(np.float64)) for root in roots))
-  inverse = inverse.astype(kernels[0].dtype)
-  wide = [matrices.columns(kernel, right) for kernel in kernels]
-  # This is best as long as there are no factors.
-  return wide, matrices.apply(inverse, sum(
-      matrices.apply(matrices.square(root), kernel)
-      for root, kernel in zip(roots, wide, strict=True))), inverse
+  """The kernels and their weighted mean, fp32, with S taken into the columns
+  so that what is left to weigh is C; and the inverse of all C's sum, fp64."""
+  moments = [matrices.square(root) for root in roots]
+  inverse = matrices.inverse(sum(moments))
+  wide = [matrices.columns(kernel.astype(np.float32), right.astype(np.float32))
+          for kernel in kernels]
+  # This is best as long as there are no factors. All shares sum up to 1.
+  mean = wide[0].copy()
+  for kernel, moment in zip(wide[1:], moments[1:], strict=True):
+    mean += matrices.apply(
+        matrices.product(inverse, moment).astype(np.float32), kernel - wide[0])
+  return wide, mean, inverse
 
 
 def _roots(inputs, outputs):
@@ -155,7 +175,7 @@ def _taken_off(wide, mean, roots, inverse, rank, rng):
   all b at once. Its products are all thin: R is never made.
   """
   # fp32 does: H is a projection, and the factors are made anew afterwards.
-  F = [matrices.apply(root.T, kernel - mean).astype(np.float32)
+  F = [_left(root, kernel - mean)
        for root, kernel in zip(roots, wide, strict=True)]
   halves = [matrices.product(root.T, inverse) for root in roots]
   H = [[matrices.product(half, other).astype(np.float32) for other in roots]

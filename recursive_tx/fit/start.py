@@ -61,9 +61,8 @@ def nearest(
   for init in ('fit', *rivals):
     store = kernels.Store(folder / init, rcfg.loops)
     if init == 'fit':
-      start = _fitted(
-          cfg, rcfg, read, measured, store, token_NT[:-kept], seed,
-          lambda share: tell(share * 9 / 16))
+      start = _fitted(cfg, rcfg, read, measured, store, seed,
+                      lambda share: tell(share * 9 / 16))
       shutil.rmtree(folder / 'moments')
     else:
       start = Start(init, rcfg, read, init, store.kernel)
@@ -85,7 +84,7 @@ def nearest(
   return best[1]
 
 
-def _fitted(cfg, rcfg, read, measured, store, token_NT, seed, tell) -> Start:
+def _fitted(cfg, rcfg, read, measured, store, seed, tell) -> Start:
   """What is best by the moments, and then for the inputs it really gets."""
   rng = np.random.default_rng(seed)
   exact = ranks.is_full(rcfg)  # The original itself, as it is.
@@ -104,9 +103,9 @@ def _fitted(cfg, rcfg, read, measured, store, token_NT, seed, tell) -> Start:
           rcfg, aligned, name, place, name not in later, rng))
       tell(0.5 / len(rcfg.kernels) / rcfg.layers_per_loop)
   if later:
-    refit(cfg, rcfg, aligned.read,
+    refit(cfg, rcfg, aligned,
           kernels.unrolled(rcfg, aligned.read, 'average', store), store,
-          aligned.output, token_NT, rng=rng, tell=lambda x: tell(x / 2))
+          lambda x: tell(x / 2))
   else:
     tell(0.5)
   return Start('fit', rcfg, aligned.read, 'average', store.kernel)
@@ -119,7 +118,7 @@ def _shared(rcfg, aligned, name, place, with_factors, rng):
   for original, seen, moved in zip(*weights, strict=True) if (
       rank and with_factors) else ():
     rows.append(kernels.kept(rcfg, name, original - shared, *factors(
-        original, shared, seen, moved, rank, rng=rng)))
+        original, shared, seen, moved, rank)))
   letters = ''.join(config_lib.split(rcfg.kernels[name]))
   return shared.reshape(rcfg.shape(letters)), rows
 

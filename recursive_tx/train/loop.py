@@ -91,6 +91,7 @@ def train(config: Config, workdir: str) -> TrainState:
       checkpoint.set_aside_broken(workdir)
       state, positions = checkpoint.restore(workdir, done, abstract)
       stream.restore(*positions)
+    preemption = stack.enter_context(distributed.Preemption())
     checkpoints = stack.enter_context(
         checkpoint.Checkpoints(workdir, config.checkpoint)
     )
@@ -104,7 +105,6 @@ def train(config: Config, workdir: str) -> TrainState:
         began=began,
     ))
     history.parameters(abstract.params)
-    preemption = stack.enter_context(distributed.Preemption())
     saves = Saves(config.checkpoint, start=done, last=steps,
                   best=checkpoints.best and checkpoints.best[1])
     skips = Skips(config.optim.max_skips, tokenizer.decode, workdir)
