@@ -165,8 +165,9 @@ def measure(original, new, texts) -> dict:
                   batch['position_BT'])
                 for f, (_, v) in zip(apply, (original, new), strict=True)]
       sums += [*map(float, nats(*logits, batch)), batch['weight_BT'].sum()]
-    found[key] = {'kl': sums[0] / sums[2], 'tokens': sums[2],
-                  'bits_per_byte': sums[1] / math.log(2) / text.num_bytes}
+    kl, said, tokens = sums.tolist()
+    found[key] = {'kl': kl / tokens, 'tokens': tokens,
+                  'bits_per_byte': said / math.log(2) / text.num_bytes}
   return found
 
 
