@@ -1,7 +1,7 @@
 """How the benchmark of starts reads a curve of uptraining."""
 
-import pytest
 from benchmarks.uptraining import tokens_to
+import pytest
 
 
 def test_between_two_points_it_is_a_line():
