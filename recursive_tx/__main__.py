@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 
 from absl import flags
@@ -52,6 +53,10 @@ def main(argv: list[str] | None = None) -> int:
   except KeyboardInterrupt:
     print(f'{verb}: interrupted', file=sys.stderr)
     return 130
+  except SystemExit:
+    # What sent SIGTERM may send it again, which must not be how this ends.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise
   return 0
 
 

@@ -72,16 +72,11 @@ def factor(
   """
   rows, columns = residual.shape
   R = residual.astype(np.float64)
-  # The squared spectrum on the shorter side. fp64 resolves singular values
-  # down to 1e-8 of the largest, below fp32's rounding of the residual.
-  gram = R @ R.T if rows <= columns else R.T @ R
-  last = len(gram) - 1
-  energy, vectors = scipy.linalg.eigh(
-      gram, subset_by_index=[last - rank + 1, last], overwrite_a=True,
-      check_finite=False)
-  s = np.sqrt(np.maximum(energy[::-1], 0))
-  vectors = vectors[:, ::-1]
-  real = s > _NOISE * max(s[0], scale / math.sqrt(last + 1))
+  # fp64 resolves singular values down to 1e-8 of the largest, below fp32's
+  # rounding of the residual.
+  energy, vectors = leading(R, rank)
+  s = np.sqrt(np.maximum(energy, 0))
+  real = s > _NOISE * max(s[0], scale / math.sqrt(min(rows, columns)))
   a = rng.normal(0, 1 / math.sqrt(rows), (rows, rank))
   b = np.zeros((rank, columns))
   if rows <= columns:
@@ -92,6 +87,23 @@ def factor(
     b[real] = s[real, None] * vectors[:, real].T
   return (a.astype(np.float32), b.astype(np.float32),
           float((s[real] ** 2).sum()))
+
+
+def gram(matrix: np.ndarray) -> np.ndarray:
+  """Inner products of the rows or of the columns, whichever are fewer."""
+  rows, columns = matrix.shape
+  return matrix @ matrix.T if rows <= columns else matrix.T @ matrix
+
+
+def leading(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+  """The first squared singular values, falling, and vectors on that side of
+  the matrix which is shorter: [rank] and [side, rank], fp64."""
+  square = gram(matrix).astype(np.float64, copy=False)
+  last = len(square) - 1
+  energy, vectors = scipy.linalg.eigh(
+      square, subset_by_index=[last - rank + 1, last], overwrite_a=True,
+      check_finite=False)
+  return energy[::-1], vectors[:, ::-1]
 
 
 def merge(

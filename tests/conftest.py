@@ -30,6 +30,13 @@ def checkpoint(tmp_path_factory):
   return make
 
 
+@pytest.fixture(scope='module', autouse=True)
+def forget_compiled():
+  """A file's programs go with it: those of all files are too many to map."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture(scope='module')
 def quick_compiler():
   """Tiny programs take longer to optimise than to run."""

@@ -178,7 +178,7 @@ def test_factors_are_for_the_inputs_that_they_get(tmp_path):
   kept = fit.Moments(tmp_path)
   streams = layers.stream(LLAMA, read, layers.ends(LLAMA, read), token_NT)
   for layer, x_NTD in zip(range(6), streams, strict=False):
-    kept.put('layer', layer, 'input', x_NTD)
+    kept.put_stream(layer, x_NTD)
     for name in rcfg.kernels:
       kept.put(name, layer, 'output', np.eye(rcfg.in_out(name)[1]))
 

@@ -9,8 +9,6 @@ Open MPI starts, is one run. Elsewhere --coordinator, --processes and --process
 say who takes part. SIGTERM saves the run and ends it with status 0.
 """
 
-import signal
-
 from absl import flags
 
 from recursive_tx import train
@@ -30,9 +28,4 @@ def main(argv: list[str]) -> None:
   arguments.check(argv, config=_CONFIG.value, workdir=_WORKDIR.value)
   config = configs.typed(_CONFIG.value)
   _JOIN()
-  try:
-    train.train(config, _WORKDIR.value)
-  except SystemExit:
-    # What sent SIGTERM may send it again, which must not be how this ends.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise
+  train.train(config, _WORKDIR.value)

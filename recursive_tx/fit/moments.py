@@ -41,11 +41,15 @@ class Moments:
 
   def stream(self, layer: int) -> np.ndarray:
     """What the layer read of the tokens, [N, T, D]."""
-    return np.load(self._path('layer', layer, 'input'))
+    return np.load(self._directory / f'{layer}.npy')
 
   def put(self, kernel: str, layer: int, side: str, value: np.ndarray):
-    """Stores one; `side`: 'input' or 'output'; 'layer' for the stream."""
+    """Stores a moment; `side`: 'input' or 'output'."""
     np.save(self._path(kernel, layer, side), value.astype(np.float32))
+
+  def put_stream(self, layer: int, x_NTD: np.ndarray):
+    """Stores what a layer read."""
+    np.save(self._directory / f'{layer}.npy', x_NTD)
 
   def _path(self, kernel, layer, side):
     return self._directory / f'{layer}.{kernel}.{side}.npy'
@@ -72,7 +76,8 @@ def measure(
   variables, moments = layers.ends(cfg, read), Moments(directory)
   for layer, x_NTD in enumerate(
       layers.stream(cfg, read, variables, token_NT)):
-    moments.put('layer', layer, 'input', x_NTD)
+    if layer < cfg.num_layers:
+      moments.put_stream(layer, x_NTD)
     tell(0.25 / (cfg.num_layers + 1))
   d_NTD = _drawn(cfg, variables, token_NT, x_NTD, seed)
   for layer in reversed(range(cfg.num_layers)):

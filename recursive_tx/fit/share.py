@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import scipy.linalg
 
+from recursive_tx import tying
 from recursive_tx.fit import matrices
 
 # Added to a second moment, as a share of its mean diagonal: directions that
@@ -71,7 +72,7 @@ def spectra(
   total = np.zeros(min(mean.shape))
   for kernel, root in zip(wide, roots, strict=True):
     left = _left(root, kernel - mean)
-    total += np.maximum(scipy.linalg.eigvalsh(_gram(left))[::-1], 0)
+    total += np.maximum(scipy.linalg.eigvalsh(tying.gram(left))[::-1], 0)
   return total
 
 
@@ -111,19 +112,9 @@ def factors(
 
 def _directions(matrix, rank):
   """Leading left singular vectors, or what spans the same, [rows, rank]."""
-  gram = _gram(matrix)
-  last = len(gram) - 1
-  vectors = scipy.linalg.eigh(
-      gram.astype(np.float64), subset_by_index=[last - rank + 1, last],
-      overwrite_a=True)[1][:, ::-1]
+  _, vectors = tying.leading(matrix, rank)
   return vectors if len(vectors) == len(matrix) else _orthonormal(
       matrix @ vectors)
-
-
-def _gram(matrix):
-  """Of the rows or the columns, whichever are fewer."""
-  rows, columns = matrix.shape
-  return matrix @ matrix.T if rows <= columns else matrix.T @ matrix
 
 
 def _left(root, kernel):

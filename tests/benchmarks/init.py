@@ -58,7 +58,7 @@ def main() -> None:
                       help='Tokens of each text to measure on.')
   parser.add_argument('--json')
   parser.add_argument('--steps', type=int, nargs='+', default=[])
-  parser.add_argument('--lr', type=float, default=1e-3)
+  parser.add_argument('--lr', type=float, default=5e-4)
   parser.add_argument('--batch', type=int, default=4)
   parser.add_argument('--workdir', help='Where uptraining goes on if stopped.')
   args = parser.parse_args()
