@@ -12,6 +12,7 @@ import tiny
 import recursive_tx as rtx
 from recursive_tx import fit, tree
 from recursive_tx.fit import align, choose, kernels, layers, moments, refit
+from recursive_tx.fit import start as start_lib
 from recursive_tx.relax import begun, parts, target
 
 LLAMA = tiny.FAMILIES['llama']
@@ -190,6 +191,73 @@ def test_factors_are_for_the_inputs_that_they_get(tmp_path):
   refit.refit(
       LLAMA, rcfg, align.Aligned(read, kept, {}), converted, store)
   assert gap() < before / 4
+
+
+@pytest.mark.parametrize('name', ['llama', 'gemma', 'gpt_neox'])
+def test_norms_do_what_kernels_without_factors_cannot(name, tmp_path):
+  """Loops that differ by the scale of what kernels read become the same."""
+  cfg, rng = tiny.FAMILIES[name], np.random.default_rng(0)
+  values, token_NT = tiny.variables(cfg), tiny.tokens(cfg, N, T)
+  by = rng.uniform(0.5, 2, (3, cfg.D))
+  for path, value in tree.items(values['params']['block']):
+    again = value[:3].copy()
+    if path.split('/')[-2] in ('q', 'k', 'v', 'gate', 'up') and (
+        path.endswith('kernel')):
+      again *= by.reshape(3, cfg.D, *[1] * (value.ndim - 2))
+    tree.put(values['params']['block'], path,
+             np.concatenate([value[:3], again]))
+  rcfg = dataclasses.replace(cfg, loops=2, layers_per_loop=3)
+  read, norms = _read(values), {}
+  store = kernels.Store(tmp_path / 'store', 2)
+  kept = fit.measure(cfg, read, token_NT, tmp_path, seed=0)
+  for kernel in rcfg.kernels:
+    for place in range(3):
+      store.put(kernel, place, read(kernels.path(kernel), place), [])
+  converted = kernels.unrolled(
+      rcfg, lambda *at: norms[at] if at in norms else read(*at), 'average',
+      store)
+
+  def gap():
+    ours, theirs = (choose.final(cfg, r, token_NT) for r in (converted, read))
+    return float(np.square(ours - theirs).mean())
+
+  before = gap()
+  norms.update(refit.refit(
+      cfg, rcfg, align.Aligned(read, kept, {}), converted, store))
+  assert gap() < before / 4
+  assert {path.split('/')[2] for path, _ in norms} == {'attn_norm', 'mlp_norm'}
+  assert {layer for _, layer in norms} == set(range(6))
+
+
+def test_a_norms_factor_is_of_least_squares(monkeypatch):
+  monkeypatch.setattr(refit, '_NORM_DAMPING', 1e-12)
+  rng, found, design, wanted = np.random.default_rng(0), [], [], []
+  z = rng.normal(size=(50, 4))
+  for columns in (3, 6):
+    root = rng.normal(size=(columns, columns))
+    pull, kernel = (rng.normal(size=(4, columns)) for _ in range(2))
+    moment = z.T @ z / 50
+    found.append((moment, pull, kernel, root @ root.T))
+    design.append(np.einsum('nd,dc->ncd', z, kernel @ root).reshape(-1, 4))
+    wanted.append((z @ refit._solved(moment, pull) @ root).ravel())
+  change, *_ = np.linalg.lstsq(
+      np.concatenate(design), np.concatenate(wanted), rcond=None)
+  assert np.allclose(refit._factor(found), 1 + change, atol=1e-5)
+
+
+def test_where_only_the_first_loop_counts_the_fit_is_lower(tmp_path):
+  values = tiny.variables(LLAMA)
+  rcfg = dataclasses.replace(LLAMA, loops=2, layers_per_loop=3)
+  measured = fit.measure(
+      LLAMA, _read(values), tiny.tokens(LLAMA, N, T), tmp_path, seed=0)
+  store = kernels.Store(tmp_path / 'store', 2)
+  start_lib._fitted(LLAMA, rcfg, _read(values), measured, store, 1e9, 0,
+                    lambda share: None)
+  for name in rcfg.kernels:
+    for place in range(3):
+      assert tiny.distance(
+          store.shared(name, place),
+          _read(values)(kernels.path(name), place)) < 1e-4, name
 
 
 # Layers one at a time.

@@ -196,8 +196,12 @@ MUTANTS = {
         'fit/layers.py', "(gaps['o'] if name == 'down' else 0)", '0',
         ('fit_test.py::'
          'test_what_the_last_kernel_lacks_is_all_the_layer_lacks',)),
+    'norms_of_one_convention': Mutant(
+        'fit/refit.py', '(base + value) * factor - base', 'value * factor',
+        ('fit_test.py::'
+         'test_norms_do_what_kernels_without_factors_cannot',)),
     'the_start_that_is_farthest': Mutant(
-        'fit/start.py', 'nats < best[0]', 'nats > best[0]',
+        'fit/start.py', 'key=lambda row: row[0]', 'key=lambda row: -row[0]',
         ('fit_test.py::'
          'test_no_start_of_the_paper_is_nearer_on_what_was_kept_apart',)),
 }

@@ -1,9 +1,10 @@
-"""Factors anew, layer by layer, for the inputs that they will really get.
+"""Layers anew, one by one, for the inputs that they will really get.
 
 The layers before a converted one give it another stream than the original's.
 So its factors are fitted to do to that stream what brings it to where the
 original's is after the same kernel; those that write to it also make up for
 what went astray before (as GPTQ does within a kernel; Frantar et al., 2022).
+Where kernels have no factors, the loop's norm before them does what it can.
 """
 
 from collections.abc import Callable
@@ -20,10 +21,13 @@ from recursive_tx.fit.share import factors
 
 # Kernels that are fitted at once; the next ones read what these give.
 _STAGES = (('q', 'k', 'v'), ('o',), ('gate', 'up'), ('down',))
+_NORMS = {'q': 'attn_norm', 'gate': 'mlp_norm'}  # By a stage's first kernel.
 # Pulls what a kernel shall do to what the original's does, as a share of the
 # input moment's mean diagonal: some thousand tokens say little of most
 # directions. Of 0.001 to 1, the best on held-out text.
 _DAMPING = 0.3
+# The same for what a norm's scales shall do, of which there are few.
+_NORM_DAMPING = 0.01
 
 
 def refitted(rcfg: config_lib.ModelConfig) -> list[str]:
@@ -32,11 +36,17 @@ def refitted(rcfg: config_lib.ModelConfig) -> list[str]:
           if rank and not moments.is_wide(rcfg.in_out(name)[0])]
 
 
+def fits_norms(rcfg: config_lib.ModelConfig) -> bool:
+  """Whether loops have norms of their own, and a whole moment to fit them by.
+  """
+  return rcfg.has_loop_vectors and not moments.is_wide(rcfg.D)
+
+
 def refit(
     cfg: config_lib.ModelConfig, rcfg: config_lib.ModelConfig,
     original: align.Aligned, converted: layers.Read, store: kernels.Store,
     tell: Callable[[float], Any] = lambda share: None,
-) -> None:
+) -> dict[tuple[str, int], np.ndarray]:
   """Puts factors into `store`, of the kernels that `refitted` names.
 
   Args:
@@ -45,27 +55,35 @@ def refit(
     converted: its layers, unrolled.
     store: its kernels.
     tell: told the share of the work done since it was last told.
+
+  Returns:
+    The norms' leaves that were fitted, by path and layer.
   """
+  norms = {}
   last = rcfg.prelude + rcfg.loops * rcfg.layers_per_loop - 1
   y_NTD = original.stream(rcfg.prelude)
   for layer in range(rcfg.prelude, last + 1):
     values = layers.read_layer(cfg, original.read, layer)
     ours = layers.read_layer(cfg, converted, layer)
-    _refit(rcfg, layer, values, ours, store, original.output, functools.partial(
-        _sums, cfg, values, ours, original.stream(layer), y_NTD))
+    for path, leaf in _refit(
+        rcfg, layer, values, ours, store, original.output, functools.partial(
+            _sums, cfg, values, ours, original.stream(layer), y_NTD)):
+      norms[path, layer] = leaf
     for rows in layers.batches(y_NTD[..., 0]) if layer < last else ():
       y_NTD[rows] = layers.forward(cfg, ours, y_NTD[rows])
     tell(1 / rcfg.loops / rcfg.layers_per_loop)
+  return norms
 
 
 def _refit(rcfg, layer, values, ours, store, output, sums):
-  """One layer: its factors in `store`, its kernels in `ours`."""
+  """One layer: its factors in `store`, its kernels and norms in `ours`;
+  yields paths and leaves of the norms."""
   loop, place = divmod(layer - rcfg.prelude, rcfg.layers_per_loop)
   for name in refitted(rcfg):  # Until its turn, a kernel is the original's.
     tree.put(ours, _path(name), tree.get(values, _path(name)))
   for stage in _STAGES:
-    found = sums(tuple(name for name in stage if name in refitted(rcfg)))
-    for name, (moment, pull) in found.items():
+    names = tuple(name for name in stage if name in refitted(rcfg))
+    for name, (moment, pull) in sums(names).items():
       kernel = tree.get(values, _path(name))
       matrix = kernel.reshape(rcfg.in_out(name))
       shared = store.shared(name, place).reshape(matrix.shape)
@@ -75,6 +93,36 @@ def _refit(rcfg, layer, values, ours, store, output, sums):
       store.replace(name, place, loop, kernels.kept(
           rcfg, name, matrix - shared, a, b))
       tree.put(ours, _path(name), (shared + a @ b).reshape(kernel.shape))
+    if not names and stage[0] in _NORMS and fits_norms(rcfg):
+      names = tuple(name for name in stage if name in rcfg.kernels)
+      factor = _factor([
+          (*found, tree.get(ours, _path(name)).reshape(rcfg.in_out(name)),
+           output(name, layer)) for name, found in sums(names).items()])
+      norm = _NORMS[stage[0]]
+      leaves = ours['vectors'][norm]
+      for leaf, value in leaves.items():
+        # What is stored may be by how much a scale differs from 1.
+        base = rcfg.norm == 'rms+1' and leaf == 'scale'
+        leaves[leaf] = ((base + value) * factor - base).astype(np.float32)
+        yield f'block/vectors/{norm}/{leaf}', leaves[leaf]
+
+
+def _factor(found):
+  """By what to multiply a norm's output, [D], so that kernels give what they
+  should: least squares, each kernel's errors weighted by S.
+
+  Of each kernel: the moment C of its input, what it is pulled to, itself M,
+  and S. With z the input, sum_k z_k M_k (f_k - 1) shall be z X, X what would
+  be added to M: the system is the sum of C * (M S M^T), elementwise.
+  """
+  system, wanted = 0.0, 0.0
+  for moment, pull, kernel, moved in found:
+    weighted = matrices.columns(
+        kernel.astype(np.float64), moved.astype(np.float64))
+    system = system + moment * (weighted @ kernel.T)
+    wanted = wanted + (weighted * (moment @ _solved(moment, pull))).sum(axis=1)
+  return 1 + scipy.linalg.solve(
+      matrices.damped(system, _NORM_DAMPING), wanted, assume_a='pos')
 
 
 def _path(name):

@@ -12,8 +12,13 @@ import numpy as np
 from recursive_tx import config as config_lib
 from recursive_tx.fit import align, choose, kernels, moments, ranks
 from recursive_tx.fit.layers import Read
-from recursive_tx.fit.refit import refit, refitted
+from recursive_tx.fit.refit import fits_norms, refit, refitted
 from recursive_tx.fit.share import factors, share, spectra
+
+# How much more a loop's error counts than the next one's, which read what it
+# gives. Without factors errors are so large that the gradients do not tell:
+# of three models one was nearest with 1, two with 3 (of 1, 3 and 10).
+_EARLIER = (1.0, 3.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,34 +62,39 @@ def nearest(
       cfg, read, token_NT[:-kept], folder / 'moments', seed=seed,
       tell=lambda share: tell(share / 4))
   final_NTD = choose.final(cfg, read, token_NT[-kept:])
-  best = None
-  for init in ('fit', *rivals):
-    store = kernels.Store(folder / init, rcfg.loops)
-    if init == 'fit':
-      start = _fitted(cfg, rcfg, read, measured, store, seed,
-                      lambda share: tell(share * 9 / 16))
-      shutil.rmtree(folder / 'moments')
-    else:
-      start = Start(init, rcfg, read, init, store.kernel)
-      for name in rcfg.kernels:
-        for place in range(rcfg.layers_per_loop):
-          store.put(name, place, *rivals[init](name, place))
-      tell(3 / 16 / len(rivals))
+
+  def nearer(best, start, store, place):
     nats = choose.divergence(cfg, read, final_NTD, choose.final(
         cfg, kernels.unrolled(start.rcfg, start.read, start.rule, store),
         token_NT[-kept:]))
-    logging.info('%s: KL %.4f nats a token on %d tokens kept apart', init,
-                 nats, token_NT[-kept:].size)
-    if best is None or nats < best[0]:
-      best, loser = (nats, start), best and best[1].init
-    else:
-      loser = init
-    if loser:
-      shutil.rmtree(folder / loser)
+    logging.info('%s: KL %.4f nats a token on %d tokens kept apart',
+                 place.name, nats, token_NT[-kept:].size)
+    pair = [row for row in (best, (nats, start, place)) if row]
+    pair.sort(key=lambda row: row[0])
+    for *_, folder_of_loser in pair[1:]:
+      shutil.rmtree(folder_of_loser)
+    return pair[0]
+
+  best, weights = None, (1.0,) if any(rcfg.ranks.values()) else _EARLIER
+  for earlier in weights:
+    place = folder / f'fit{earlier:g}'
+    store = kernels.Store(place, rcfg.loops)
+    start = _fitted(cfg, rcfg, read, measured, store, earlier, seed,
+                    lambda share: tell(share * 9 / 16 / len(weights)))
+    best = nearer(best, start, store, place)
+  shutil.rmtree(folder / 'moments')
+  for init, rival in rivals.items():
+    store = kernels.Store(folder / init, rcfg.loops)
+    for name in rcfg.kernels:
+      for place in range(rcfg.layers_per_loop):
+        store.put(name, place, *rival(name, place))
+    tell(3 / 16 / len(rivals))
+    best = nearer(best, Start(init, rcfg, read, init, store.kernel), store,
+                  folder / init)
   return best[1]
 
 
-def _fitted(cfg, rcfg, read, measured, store, seed, tell) -> Start:
+def _fitted(cfg, rcfg, read, measured, store, earlier, seed, tell) -> Start:
   """What is best by the moments, and then for the inputs it really gets."""
   rng = np.random.default_rng(seed)
   exact = ranks.is_full(rcfg)  # The original itself, as it is.
@@ -92,7 +102,7 @@ def _fitted(cfg, rcfg, read, measured, store, seed, tell) -> Start:
       rcfg, read, measured))
   if ranks.may_differ(rcfg):
     rcfg = ranks.spread(rcfg, {
-        name: sum(spectra(*_tied(rcfg, aligned, name, place))
+        name: sum(spectra(*_tied(rcfg, aligned, earlier, name, place))
                   for place in range(rcfg.layers_per_loop))
         for name in rcfg.kernels})
     logging.info('Ranks %s', rcfg.rank)
@@ -100,22 +110,30 @@ def _fitted(cfg, rcfg, read, measured, store, seed, tell) -> Start:
   for name in rcfg.kernels:
     for place in range(rcfg.layers_per_loop):
       store.put(name, place, *_shared(
-          rcfg, aligned, name, place, name not in later, rng))
+          rcfg, _tied(rcfg, aligned, earlier, name, place), name,
+          name not in later, rng))
       tell(0.5 / len(rcfg.kernels) / rcfg.layers_per_loop)
-  if later:
-    refit(cfg, rcfg, aligned,
-          kernels.unrolled(rcfg, aligned.read, 'average', store), store,
-          lambda x: tell(x / 2))
+  norms = {}
+  if later or fits_norms(rcfg) and not exact:
+    norms = refit(
+        cfg, rcfg, aligned,
+        kernels.unrolled(rcfg, aligned.read, 'average', store), store,
+        lambda x: tell(x / 2))
   else:
     tell(0.5)
-  return Start('fit', rcfg, aligned.read, 'average', store.kernel)
+
+  def fitted(path, layer):
+    return norms[path, layer] if (path, layer) in norms else aligned.read(
+        path, layer)
+
+  return Start('fit', rcfg, fitted, 'average', store.kernel)
 
 
-def _shared(rcfg, aligned, name, place, with_factors, rng):
+def _shared(rcfg, tied, name, with_factors, rng):
   """Shared kernel, and factors if they are wanted."""
-  rank, weights = rcfg.ranks[name], _tied(rcfg, aligned, name, place)
-  shared, rows = share(*weights, rank, rng=rng), []
-  for original, seen, moved in zip(*weights, strict=True) if (
+  rank, rows = rcfg.ranks[name], []
+  shared = share(*tied, rank, rng=rng)
+  for original, seen, moved in zip(*tied, strict=True) if (
       rank and with_factors) else ():
     rows.append(kernels.kept(rcfg, name, original - shared, *factors(
         original, shared, seen, moved, rank)))
@@ -123,9 +141,11 @@ def _shared(rcfg, aligned, name, place, with_factors, rng):
   return shared.reshape(rcfg.shape(letters)), rows
 
 
-def _tied(rcfg, aligned, name, place):
-  """The kernels that share, and second moments of inputs and outputs."""
+def _tied(rcfg, aligned, earlier, name, place):
+  """The kernels that share, and second moments of inputs and outputs; the
+  latter carry how much each loop's error counts."""
   tied = kernels.virtual(rcfg, place)
   return ([kernels.matrix(rcfg, aligned.read, name, layer) for layer in tied],
           [aligned.input(name, layer) for layer in tied],
-          [aligned.output(name, layer) for layer in tied])
+          [aligned.output(name, layer) * earlier**-loop
+           for loop, layer in enumerate(tied)])
