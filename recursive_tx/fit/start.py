@@ -17,7 +17,7 @@ from recursive_tx.fit.share import factors, share, spectra
 
 # How much more a loop's error counts than the next one's, which read what it
 # gives. Without factors errors are so large that the gradients do not tell:
-# of three models one was nearest with 1, two with 3 (of 1, 3 and 10).
+# of three models one was nearest with 1, two with 3.
 _EARLIER = (1.0, 3.0)
 
 
