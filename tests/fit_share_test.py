@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from recursive_tx import tying
+from recursive_tx.fit import share as share_lib
 from recursive_tx.fit.share import factors as factors_of
 from recursive_tx.fit.share import share, spectra
 
@@ -156,3 +157,15 @@ def test_spectra_are_what_ranks_take_off(shape):
         for kernel, C, S in zip(*problem, strict=True) if rank])
     # Moments are damped, which adds a little.
     assert left == pytest.approx(falling[rank:].sum(), rel=0.05)
+
+
+@pytest.mark.parametrize('apart', [1, 1e-3, 1e-5, 1e-6, 0])
+@pytest.mark.parametrize('dtype', [np.float32, np.float64])
+def test_orthonormal_columns_however_near_they_were(apart, dtype):
+  x = np.random.default_rng(0).normal(size=(50, 6))
+  x[:, 1:] = x[:, :1] + apart * x[:, 1:]
+  x *= np.geomspace(1, 1e-12, 6)  # Short ones are no problem.
+  q = share_lib._orthonormal(x.astype(dtype))
+  assert q.dtype == dtype
+  assert np.abs(q.T @ q - np.eye(6)).max() < 1e-6
+  assert np.abs(x - q @ (q.T @ x)).max() < 1e-6

@@ -179,6 +179,10 @@ MUTANTS = {
         '[1.0 for moment in outputs]',
         ('fit_share_test.py::'
          'test_a_layer_that_does_nothing_to_the_output_weighs_nothing',)),
+    'near_columns_by_cholesky': Mutant(
+        'fit/share.py', 'root.diagonal().min() < _NEAREST', 'False',
+        ('fit_share_test.py::'
+         'test_orthonormal_columns_however_near_they_were',)),
     'factors_against_the_shared_kernel': Mutant(
         'fit/share.py', 'system -= np.block', 'system += np.block',
         ('fit_share_test.py::test_neither_side_can_be_bettered_alone',)),

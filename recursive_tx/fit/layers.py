@@ -45,12 +45,12 @@ def read_layer(cfg: config_lib.ModelConfig, read: Read, layer: int) -> dict:
 
 
 def ends(cfg: config_lib.ModelConfig, read: Read) -> dict:
-  """Variables of what lies around the layers, fp32."""
+  """Variables of what lies around the layers, fp32, where JAX computes."""
   params = {}
   for path in model.flat_shapes(cfg):
     if not path.startswith('block/'):
       tree.put(params, path, read(path, None).astype(np.float32))
-  return {'params': params}
+  return jax.device_put({'params': params})
 
 
 def batches(token_NT: np.ndarray, row_bytes: int = 0) -> Iterator[slice]:
@@ -88,7 +88,8 @@ def stream(
   x_NTD = embed(cfg, variables, token_NT)
   for layer in range(cfg.num_layers):
     yield x_NTD
-    values = read_layer(cfg, read, layer)
+    # Once a layer: a call with NumPy's arrays copies them.
+    values = jax.device_put(read_layer(cfg, read, layer))
     x_NTD = np.concatenate([
         forward(cfg, values, x_NTD[rows]) for rows in batches(token_NT)])
   yield x_NTD

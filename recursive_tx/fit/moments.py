@@ -81,7 +81,7 @@ def measure(
     tell(0.25 / (cfg.num_layers + 1))
   d_NTD = _drawn(cfg, variables, token_NT, x_NTD, seed)
   for layer in reversed(range(cfg.num_layers)):
-    values = layers.read_layer(cfg, read, layer)
+    values = jax.device_put(layers.read_layer(cfg, read, layer))
     x_NTD, sums = moments.stream(layer), {}
     for rows in layers.batches(token_NT):
       d_BTD, inputs, outputs = layers.backward(
@@ -108,8 +108,10 @@ def _drawn(cfg, variables, token_NT, x_NTD, seed) -> np.ndarray:
   """Gradient in the last layer's output, [N, T, D]."""
   row_bytes = 4 * token_NT.shape[1] * cfg.V
   return np.concatenate([
-      _gradient(cfg, variables, x_NTD[rows],
-                jax.random.fold_in(jax.random.key(seed), rows.start))
+      # Each is waited for: the logits of several are too much to hold.
+      np.asarray(_gradient(
+          cfg, variables, x_NTD[rows],
+          jax.random.fold_in(jax.random.key(seed), rows.start)))
       for rows in layers.batches(token_NT, row_bytes)])
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import functools
 from typing import Any
 
+import jax
 import numpy as np
 import scipy.linalg
 
@@ -69,6 +70,7 @@ def refit(
         rcfg, layer, values, ours, store, original.output, functools.partial(
             _sums, cfg, values, ours, original.stream(layer), y_NTD)):
       norms[path, layer] = leaf
+    ours = jax.device_put(ours)
     for rows in layers.batches(y_NTD[..., 0]) if layer < last else ():
       y_NTD[rows] = layers.forward(cfg, ours, y_NTD[rows])
     tell(1 / rcfg.loops / rcfg.layers_per_loop)
@@ -133,8 +135,10 @@ def _path(name):
 def _sums(cfg, values, ours, x_NTD, y_NTD, stage):
   """Of each kernel, E[z z^T] of its input z in the converted model, and
   E[z g^T], g what its output lacks while the kernel is the original's."""
-  sums = {}
-  for rows in layers.batches(x_NTD[..., 0]) if stage else ():
+  if not stage:
+    return {}
+  sums, (values, ours) = {}, jax.device_put((values, ours))
+  for rows in layers.batches(x_NTD[..., 0]):
     found = layers.lacks(cfg, values, ours, x_NTD[rows], y_NTD[rows], stage)
     for name, (z, g) in found.items():
       z = np.asarray(z)
