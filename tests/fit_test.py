@@ -251,8 +251,9 @@ def test_where_only_the_first_loop_counts_the_fit_is_lower(tmp_path):
   measured = fit.measure(
       LLAMA, _read(values), tiny.tokens(LLAMA, N, T), tmp_path, seed=0)
   store = kernels.Store(tmp_path / 'store', 2)
-  start_lib._fitted(LLAMA, rcfg, _read(values), measured, store, 1e9, 0,
-                    lambda share: None)
+  aligned = align.Aligned(_read(values), measured, align.orders(
+      rcfg, _read(values), measured))
+  start_lib._fitted(LLAMA, rcfg, aligned, store, 1e9, 0, lambda share: None)
   for name in rcfg.kernels:
     for place in range(3):
       assert tiny.distance(

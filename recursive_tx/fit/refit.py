@@ -58,7 +58,7 @@ def refit(
     tell: told the share of the work done since it was last told.
 
   Returns:
-    The norms' leaves that were fitted, by path and layer.
+    The loops' norms, if they have their own, by path and layer.
   """
   norms = {}
   last = rcfg.prelude + rcfg.loops * rcfg.layers_per_loop - 1
@@ -66,10 +66,12 @@ def refit(
   for layer in range(rcfg.prelude, last + 1):
     values = layers.read_layer(cfg, original.read, layer)
     ours = layers.read_layer(cfg, converted, layer)
-    for path, leaf in _refit(
-        rcfg, layer, values, ours, store, original.output, functools.partial(
-            _sums, cfg, values, ours, original.stream(layer), y_NTD)):
-      norms[path, layer] = leaf
+    _refit(rcfg, layer, values, ours, store, original.output, functools.partial(
+        _sums, cfg, jax.device_put(values), ours, original.stream(layer),
+        y_NTD))
+    for norm in _NORMS.values() if fits_norms(rcfg) else ():
+      for leaf, value in ours['vectors'][norm].items():
+        norms[f'block/vectors/{norm}/{leaf}', layer] = value
     ours = jax.device_put(ours)
     for rows in layers.batches(y_NTD[..., 0]) if layer < last else ():
       y_NTD[rows] = layers.forward(cfg, ours, y_NTD[rows])
@@ -78,8 +80,7 @@ def refit(
 
 
 def _refit(rcfg, layer, values, ours, store, output, sums):
-  """One layer: its factors in `store`, its kernels and norms in `ours`;
-  yields paths and leaves of the norms."""
+  """One layer: its factors in `store`, its kernels and norms in `ours`."""
   loop, place = divmod(layer - rcfg.prelude, rcfg.layers_per_loop)
   for name in refitted(rcfg):  # Until its turn, a kernel is the original's.
     tree.put(ours, _path(name), tree.get(values, _path(name)))
@@ -97,16 +98,17 @@ def _refit(rcfg, layer, values, ours, store, output, sums):
       tree.put(ours, _path(name), (shared + a @ b).reshape(kernel.shape))
     if not names and stage[0] in _NORMS and fits_norms(rcfg):
       names = tuple(name for name in stage if name in rcfg.kernels)
-      factor = _factor([
+      _scale(rcfg, ours['vectors'][_NORMS[stage[0]]], _factor([
           (*found, tree.get(ours, _path(name)).reshape(rcfg.in_out(name)),
-           output(name, layer)) for name, found in sums(names).items()])
-      norm = _NORMS[stage[0]]
-      leaves = ours['vectors'][norm]
-      for leaf, value in leaves.items():
-        # What is stored may be by how much a scale differs from 1.
-        base = rcfg.norm == 'rms+1' and leaf == 'scale'
-        leaves[leaf] = ((base + value) * factor - base).astype(np.float32)
-        yield f'block/vectors/{norm}/{leaf}', leaves[leaf]
+           output(name, layer)) for name, found in sums(names).items()]))
+
+
+def _scale(rcfg, norm, factor):
+  """Multiplies what a norm gives, by its leaves."""
+  for leaf, value in norm.items():
+    # What is stored may be by how much a scale differs from 1.
+    base = rcfg.norm == 'rms+1' and leaf == 'scale'
+    norm[leaf] = ((base + value) * factor - base).astype(np.float32)
 
 
 def _factor(found):
@@ -137,7 +139,7 @@ def _sums(cfg, values, ours, x_NTD, y_NTD, stage):
   E[z g^T], g what its output lacks while the kernel is the original's."""
   if not stage:
     return {}
-  sums, (values, ours) = {}, jax.device_put((values, ours))
+  sums, ours = {}, jax.device_put(ours)
   for rows in layers.batches(x_NTD[..., 0]):
     found = layers.lacks(cfg, values, ours, x_NTD[rows], y_NTD[rows], stage)
     for name, (z, g) in found.items():

@@ -63,25 +63,28 @@ def nearest(
       tell=lambda share: tell(share / 4))
   final_NTD = choose.final(cfg, read, token_NT[-kept:])
 
-  def nearer(best, start, store, place):
+  def nearer(best, start, store, where):
     nats = choose.divergence(cfg, read, final_NTD, choose.final(
         cfg, kernels.unrolled(start.rcfg, start.read, start.rule, store),
         token_NT[-kept:]))
     logging.info('%s: KL %.4f nats a token on %d tokens kept apart',
-                 place.name, nats, token_NT[-kept:].size)
-    pair = [row for row in (best, (nats, start, place)) if row]
-    pair.sort(key=lambda row: row[0])
-    for *_, folder_of_loser in pair[1:]:
-      shutil.rmtree(folder_of_loser)
-    return pair[0]
+                 where.name, nats, token_NT[-kept:].size)
+    if best is None:
+      return nats, start, where
+    won, lost = sorted((best, (nats, start, where)), key=lambda row: row[0])
+    shutil.rmtree(lost[2])
+    return won
 
+  # Factors that hold everything hold each layer as it is.
+  aligned = align.Aligned(read, measured, {} if ranks.is_full(rcfg) else (
+      align.orders(rcfg, read, measured)))
   best, weights = None, (1.0,) if any(rcfg.ranks.values()) else _EARLIER
   for earlier in weights:
-    place = folder / f'fit{earlier:g}'
-    store = kernels.Store(place, rcfg.loops)
-    start = _fitted(cfg, rcfg, read, measured, store, earlier, seed,
+    where = folder / f'fit{earlier:g}'
+    store = kernels.Store(where, rcfg.loops)
+    start = _fitted(cfg, rcfg, aligned, store, earlier, seed,
                     lambda share: tell(share * 9 / 16 / len(weights)))
-    best = nearer(best, start, store, place)
+    best = nearer(best, start, store, where)
   shutil.rmtree(folder / 'moments')
   for init, rival in rivals.items():
     store = kernels.Store(folder / init, rcfg.loops)
@@ -94,12 +97,10 @@ def nearest(
   return best[1]
 
 
-def _fitted(cfg, rcfg, read, measured, store, earlier, seed, tell) -> Start:
+def _fitted(cfg, rcfg, aligned, store, earlier, seed, tell) -> Start:
   """What is best by the moments, and then for the inputs it really gets."""
   rng = np.random.default_rng(seed)
   exact = ranks.is_full(rcfg)  # The original itself, as it is.
-  aligned = align.Aligned(read, measured, {} if exact else align.orders(
-      rcfg, read, measured))
   if ranks.may_differ(rcfg):
     rcfg = ranks.spread(rcfg, {
         name: sum(spectra(*_tied(rcfg, aligned, earlier, name, place))
