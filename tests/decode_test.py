@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import tiny
 
 import recursive_tx as rtx
 from recursive_tx import cache as cache_lib
+from recursive_tx.engine import step
 
 B, T = 2, 12
 ROWS = np.arange(B, dtype=np.int32)
@@ -134,3 +136,39 @@ def test_a_pass_over_rows_at_different_loops(cfg):
     assert tiny.distance(mixed_BTD[row], alone_BTD[row]) < ROUNDING
     for one, other in zip(mixed, alone, strict=True):
       assert tiny.distance(one[:, row], other[:, row]) < ROUNDING
+
+
+@pytest.mark.parametrize('cfg', [
+    tiny.MIXED, dataclasses.replace(tiny.MIXED, loop_keys=False),
+    dataclasses.replace(tiny.FAMILIES['gpt_neox'], loops=3, layers_per_loop=1,
+                        rank='full'),
+    pytest.param(tiny.FAMILIES['llama'], marks=pytest.mark.slow)])
+def test_kernels_side_by_side_compute_what_they_do_apart(cfg):
+  """Prompts, rows at different loops, and the keys of loops left out."""
+  apart, joined = (
+      step.serving(cfg, 'float32', tiny.variables(cfg), meshed)['params']
+      for meshed in (True, False))
+  for stack in {'prelude', 'block', 'coda'} & set(joined):
+    for layer in joined[stack]['layers']:
+      assert set(layer['attn']) == {'joined', 'o'}
+      assert set(layer['mlp']) == (
+          {'joined', 'down'} if cfg.gated else {'up', 'down'})
+  token_BT = tiny.tokens(cfg, B, T)
+  position_BT = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+  x_B1D = np.random.default_rng(0).normal(size=(B, 1, cfg.D))
+  loop_B1 = np.array([[0], [cfg.loops - 1]], np.int32)
+  place = cache_lib.Place(
+      ROWS[:, None], np.full((B, 1), T, np.int32), np.zeros((B, 1), np.int32))
+
+  @tiny.jit
+  def go(params):
+    apply = functools.partial(rtx.Decoder(cfg).apply, {'params': params})
+    read = apply(token_BT, position_BT, ROWS,
+                 cache_lib.init(cfg, B, T + 1), method='decode')
+    return [read, *(
+        apply(x_B1D.astype(np.float32), loop_B1, read[1], place, method,
+              method='loop') for method in ('__call__', 'fill'))]
+
+  for one, other in zip(
+      jax.tree.leaves(go(joined)), jax.tree.leaves(go(apart)), strict=True):
+    assert tiny.distance(one, other) < ROUNDING

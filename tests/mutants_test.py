@@ -43,6 +43,8 @@ _TRIP = 'hf_test.py::test_what_is_written_is_read_back'
 _EXITS = ('model_test.py::'
           'test_hidden_is_what_an_exit_after_each_loop_computes')
 _STEPS = 'decode_test.py::test_step_by_step_equals_the_full_forward'
+_JOINED = ('decode_test.py::'
+           'test_kernels_side_by_side_compute_what_they_do_apart')
 _MIXED = 'decode_test.py::test_a_pass_over_rows_at_different_loops'
 _ALONE = 'engine_test.py::test_every_request_gets_what_it_would_get_alone'
 _LEAVES = 'engine_test.py::test_tokens_leave_as_the_rule_says'
@@ -151,6 +153,12 @@ MUTANTS = {
     'positions_counted_from_the_call': Mutant(
         'cache.py', 'slice(None), place.position_BT)',
         'slice(None), place.position_BT * 0)', (_STEPS,)),
+    'keys_of_the_first_columns': Mutant(
+        'model/linear.py', 'y_BTY[..., -sum(widths):]',
+        'y_BTY[..., :sum(widths)]', (_JOINED,)),
+    'up_stands_before_the_gate': Mutant(
+        'engine/step.py', "join(tree['mlp'], ('gate', 'up'))",
+        "join(tree['mlp'], ('up', 'gate'))", (_JOINED,)),
     'loops_share_their_keys': Mutant(
         'model/decoder.py', 'cfg.prelude + loop_BT * cfg.layers_per_loop',
         'cfg.prelude + loop_BT * 0', (_STEPS,)),

@@ -124,7 +124,8 @@ class Engine:
       variables = sharding.place(variables, {'params': params})
     elif device:
       variables = jax.device_put(variables, device)
-    self._variables = self._call(_serving, cfg, run.dtype, variables)
+    self._variables = self._call(
+        _serving, cfg, run.dtype, variables, bool(mesh))
     # Half as many again wait with their prompts read.
     self._rows = slots + -(-slots // 2)
     self._state = self._call(
@@ -337,9 +338,9 @@ def _stop(plan, state, row_P):
   return _settle(plan, state._replace(rows=state.rows._replace(left=left)))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _serving(cfg, dtype, variables):
-  return step.serving(cfg, dtype, variables)
+@functools.partial(jax.jit, static_argnums=(0, 1, 3))
+def _serving(cfg, dtype, variables, meshed):
+  return step.serving(cfg, dtype, variables, meshed)
 
 
 def _settle(plan, state):

@@ -19,6 +19,7 @@ from recursive_tx import config as config_lib
 from recursive_tx import depths, exits, sampling, sharding
 from recursive_tx.engine.state import Log, Queue, Slots, State
 from recursive_tx.model import Decoder, normalize
+from recursive_tx.model.linear import join
 
 # static: requests start together, when every one before has ended.
 # csb: continuous sequence-wise; a request's end frees its slot, all slots are
@@ -331,12 +332,15 @@ def _take(place, index_G, R: int) -> cache_lib.Place:
       jnp.zeros_like(index_G[:, None]))
 
 
-def serving(cfg: config_lib.ModelConfig, dtype: str, variables: dict) -> dict:
+def serving(
+    cfg: config_lib.ModelConfig, dtype: str, variables: dict, meshed: bool
+) -> dict:
   """The model's variables as a burst reads them fastest.
 
   Layers apart, so that no step slices a stack; kernels in the compute dtype;
-  the factors of all loops side by side (see depths.py); the head's table
-  turned where that is faster.
+  the kernels that read the same side by side, unless `meshed`: a mesh cuts
+  each by its own letters; the factors of all loops side by side (see
+  depths.py); the head's table turned where that is faster.
   """
   params = dict(variables['params'])
 
@@ -354,6 +358,9 @@ def serving(cfg: config_lib.ModelConfig, dtype: str, variables: dict) -> dict:
           part: [jax.tree.map(lambda leaf, i=i: leaf[i], tree)
                  for i in range(size)]
           for part, tree in params[stack].items()}
+      if not meshed:
+        params[stack]['layers'] = [
+            _joined(cfg, tree) for tree in params[stack]['layers']]
   if 'adapters' in params:
     rest = {name: leaves for name, leaves in params['adapters'].items()
             if name in ('head', 'exit')}
@@ -365,3 +372,11 @@ def serving(cfg: config_lib.ModelConfig, dtype: str, variables: dict) -> dict:
         'head')['kernel']
     params['turned'] = table.T
   return {'params': params}
+
+
+def _joined(cfg, tree: dict) -> dict:
+  """A layer's kernels as one for what attention reads, one for the MLP."""
+  tree = {**tree, 'attn': join(tree['attn'], ('q', 'k', 'v'))}
+  if cfg.gated:
+    tree['mlp'] = join(tree['mlp'], ('gate', 'up'))
+  return tree

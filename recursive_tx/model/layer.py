@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from recursive_tx import attention
 from recursive_tx import cache as cache_lib
 from recursive_tx import config as config_lib
-from recursive_tx.model.linear import Linear
+from recursive_tx.model.linear import Linear, products
 
 _ACTS = {
     'silu': jax.nn.silu,
@@ -78,8 +78,7 @@ class Attention(nn.Module):
         Linear(self.cfg, kernel) for kernel in config_lib.GROUPS['attn'])
 
   def __call__(self, x_BTD, adapter, context, cache=None, place=None):
-    q_BTNH = rotate(self.q(x_BTD, adapter.get('q', {})), context['rope'])
-    k_BSKH, v_BSKH = self._own_or_shared(x_BTD, adapter, context)
+    q_BTNH, k_BSKH, v_BSKH = self._heads(x_BTD, adapter, context)
     if cache is None:
       y_BTNH = attention.attend(
           q_BTNH, k_BSKH, v_BSKH, mask_BTS=context['mask_BTS'],
@@ -92,20 +91,29 @@ class Attention(nn.Module):
           q_BTNH, cache, place, window=self.cfg.window)
     return self.o(y_BTNH, adapter.get('o', {})), cache
 
-  def _own_or_shared(self, x_BTD, adapter, context):
+  def _heads(self, x_BTD, adapter, context):
+    """Queries, BTNH, and keys and values, BTKH, own or shared."""
     shared = adapter.get('keys')
-    if shared is None or context['first'] is True:
-      return self.keys(x_BTD, adapter, context)
-    if context['first'] is False:
-      return shared['k'], shared['v']
-    # A scan over loops does not know which one it is in.
-    return tuple(jnp.where(context['first'], own, shared[leaf]) for leaf, own
-                 in zip('kv', self.keys(x_BTD, adapter, context), strict=True))
+    if shared is not None and context['first'] is False:
+      q_BTNH = self.q(x_BTD, adapter.get('q', {}))
+      return rotate(q_BTNH, context['rope']), shared['k'], shared['v']
+    q_BTNH, *own = self._rotated(
+        (self.q, self.k, self.v), x_BTD, adapter, context)
+    if shared is not None and context['first'] is not True:
+      # A scan over loops does not know which one it is in.
+      own = [jnp.where(context['first'], own, shared[leaf])
+             for leaf, own in zip('kv', own, strict=True)]
+    return q_BTNH, *own
 
   def keys(self, x_BTD, adapter, context):
     """Keys and values, BTKH."""
-    k_BTKH = rotate(self.k(x_BTD, adapter.get('k', {})), context['rope'])
-    return k_BTKH, self.v(x_BTD, adapter.get('v', {}))
+    return self._rotated((self.k, self.v), x_BTD, adapter, context)
+
+  def _rotated(self, linears, x_BTD, adapter, context):
+    """What some linears make, the last of them the values, which stay."""
+    *turn, v_BTKH = products(
+        linears, self.get_variable('params', 'joined'), x_BTD, adapter)
+    return *(rotate(x_BTNH, context['rope']) for x_BTNH in turn), v_BTKH
 
 
 class Mlp(nn.Module):
@@ -114,17 +122,16 @@ class Mlp(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD, adapter):
-    def linear(name, x):
-      return Linear(self.cfg, name, name=name)(
-            x, adapter.get(name, {}))
-    act = _ACTS[self.cfg.act]
-    up_BTF = linear('up', x_BTD)
-    if self.cfg.gated:
-      h_BTF = act(linear('gate', x_BTD)) * up_BTF
-    else:
-      h_BTF = act(up_BTF)
+    up, down, *gate = (
+        Linear(self.cfg, name, name=name)
+        for name in ('up', 'down', 'gate')[:2 + self.cfg.gated])
+    first_BTF, *up_BTF = products(
+        (*gate, up), self.get_variable('params', 'joined'), x_BTD, adapter)
+    h_BTF = _ACTS[self.cfg.act](first_BTF)
+    if up_BTF:
+      h_BTF *= up_BTF[0]
     h_BTF = nn.with_logical_constraint(h_BTF, ('B', 'T', 'F'))
-    return linear('down', h_BTF)
+    return down(h_BTF, adapter.get('down', {}))
 
 
 class Layer(nn.Module):

@@ -1,6 +1,7 @@
 """A kernel, what a loop adds to it, and the product with tokens."""
 
 import functools
+import itertools
 
 from flax import linen as nn
 import jax
@@ -16,14 +17,18 @@ class Linear(nn.Module):
   kernel: str
 
   @nn.compact
-  def __call__(self, x: jax.Array, adapter: dict) -> jax.Array:
+  def __call__(
+      self, x: jax.Array, adapter: dict, base_BTY: jax.Array | None = None
+  ) -> jax.Array:
+    """x times the kernel, which `base_BTY` may have, and what is added."""
     inner, outer = config_lib.split(self.cfg.kernels[self.kernel])
-    init = initializers.variance_scaling(
-        1.0, 'fan_in', 'normal', in_axis=tuple(range(len(inner))),
-        out_axis=tuple(range(len(inner), len(inner + outer))))
-    kernel = self.param(
-        'kernel', nn.with_logical_partitioning(init, tuple(inner + outer)),
-        self.cfg.shape(inner + outer)).astype(x.dtype)
+    if base_BTY is None:
+      init = initializers.variance_scaling(
+          1.0, 'fan_in', 'normal', in_axis=tuple(range(len(inner))),
+          out_axis=tuple(range(len(inner), len(inner + outer))))
+      kernel = self.param(
+          'kernel', nn.with_logical_partitioning(init, tuple(inner + outer)),
+          self.cfg.shape(inner + outer)).astype(x.dtype)
     # As matrices, X to Y: given two letters to sum over, XLA's CPU backend may
     # take them in the other order, and transposes the kernel for it.
     rows, columns = self.cfg.in_out(self.kernel)
@@ -35,7 +40,7 @@ class Linear(nn.Module):
       # matmuls (rows + columns) * tokens; rows of several loops have no one
       # product.
       mask_B1R = adapter.get('mask')
-      if mask_B1R is None and (
+      if mask_B1R is None and base_BTY is None and (
           rows * columns < (rows + columns) * x.shape[0] * x.shape[1]):
         kernel += jnp.einsum(f'{inner}R,R{outer}->{inner}{outer}', a, b)
         # Each device adds its part, before the parts are gathered; so does
@@ -48,11 +53,52 @@ class Linear(nn.Module):
           thin_BTR *= mask_B1R.astype(x.dtype)
         y_BTY = jnp.einsum(
             'BTR,RY->BTY', thin_BTR, b.reshape(b.shape[0], columns))
-    base_BTY = project(
-        'BTX,XY->BTY', x_BTX, kernel.reshape(rows, columns), x.dtype)
+    if base_BTY is None:
+      base_BTY = project(
+          'BTX,XY->BTY', x_BTX, kernel.reshape(rows, columns), x.dtype)
     y_BTY = base_BTY if y_BTY is None else base_BTY + y_BTY
     y = y_BTY.reshape(*x.shape[:2], *self.cfg.shape(outer))
     return y + adapter['bias'].astype(x.dtype) if 'bias' in adapter else y
+
+
+def join(tree: dict, names: tuple[str, ...]) -> dict:
+  """Kernels [D, ...] of one input side by side, so that it is read once.
+
+  Args:
+    tree: of an attention or an MLP, {name: {'kernel': [D, ...]}}.
+    names: whose kernels, in the order of their columns.
+
+  Returns:
+    The tree with 'joined', [D, columns], in their place; see `products`.
+  """
+  kernels = [tree[name]['kernel'] for name in names]
+  rest = {name: leaves for name, leaves in tree.items() if name not in names}
+  return {**rest, 'joined': jnp.concatenate(
+      [kernel.reshape(len(kernel), -1) for kernel in kernels], axis=1)}
+
+
+def products(
+    linears: tuple[Linear, ...], joined: jax.Array | None, x_BTD: jax.Array,
+    adapter: dict
+) -> list[jax.Array]:
+  """Each linear's product with x_BTD.
+
+  Args:
+    linears: one, or several that read the same.
+    joined: None, or the kernels that `join` made; those of `linears` are the
+      last.
+    x_BTD: what they read.
+    adapter: what is added, by kernel.
+  """
+  base = [None] * len(linears)
+  if joined is not None:
+    widths = [linear.cfg.in_out(linear.kernel)[1] for linear in linears]
+    # All columns: to multiply with a part of them, XLA copies it every time.
+    y_BTY = project('BTX,XY->BTY', x_BTD, joined, x_BTD.dtype)
+    base = jnp.split(y_BTY[..., -sum(widths):],
+                     list(itertools.accumulate(widths[:-1])), axis=-1)
+  return [linear(x_BTD, adapter.get(linear.kernel, {}), base_BTY)
+          for linear, base_BTY in zip(linears, base, strict=True)]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
