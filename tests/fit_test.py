@@ -233,16 +233,16 @@ def test_a_norms_factor_is_of_least_squares(monkeypatch):
   monkeypatch.setattr(refit, '_NORM_DAMPING', 1e-12)
   rng, found, design, wanted = np.random.default_rng(0), [], [], []
   z = rng.normal(size=(50, 4))
+  moment = z.T @ z / 50
   for columns in (3, 6):
     root = rng.normal(size=(columns, columns))
     pull, kernel = (rng.normal(size=(4, columns)) for _ in range(2))
-    moment = z.T @ z / 50
-    found.append((moment, pull, kernel, root @ root.T))
+    found.append((pull, kernel, root @ root.T))
     design.append(np.einsum('nd,dc->ncd', z, kernel @ root).reshape(-1, 4))
     wanted.append((z @ refit._solved(moment, pull) @ root).ravel())
   change, *_ = np.linalg.lstsq(
       np.concatenate(design), np.concatenate(wanted), rcond=None)
-  assert np.allclose(refit._factor(found), 1 + change, atol=1e-5)
+  assert np.allclose(refit._factor(moment, found), 1 + change, atol=1e-5)
 
 
 def test_where_only_the_first_loop_counts_the_fit_is_lower(tmp_path):
@@ -270,17 +270,20 @@ def test_what_the_last_kernel_lacks_is_all_the_layer_lacks(name):
   cfg = tiny.FAMILIES[name]
   values, ours = (layers.read_layer(cfg, _read(tiny.variables(cfg, seed)), 0)
                   for seed in (0, 1))
-  x_BTD, y_BTD = np.random.default_rng(0).normal(
+  x_NTD, y_NTD = np.random.default_rng(0).normal(
       size=(2, 2, T, cfg.D)).astype(np.float32)
-  found = layers.lacks(cfg, values, ours, x_BTD, y_BTD, ('up', 'down'))
-  given = layers.forward(cfg, ours, y_BTD)
+  _, z, _ = layers.seen(cfg, values, ours, x_NTD, y_NTD, 'down')
+  lacks = (layers.forward(cfg, values, x_NTD)
+           - layers.forward(cfg, ours, y_NTD)).reshape(2 * T, cfg.D)
+
+  def pull(values, ours, x_NTD, y_NTD):
+    return refit._pull(cfg, 'down', values, ours, refit._sums(
+        cfg, values, ours, x_NTD, y_NTD, 'down'))
+
   assert tiny.distance(
-      given + found['down'][1].reshape(given.shape),
-      layers.forward(cfg, values, x_BTD)) < 1e-5
-  assert found['up'][0].shape == (2 * T, cfg.D)
+      pull(values, ours, x_NTD, y_NTD), z.T @ lacks / (2 * T)) < 1e-5
   # Nothing lacks where nothing differs.
-  same = layers.lacks(cfg, values, values, x_BTD, x_BTD, ('up', 'down'))
-  assert all(not np.asarray(gap).any() for _, gap in same.values())
+  assert not pull(values, values, x_NTD, x_NTD).any()
 
 
 @pytest.mark.parametrize('name', tiny.FAMILIES)

@@ -205,7 +205,7 @@ MUTANTS = {
         ('fit_ranks_test.py::'
          'test_the_budget_is_used_and_never_exceeded',)),
     'what_went_astray_stays': Mutant(
-        'fit/layers.py', "(gaps['o'] if name == 'down' else 0)", '0',
+        'fit/layers.py', 'attended[0] - attended[1]', '0',
         ('fit_test.py::'
          'test_what_the_last_kernel_lacks_is_all_the_layer_lacks',)),
     'norms_of_one_convention': Mutant(

@@ -26,7 +26,7 @@ INPUT = {'q': 'q', 'k': 'q', 'v': 'q', 'o': 'o', 'gate': 'up', 'up': 'up',
 # Tokens that are run at once, unless one sequence is longer.
 _TOKENS = 2048
 # Bytes of fp32 logits at once, unless those of one sequence are more.
-_LOGITS = 256 << 20
+_LOGITS = 512 << 20
 
 
 def leaves(cfg: config_lib.ModelConfig) -> list[str]:
@@ -129,37 +129,35 @@ def backward(cfg, values, x_BTD, d_BTD):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
-def lacks(cfg, values, ours, x_BTD, y_BTD, names):
-  """What kernels of one layer see in another model, and what it lacks there.
+def seen(cfg, values, ours, x_BTD, y_BTD, name):
+  """What a kernel of one layer reads, and of the same layer in another model.
 
   Args:
     cfg, values: the layer, which reads x_BTD.
     ours: the other model's layer, which reads y_BTD.
-    names: of the kernels.
+    name: of the kernel.
 
   Returns:
-    By name, the kernel's input [tokens, rows] in `ours`, and how much its
-    output [tokens, columns] is less than that in `values`. Where it is added
-    to the stream, the stream before counts too.
+    Its inputs in `values` and in `ours`, [tokens, rows]; and how much more the
+    former have in the stream that it adds to, [tokens, D], None if to none.
   """
-  inputs, outputs = {}, ({}, {})
+  inputs, attended = [], []
 
-  def watch(to):
-    def change(linear, y, x):
-      to[linear] = y.reshape(-1, cfg.in_out(linear)[1])
-      inputs[linear] = x.reshape(-1, cfg.in_out(linear)[0])
-      return y
-    return change
+  def watch(linear, y, x):
+    if linear == name:
+      inputs.append(x.reshape(-1, cfg.in_out(name)[0]))
+    if linear == 'o':
+      attended.append(y)
+    return y
 
-  for z_BTD, layer, to in zip((x_BTD, y_BTD), (values, ours), outputs,
-                              strict=True):
-    _run(cfg, layer, z_BTD, watch(to))  # The second one's inputs stay.
-  gaps = {name: outputs[0][name] - outputs[1][name]
-          for name in ('o', *names)}
-  stream = (x_BTD - y_BTD).reshape(-1, cfg.D)
-  return {name: (inputs[name], gaps[name]
-                 + (stream if name in ('o', 'down') else 0)
-                 + (gaps['o'] if name == 'down' else 0)) for name in names}
+  for z_BTD, layer in ((x_BTD, values), (y_BTD, ours)):
+    _run(cfg, layer, z_BTD, watch)
+  if name not in ('o', 'down'):
+    return *inputs, None
+  more_BTD = x_BTD - y_BTD
+  if name == 'down':
+    more_BTD += attended[0] - attended[1]
+  return *inputs, more_BTD.reshape(-1, cfg.D)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -9,7 +9,7 @@ Where kernels have no factors, the loop's norm before them does what it can.
 
 from collections.abc import Callable
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -79,28 +79,29 @@ def refit(
   return norms
 
 
-def _refit(rcfg, layer, values, ours, store, output, sums):
+def _refit(rcfg, layer, values, ours, store, output, sums_of):
   """One layer: its factors in `store`, its kernels and norms in `ours`."""
   loop, place = divmod(layer - rcfg.prelude, rcfg.layers_per_loop)
   for name in refitted(rcfg):  # Until its turn, a kernel is the original's.
     tree.put(ours, _path(name), tree.get(values, _path(name)))
   for stage in _STAGES:
-    names = tuple(name for name in stage if name in refitted(rcfg))
-    for name, (moment, pull) in sums(names).items():
-      kernel = tree.get(values, _path(name))
-      matrix = kernel.reshape(rcfg.in_out(name))
-      shared = store.shared(name, place).reshape(matrix.shape)
+    names = [name for name in stage if name in refitted(rcfg)]
+    sums = sums_of(names[0]) if names else None
+    for name in names:
+      matrix, shared = _matrix(rcfg, name, values), store.shared(name, place)
+      flat = shared.reshape(matrix.shape)
       a, b = factors(
-          matrix + _solved(moment, pull), shared, moment,
-          output(name, layer), rcfg.ranks[name])
+          matrix + _solved(sums.square, _pull(rcfg, name, values, ours, sums)),
+          flat, sums.square, output(name, layer), rcfg.ranks[name])
       store.replace(name, place, loop, kernels.kept(
-          rcfg, name, matrix - shared, a, b))
-      tree.put(ours, _path(name), (shared + a @ b).reshape(kernel.shape))
+          rcfg, name, matrix - flat, a, b))
+      tree.put(ours, _path(name), (flat + a @ b).reshape(shared.shape))
     if not names and stage[0] in _NORMS and fits_norms(rcfg):
-      names = tuple(name for name in stage if name in rcfg.kernels)
-      _scale(rcfg, ours['vectors'][_NORMS[stage[0]]], _factor([
-          (*found, tree.get(ours, _path(name)).reshape(rcfg.in_out(name)),
-           output(name, layer)) for name, found in sums(names).items()]))
+      names = [name for name in stage if name in rcfg.kernels]
+      sums = sums_of(names[0])
+      _scale(rcfg, ours['vectors'][_NORMS[stage[0]]], _factor(sums.square, [
+          (_pull(rcfg, name, values, ours, sums), _matrix(rcfg, name, ours),
+           output(name, layer)) for name in names]))
 
 
 def _scale(rcfg, norm, factor):
@@ -111,16 +112,16 @@ def _scale(rcfg, norm, factor):
     norm[leaf] = ((base + value) * factor - base).astype(np.float32)
 
 
-def _factor(found):
-  """By what to multiply a norm's output, [D], so that kernels give what they
+def _factor(moment, found):
+  """By what to multiply a norm's output z, [D], so that kernels give what they
   should: least squares, each kernel's errors weighted by S.
 
-  Of each kernel: the moment C of its input, what it is pulled to, itself M,
-  and S. With z the input, sum_k z_k M_k (f_k - 1) shall be z X, X what would
-  be added to M: the system is the sum of C * (M S M^T), elementwise.
+  `moment` is C, of z. Of each kernel: what it is pulled to, itself M, and S.
+  sum_k z_k M_k (f_k - 1) shall be z X, X what would be added to M: the system
+  is the sum of C * (M S M^T), elementwise.
   """
   system, wanted = 0.0, 0.0
-  for moment, pull, kernel, moved in found:
+  for pull, kernel, moved in found:
     weighted = matrices.columns(
         kernel.astype(np.float64), moved.astype(np.float64))
     system = system + moment * (weighted @ kernel.T)
@@ -134,22 +135,42 @@ def _path(name):
   return kernels.path(name).removeprefix('block/')
 
 
-def _sums(cfg, values, ours, x_NTD, y_NTD, stage):
-  """Of each kernel, E[z z^T] of its input z in the converted model, and
-  E[z g^T], g what its output lacks while the kernel is the original's."""
-  if not stage:
-    return {}
-  sums, ours = {}, jax.device_put(ours)
+def _matrix(cfg, name, values):
+  """A kernel, [rows, columns]."""
+  return tree.get(values, _path(name)).reshape(cfg.in_out(name))
+
+
+class _Sums(NamedTuple):
+  """Of a kernel's input z in the converted model, x in the original: E[z z^T],
+  E[z (x - z)^T], E[z s^T], s what its stream lacks (0 without one), E[z]."""
+  square: np.ndarray
+  moved: np.ndarray
+  stream: np.ndarray
+  mean: np.ndarray
+
+
+def _sums(cfg, values, ours, x_NTD, y_NTD, name) -> _Sums:
+  total, ours = [0.0] * 4, jax.device_put(ours)
   for rows in layers.batches(x_NTD[..., 0]):
-    found = layers.lacks(cfg, values, ours, x_NTD[rows], y_NTD[rows], stage)
-    for name, (z, g) in found.items():
-      z = np.asarray(z)
-      square, pull = sums.get(name, (0.0, 0.0))
-      sums[name] = (square + (z.T @ z).astype(np.float64),
-                    pull + (z.T @ np.asarray(g)).astype(np.float64))
-  tokens = x_NTD[..., 0].size
-  return {name: (square / tokens, pull / tokens)
-          for name, (square, pull) in sums.items()}
+    x, z, s = layers.seen(cfg, values, ours, x_NTD[rows], y_NTD[rows], name)
+    x, z = np.asarray(x), np.asarray(z)
+    total = [old + new.astype(np.float64) for old, new in zip(total, (
+        z.T @ z, z.T @ (x - z), np.zeros(1) if s is None else (
+            z.T @ np.asarray(s)), z.sum(axis=0)), strict=True)]
+  return _Sums(*(value / x_NTD[..., 0].size for value in total))
+
+
+def _pull(cfg, name, values, ours, sums):
+  """E[z g^T], [rows, columns], g = x W + b + s - (z M + c): what the kernel's
+  output lacks. fp32: some thousand tokens tell no more."""
+  kernel, mine = (_matrix(cfg, name, layer) for layer in (values, ours))
+  pull = sums.moved.astype(np.float32) @ kernel + sums.stream
+  if cfg.has_bias(name):
+    pull += np.outer(sums.mean, np.ravel(
+        values['vectors'][name]['bias'] - ours['vectors'][name]['bias']))
+  change = kernel - mine  # None where factors are fitted.
+  return pull + sums.square.astype(np.float32) @ change if (
+      change.any()) else pull
 
 
 def _solved(moment, pull):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import math
 import pathlib
 import shutil
 from typing import Any
@@ -108,12 +109,13 @@ def _fitted(cfg, rcfg, aligned, store, earlier, seed, tell) -> Start:
         for name in rcfg.kernels})
     logging.info('Ranks %s', rcfg.rank)
   later = [] if exact else refitted(rcfg)
+  sizes = {name: math.prod(rcfg.in_out(name)) for name in rcfg.kernels}
   for name in rcfg.kernels:
     for place in range(rcfg.layers_per_loop):
       store.put(name, place, *_shared(
           rcfg, _tied(rcfg, aligned, earlier, name, place), name,
           name not in later, rng))
-      tell(0.5 / len(rcfg.kernels) / rcfg.layers_per_loop)
+      tell(0.5 * sizes[name] / sum(sizes.values()) / rcfg.layers_per_loop)
   norms = {}
   if later or fits_norms(rcfg) and not exact:
     norms = refit(
