@@ -26,8 +26,7 @@ def _problem(layers=2, rows=ROWS, columns=COLUMNS, seed=0):
 
 
 def _share(problem, rank):
-  rng = np.random.default_rng(0)
-  shared = share(*problem, rank, rng=rng)
+  shared = share(*problem, rank)
   return shared, [factors_of(kernel, shared, C, S, rank)
                   for kernel, C, S in zip(*problem, strict=True) if rank]
 
@@ -83,6 +82,21 @@ def test_error_falls_with_rank_and_is_below_the_papers(layers, shape):
       assert errors[-1] < 0.7 * _error(problem, *_as_the_paper(problem, rank))
   assert all(a > b for a, b in zip(errors, errors[1:], strict=False))
   assert errors[-1] < 1e-9 * errors[0]
+
+
+@pytest.mark.parametrize('shape', [(12, 9), (9, 12)])
+@pytest.mark.parametrize('rounds', [0, 100])
+def test_two_layers_leave_what_no_two_factors_could_take(
+    shape, rounds, monkeypatch):
+  """Weighed alike, the error is half of what they differ by, beyond twice the
+  rank (Eckart and Young); and the search begins there."""
+  monkeypatch.setattr(share_lib, '_MOST_ROUNDS', rounds)
+  one, two = kernels = _problem(2, *shape)[0]
+  problem = kernels, [np.eye(shape[0])] * 2, [np.eye(shape[1])] * 2
+  left = np.linalg.svd(one - two, compute_uv=False)**2 / 2
+  for rank in (1, 2, 4):
+    assert _error(problem, *_share(problem, rank)) == pytest.approx(
+        left[2 * rank:].sum(), rel=1e-4)
 
 
 def test_neither_side_can_be_bettered_alone():

@@ -191,6 +191,10 @@ MUTANTS = {
         'fit/share.py', 'root.diagonal().min() < _NEAREST', 'False',
         ('fit_share_test.py::'
          'test_orthonormal_columns_however_near_they_were',)),
+    'both_take_the_same': Mutant(
+        'fit/share.py', 'if U and len(F) == 2:', 'if False:',
+        ('fit_share_test.py::'
+         'test_two_layers_leave_what_no_two_factors_could_take',)),
     'factors_against_the_shared_kernel': Mutant(
         'fit/share.py', 'system -= np.block', 'system += np.block',
         ('fit_share_test.py::test_neither_side_can_be_bettered_alone',)),

@@ -34,7 +34,7 @@ _NEAREST = 1e-4
 
 def share(
     kernels: Sequence[np.ndarray], inputs: Sequence[np.ndarray],
-    outputs: Sequence[np.ndarray], rank: int, *, rng: np.random.Generator,
+    outputs: Sequence[np.ndarray], rank: int,
 ) -> np.ndarray:
   """The shared kernel that, with every layer's best factors, errs least.
 
@@ -45,7 +45,6 @@ def share(
     outputs: likewise of the gradient in its output, [columns, columns] or
       [columns].
     rank: of the factors, at most min(rows, columns); 0 is none.
-    rng: where the search for the factors begins.
 
   Returns:
     [rows, columns], fp32.
@@ -53,7 +52,7 @@ def share(
   roots, right = _roots(inputs, outputs)
   wide, shared, inverse = _mean(kernels, roots, right)
   if 0 < rank < min(shared.shape):
-    shared -= _taken_off(wide, shared, roots, inverse, rank, rng)
+    shared -= _taken_off(wide, shared, roots, inverse, rank)
   return matrices.columns_back(shared, right).astype(np.float32)
 
 
@@ -159,7 +158,7 @@ def _roots(inputs, outputs):
           for moment, size in zip(damped, sizes, strict=True)], right
 
 
-def _taken_off(wide, mean, roots, inverse, rank, rng):
+def _taken_off(wide, mean, roots, inverse, rank):
   """What the factors take off the shared kernel, [rows, columns].
 
   Let F_i = Z_i^T (W_i - mean), and P_i = U_i b_i the factors of layer i in
@@ -175,8 +174,7 @@ def _taken_off(wide, mean, roots, inverse, rank, rng):
   H = [[matrices.product(half, other).astype(np.float32) for other in roots]
        for half in halves]
   places = range(len(F))
-  start = rng.normal(size=(mean.shape[1], rank)).astype(np.float32)
-  U = [_orthonormal(f @ start) for f in F]
+  U = _begun(F, H, rank)
   b, error = _solve(F, H, U)
   errors = [error]
   for _ in range(_MOST_ROUNDS):
@@ -192,6 +190,22 @@ def _taken_off(wide, mean, roots, inverse, rank, rng):
       matrices.apply(
           inverse, matrices.apply(roots[i], U[i].astype(np.float64))) @ b[i]
       for i in places)
+
+
+def _begun(F, H, rank):
+  """Where the search begins: every layer alone takes what is most to it.
+
+  Of two layers the second takes what is most once the first has what it takes,
+  for alone both would take the same, and one is enough. If they weigh all
+  alike there is nothing better.
+  """
+  U = []
+  for left in F:
+    if U and len(F) == 2:
+      b, _ = _solve(F[:1], H[:1], U)
+      left = left + matrices.apply(H[1][0], U[0]) @ b[0]
+    U.append(_directions(left, rank).astype(np.float32))
+  return U
 
 
 def _solve(F, H, U):

@@ -83,7 +83,7 @@ def nearest(
   for earlier in weights:
     where = folder / f'fit{earlier:g}'
     store = kernels.Store(where, rcfg.loops)
-    start = _fitted(cfg, rcfg, aligned, store, earlier, seed,
+    start = _fitted(cfg, rcfg, aligned, store, earlier,
                     lambda share: tell(share * 9 / 16 / len(weights)))
     best = nearer(best, start, store, where)
   shutil.rmtree(folder / 'moments')
@@ -98,9 +98,8 @@ def nearest(
   return best[1]
 
 
-def _fitted(cfg, rcfg, aligned, store, earlier, seed, tell) -> Start:
+def _fitted(cfg, rcfg, aligned, store, earlier, tell) -> Start:
   """What is best by the moments, and then for the inputs it really gets."""
-  rng = np.random.default_rng(seed)
   exact = ranks.is_full(rcfg)  # The original itself, as it is.
   if ranks.may_differ(rcfg):
     rcfg = ranks.spread(rcfg, {
@@ -114,7 +113,7 @@ def _fitted(cfg, rcfg, aligned, store, earlier, seed, tell) -> Start:
     for place in range(rcfg.layers_per_loop):
       store.put(name, place, *_shared(
           rcfg, _tied(rcfg, aligned, earlier, name, place), name,
-          name not in later, rng))
+          name not in later))
       tell(0.5 * sizes[name] / sum(sizes.values()) / rcfg.layers_per_loop)
   norms = {}
   if later or fits_norms(rcfg) and not exact:
@@ -132,10 +131,10 @@ def _fitted(cfg, rcfg, aligned, store, earlier, seed, tell) -> Start:
   return Start('fit', rcfg, fitted, 'average', store.kernel)
 
 
-def _shared(rcfg, tied, name, with_factors, rng):
+def _shared(rcfg, tied, name, with_factors):
   """Shared kernel, and factors if they are wanted."""
   rank, rows = rcfg.ranks[name], []
-  shared = share(*tied, rank, rng=rng)
+  shared = share(*tied, rank)
   for original, seen, moved in zip(*tied, strict=True) if (
       rank and with_factors) else ():
     rows.append(kernels.kept(rcfg, name, original - shared, *factors(
