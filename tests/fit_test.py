@@ -253,7 +253,7 @@ def test_where_only_the_first_loop_counts_the_fit_is_lower(tmp_path):
   store = kernels.Store(tmp_path / 'store', 2)
   aligned = align.Aligned(_read(values), measured, align.orders(
       rcfg, _read(values), measured))
-  start_lib._fitted(LLAMA, rcfg, aligned, store, 1e9, 0, lambda share: None)
+  start_lib._fitted(LLAMA, rcfg, aligned, store, 1e9, lambda share: None)
   for name in rcfg.kernels:
     for place in range(3):
       assert tiny.distance(
