@@ -135,9 +135,12 @@ def test_loop_norms_are_the_papers_only_when_asked_for():
   assert count(shapes(ours)) - count(shapes(paper)) == 9 * 2 * 2048
 
 
-@pytest.mark.parametrize('name', [*UPTRAINED, 'demo'])
-def test_every_config_builds_and_covers_its_parameters(name):
-  config = get_config(name)
+@pytest.mark.parametrize(('name', 'arg'), [
+    *((name, None) for name in (*UPTRAINED, 'demo')),
+    ('exits', 'text=FILE'), ('exits', 'text=FILE,exits=1'),
+    ('stories_neox', 'text=FILE')])
+def test_every_config_builds_and_covers_its_parameters(name, arg):
+  config = get_config(name, arg)
   built = typed(config)
   assert isinstance(built, train.Config)
   assert [task.name for task in built.data.tasks]

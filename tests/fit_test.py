@@ -11,7 +11,15 @@ import tiny
 
 import recursive_tx as rtx
 from recursive_tx import fit, tree
-from recursive_tx.fit import align, choose, kernels, layers, moments, refit
+from recursive_tx.fit import (
+  align,
+  choose,
+  kernels,
+  layers,
+  matrices,
+  moments,
+  refit,
+)
 from recursive_tx.fit import start as start_lib
 from recursive_tx.relax import begun, parts, target
 
@@ -207,14 +215,14 @@ def test_norms_do_what_kernels_without_factors_cannot(name, tmp_path):
     tree.put(values['params']['block'], path,
              np.concatenate([value[:3], again]))
   rcfg = dataclasses.replace(cfg, loops=2, layers_per_loop=3)
-  read, norms = _read(values), {}
+  read, vectors = _read(values), {}
   store = kernels.Store(tmp_path / 'store', 2)
   kept = fit.measure(cfg, read, token_NT, tmp_path, seed=0)
   for kernel in rcfg.kernels:
     for place in range(3):
       store.put(kernel, place, read(kernels.path(kernel), place), [])
   converted = kernels.unrolled(
-      rcfg, lambda *at: norms[at] if at in norms else read(*at), 'average',
+      rcfg, lambda *at: vectors[at] if at in vectors else read(*at), 'average',
       store)
 
   def gap():
@@ -222,11 +230,36 @@ def test_norms_do_what_kernels_without_factors_cannot(name, tmp_path):
     return float(np.square(ours - theirs).mean())
 
   before = gap()
-  norms.update(refit.refit(
+  vectors.update(refit.refit(
       cfg, rcfg, align.Aligned(read, kept, {}), converted, store))
   assert gap() < before / 4
-  assert {path.split('/')[2] for path, _ in norms} == {'attn_norm', 'mlp_norm'}
-  assert {layer for _, layer in norms} == set(range(6))
+  assert set(vectors) == {(path, layer) for path in layers.leaves(cfg) if (
+      path.startswith('block/vectors/')) for layer in range(6)}
+
+
+@pytest.mark.parametrize('rank', ['0', '3', 'q3+mlp2'])
+def test_a_loops_biases_keep_the_means(rank, tmp_path):
+  """Whatever is lost, on average the stream is the original's everywhere."""
+  cfg = tiny.FAMILIES['gpt_neox']
+  values, token_NT = tiny.variables(cfg), tiny.tokens(cfg, N, T)
+  rcfg = dataclasses.replace(cfg, loops=2, layers_per_loop=3, rank=rank)
+  measured = fit.measure(cfg, _read(values), token_NT, tmp_path, seed=0)
+  store = kernels.Store(tmp_path / 'store', 2)
+  start = start_lib._fitted(
+      cfg, rcfg, align.Aligned(_read(values), measured, {}), store, 1.0,
+      lambda share: None)
+  converted = kernels.unrolled(start.rcfg, start.read, start.rule, store)
+  ours, theirs = (
+      [x_NTD.mean((0, 1)) for x_NTD in layers.stream(
+          cfg, read, layers.ends(cfg, read), token_NT)]
+      for read in (converted, _read(values)))
+  for layer in range(7):
+    assert tiny.distance(ours[layer], theirs[layer]) < 1e-5, layer
+
+
+def test_wide_kernels_biases_keep_the_means_too(tmp_path, monkeypatch):
+  monkeypatch.setattr(moments, '_WIDEST', 16)  # D; the MLP is wider.
+  test_a_loops_biases_keep_the_means('2', tmp_path)
 
 
 def test_a_norms_factor_is_of_least_squares(monkeypatch):
@@ -326,6 +359,9 @@ def test_moments_are_means_over_tokens(tmp_path, monkeypatch):
   x = np.asarray(rtx.model.normalize(LLAMA, x_NTD, first)).reshape(-1, LLAMA.D)
   for name in 'qkv':
     assert np.allclose(found.input(name, 0), x.T @ x / len(x), atol=1e-5)
+    assert np.allclose(
+        matrices.centred(found.input(name, 0), found.mean(name, 0)),
+        np.cov(x.T, bias=True), atol=1e-5)
   # Wide ones have the diagonal only.
   whole = found.input('down', 1), found.output('up', 1)
   monkeypatch.setattr(moments, '_WIDEST', 16)
@@ -334,6 +370,10 @@ def test_moments_are_means_over_tokens(tmp_path, monkeypatch):
   assert found.input('q', 1).shape == (16, 16)
   np.testing.assert_allclose(
       found.input('down', 1), whole[0].diagonal(), rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(
+      matrices.centred(found.input('down', 1), found.mean('down', 1)),
+      matrices.centred(whole[0], found.mean('down', 1)).diagonal(),
+      rtol=1e-4, atol=1e-6)
   assert found.output('up', 1).shape == whole[1].diagonal().shape
 
 

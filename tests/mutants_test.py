@@ -216,6 +216,9 @@ MUTANTS = {
         'fit/refit.py', '(base + value) * factor - base', 'value * factor',
         ('fit_test.py::'
          'test_norms_do_what_kernels_without_factors_cannot',)),
+    'biases_of_what_should_come_in': Mutant(
+        'fit/refit.py', '(sums.mean + sums.gone) @', 'sums.mean @',
+        ('fit_test.py::test_a_loops_biases_keep_the_means',)),
     'the_start_that_is_farthest': Mutant(
         'fit/start.py', 'key=lambda row: row[0]', 'key=lambda row: -row[0]',
         ('fit_test.py::'

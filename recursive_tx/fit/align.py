@@ -43,6 +43,11 @@ class Aligned:
     return self._moved(
         self._moments.input(kernel, layer), layer, kernel == 'down')
 
+  def mean(self, kernel: str, layer: int) -> np.ndarray:
+    """As `Moments.mean`."""
+    return self._moved(
+        self._moments.mean(kernel, layer), layer, kernel == 'down')
+
   def output(self, kernel: str, layer: int) -> np.ndarray:
     """As `Moments.output`."""
     return self._moved(self._moments.output(kernel, layer), layer,

@@ -15,6 +15,11 @@ def trace(moment) -> float:
   return float(moment.sum() if moment.ndim == 1 else np.trace(moment))
 
 
+def centred(moment, mean):
+  """The moment about the mean."""
+  return moment - (mean * mean if moment.ndim == 1 else np.outer(mean, mean))
+
+
 def diagonal(moment):
   """[n]."""
   return moment if moment.ndim == 1 else np.diagonal(moment)

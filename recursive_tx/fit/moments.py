@@ -35,6 +35,10 @@ class Moments:
     """E[x x^T] of a kernel's input, [rows, rows], or its diagonal [rows]."""
     return np.load(self._path(layers.INPUT[kernel], layer, 'input'))
 
+  def mean(self, kernel: str, layer: int) -> np.ndarray:
+    """E[x] of a kernel's input, [rows]."""
+    return np.load(self._path(layers.INPUT[kernel], layer, 'mean'))
+
   def output(self, kernel: str, layer: int) -> np.ndarray:
     """Of the gradient in its output: [columns, columns] or [columns]."""
     return np.load(self._path(kernel, layer, 'output'))
@@ -44,7 +48,7 @@ class Moments:
     return np.load(self._directory / f'{layer}.npy')
 
   def put(self, kernel: str, layer: int, side: str, value: np.ndarray):
-    """Stores a moment; `side`: 'input' or 'output'."""
+    """Stores a moment; `side`: 'input', 'mean' or 'output'."""
     np.save(self._path(kernel, layer, side), value.astype(np.float32))
 
   def put_stream(self, layer: int, x_NTD: np.ndarray):
@@ -87,14 +91,20 @@ def measure(
       d_BTD, inputs, outputs = layers.backward(
           cfg, values, x_NTD[rows], d_NTD[rows])
       d_NTD[rows] = d_BTD
-      for side, seen in (('input', inputs), ('output', outputs)):
+      for side, seen, moment in (
+          ('input', inputs, _square), ('mean', inputs, _sum),
+          ('output', outputs, _square)):
         for name, x in seen.items():
-          sums[name, side] = sums.get((name, side), 0.0) + _square(
+          sums[name, side] = sums.get((name, side), 0.0) + moment(
               np.asarray(x))
     for (name, side), total in sums.items():
       moments.put(name, layer, side, total / token_NT.size)
     tell(0.75 / cfg.num_layers)
   return moments
+
+
+def _sum(x: np.ndarray) -> np.ndarray:
+  return x.sum(axis=0, dtype=np.float64)
 
 
 def _square(x: np.ndarray) -> np.ndarray:

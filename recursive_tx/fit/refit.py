@@ -5,6 +5,7 @@ So its factors are fitted to do to that stream what brings it to where the
 original's is after the same kernel; those that write to it also make up for
 what went astray before (as GPTQ does within a kernel; Frantar et al., 2022).
 Where kernels have no factors, the loop's norm before them does what it can.
+A loop's own biases keep the means of what its kernels give.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from recursive_tx.fit.share import factors
 
 # Kernels that are fitted at once; the next ones read what these give.
 _STAGES = (('q', 'k', 'v'), ('o',), ('gate', 'up'), ('down',))
-_NORMS = {'q': 'attn_norm', 'gate': 'mlp_norm'}  # By a stage's first kernel.
+_NORMS = {'v': 'attn_norm', 'up': 'mlp_norm'}  # By a stage's last kernel.
 # Pulls what a kernel shall do to what the original's does, as a share of the
 # input moment's mean diagonal: some thousand tokens say little of most
 # directions. Of 0.001 to 1, the best on held-out text.
@@ -43,6 +44,11 @@ def fits_norms(rcfg: config_lib.ModelConfig) -> bool:
   return rcfg.has_loop_vectors and not moments.is_wide(rcfg.D)
 
 
+def fits_bias(rcfg: config_lib.ModelConfig, name: str) -> bool:
+  """Whether a kernel has a bias that is each loop's own."""
+  return rcfg.has_loop_vectors and rcfg.has_bias(name)
+
+
 def refit(
     cfg: config_lib.ModelConfig, rcfg: config_lib.ModelConfig,
     original: align.Aligned, converted: layers.Read, store: kernels.Store,
@@ -58,9 +64,9 @@ def refit(
     tell: told the share of the work done since it was last told.
 
   Returns:
-    The loops' norms, if they have their own, by path and layer.
+    The loops' norms and biases, if they have their own, by path and layer.
   """
-  norms = {}
+  vectors = {}
   last = rcfg.prelude + rcfg.loops * rcfg.layers_per_loop - 1
   y_NTD = original.stream(rcfg.prelude)
   for layer in range(rcfg.prelude, last + 1):
@@ -69,39 +75,57 @@ def refit(
     _refit(rcfg, layer, values, ours, store, original.output, functools.partial(
         _sums, cfg, jax.device_put(values), ours, original.stream(layer),
         y_NTD))
-    for norm in _NORMS.values() if fits_norms(rcfg) else ():
-      for leaf, value in ours['vectors'][norm].items():
-        norms[f'block/vectors/{norm}/{leaf}', layer] = value
+    for path, value in tree.items(ours['vectors']) if (
+        rcfg.has_loop_vectors) else ():
+      vectors[f'block/vectors/{path}', layer] = value
     ours = jax.device_put(ours)
     for rows in layers.batches(y_NTD[..., 0]) if layer < last else ():
       y_NTD[rows] = layers.forward(cfg, ours, y_NTD[rows])
     tell(1 / rcfg.loops / rcfg.layers_per_loop)
-  return norms
+  return vectors
 
 
 def _refit(rcfg, layer, values, ours, store, output, sums_of):
-  """One layer: its factors in `store`, its kernels and norms in `ours`."""
+  """One layer: its factors in `store`; all that it becomes in `ours`."""
   loop, place = divmod(layer - rcfg.prelude, rcfg.layers_per_loop)
   for name in refitted(rcfg):  # Until its turn, a kernel is the original's.
     tree.put(ours, _path(name), tree.get(values, _path(name)))
   for stage in _STAGES:
+    stage = [name for name in stage if name in rcfg.kernels]
     names = [name for name in stage if name in refitted(rcfg)]
-    sums = sums_of(names[0]) if names else None
+    norm = None if names or not fits_norms(rcfg) else _NORMS.get(stage[-1])
+    biased = fits_bias(rcfg, stage[0])
+    if not (names or norm or biased):
+      continue
+    sums = sums_of(stage[0])
+    around = _centred(sums) if biased and (names or norm) else sums
     for name in names:
       matrix, shared = _matrix(rcfg, name, values), store.shared(name, place)
       flat = shared.reshape(matrix.shape)
       a, b = factors(
-          matrix + _solved(sums.square, _pull(rcfg, name, values, ours, sums)),
-          flat, sums.square, output(name, layer), rcfg.ranks[name])
+          matrix + _solved(around.square, _pull(
+              rcfg, name, values, ours, around)),
+          flat, around.square, output(name, layer), rcfg.ranks[name])
       store.replace(name, place, loop, kernels.kept(
           rcfg, name, matrix - flat, a, b))
       tree.put(ours, _path(name), (flat + a @ b).reshape(shared.shape))
-    if not names and stage[0] in _NORMS and fits_norms(rcfg):
-      names = [name for name in stage if name in rcfg.kernels]
-      sums = sums_of(names[0])
-      _scale(rcfg, ours['vectors'][_NORMS[stage[0]]], _factor(sums.square, [
-          (_pull(rcfg, name, values, ours, sums), _matrix(rcfg, name, ours),
-           output(name, layer)) for name in names]))
+    factor = 1.0
+    if norm:
+      factor = _factor(around.square, [
+          (_pull(rcfg, name, values, ours, around), _matrix(rcfg, name, ours),
+           output(name, layer)) for name in stage])
+      _scale(rcfg, ours['vectors'][norm], factor)
+    for name in stage if biased else ():
+      _balance(rcfg, name, values, ours, sums, sums.mean * factor)
+
+
+def _balance(rcfg, name, values, ours, sums, mean):
+  """Sets the bias that gives back what the kernel's output lacks on average;
+  `mean`: of what the kernel reads."""
+  bias = values['vectors'][name]['bias']
+  given = (sums.mean + sums.gone) @ _matrix(rcfg, name, values) + sums.lacks
+  ours['vectors'][name]['bias'] = (bias + np.reshape(
+      given - mean @ _matrix(rcfg, name, ours), bias.shape)).astype(np.float32)
 
 
 def _scale(rcfg, norm, factor):
@@ -141,23 +165,37 @@ def _matrix(cfg, name, values):
 
 
 class _Sums(NamedTuple):
-  """Of a kernel's input z in the converted model, x in the original: E[z z^T],
-  E[z (x - z)^T], E[z s^T], s what its stream lacks (0 without one), E[z]."""
-  square: np.ndarray
-  moved: np.ndarray
-  stream: np.ndarray
+  """Of a kernel's input z in the converted model, x in the original, and s,
+  what its stream lacks (0 without one): E[z], E[x - z], E[s], and unless z is
+  wide E[z z^T], E[z (x - z)^T], E[z s^T]."""
   mean: np.ndarray
+  gone: np.ndarray
+  lacks: np.ndarray
+  square: np.ndarray | float
+  moved: np.ndarray | float
+  stream: np.ndarray | float
 
 
 def _sums(cfg, values, ours, x_NTD, y_NTD, name) -> _Sums:
-  total, ours = [0.0] * 4, jax.device_put(ours)
+  total, ours = [0.0] * 6, jax.device_put(ours)
+  wide = moments.is_wide(cfg.in_out(name)[0])
   for rows in layers.batches(x_NTD[..., 0]):
     x, z, s = layers.seen(cfg, values, ours, x_NTD[rows], y_NTD[rows], name)
-    x, z = np.asarray(x), np.asarray(z)
+    z = np.asarray(z)
+    right = [z, np.asarray(x) - z, np.zeros((len(z), 1), z.dtype) if (
+        s is None) else np.asarray(s)]
     total = [old + new.astype(np.float64) for old, new in zip(total, (
-        z.T @ z, z.T @ (x - z), np.zeros(1) if s is None else (
-            z.T @ np.asarray(s)), z.sum(axis=0)), strict=True)]
+        *(y.sum(axis=0) for y in right),
+        *(np.zeros(1) if wide else z.T @ y for y in right)), strict=True)]
   return _Sums(*(value / x_NTD[..., 0].size for value in total))
+
+
+def _centred(sums: _Sums) -> _Sums:
+  """The same of z less its mean: what is left where a bias is free."""
+  return _Sums(
+      np.zeros_like(sums.mean), sums.gone, sums.lacks,
+      *(value - np.outer(sums.mean, mean) for value, mean in zip(
+          sums[3:], sums[:3], strict=True)))
 
 
 def _pull(cfg, name, values, ours, sums):

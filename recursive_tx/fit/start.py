@@ -11,9 +11,9 @@ from absl import logging
 import numpy as np
 
 from recursive_tx import config as config_lib
-from recursive_tx.fit import align, choose, kernels, moments, ranks
+from recursive_tx.fit import align, choose, kernels, matrices, moments, ranks
 from recursive_tx.fit.layers import Read
-from recursive_tx.fit.refit import fits_norms, refit, refitted
+from recursive_tx.fit.refit import fits_bias, fits_norms, refit, refitted
 from recursive_tx.fit.share import factors, share, spectra
 
 # How much more a loop's error counts than the next one's, which read what it
@@ -148,6 +148,14 @@ def _tied(rcfg, aligned, earlier, name, place):
   latter carry how much each loop's error counts."""
   tied = kernels.virtual(rcfg, place)
   return ([kernels.matrix(rcfg, aligned.read, name, layer) for layer in tied],
-          [aligned.input(name, layer) for layer in tied],
+          [_seen(rcfg, aligned, name, layer) for layer in tied],
           [aligned.output(name, layer) * earlier**-loop
            for loop, layer in enumerate(tied)])
+
+
+def _seen(rcfg, aligned, name, layer):
+  """Second moment of a kernel's input; about its mean where a loop's own bias
+  makes up for the mean."""
+  moment = aligned.input(name, layer)
+  return matrices.centred(moment, aligned.mean(name, layer)) if (
+      fits_bias(rcfg, name)) else moment
