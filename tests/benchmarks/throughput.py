@@ -4,13 +4,15 @@
   python tests/benchmarks/throughput.py --simulate [--json=FILE]
 
 Serves the same requests with the same model by every schedule and exit, in
-turns: prompts are openings of sentences of stories that were held out of the
-training on FILE by configs/exits.py, lengths are exponential, cut at both
-ends. Everything is inside the clock: reading the prompts, embedding, blocks,
-head, the keys of skipped loops, scheduling, and the text of what came out. DIR
-is a model with exits (configs/exits.py), whose exit.json has the calibrated
-thresholds; with `oracle`, every token leaves at the first loop that agrees
-with the last, known beforehand, and is the full-depth run's.
+turns, and by csb just before each: ratios are of such neighbours in time, so
+that the row of csb says how far they are to be believed. Prompts are openings
+of sentences of stories that were held out of the training on FILE by
+configs/exits.py, lengths are exponential, cut at both ends. Everything is
+inside the clock: reading the prompts, embedding, blocks, head, the keys of
+skipped loops, scheduling, and the text of what came out. DIR is a model with
+exits (configs/exits.py), whose exit.json has the calibrated thresholds; with
+`oracle`, every token leaves at the first loop that agrees with the last, known
+beforehand, and is the full-depth run's.
 
 `theory` is (loops + f) / (depth + f), where f is what a token costs whatever
 its depth, in loops: measured as the time per token left over when every token
@@ -250,15 +252,16 @@ def measure(args) -> dict:
     for name, exit in curve(file):
       engines[name] = engine(exit=exit)
 
-  runs = {name: [] for name in engines}
+  runs, rates = {}, {name: [] for name in engines}
   for i in range(args.rounds + 1):
     for name, served in engines.items():
-      run = serve(served, tokenizer, prompts, lengths,
-                  scripts if name == 'cdb, oracle' else None)
+      beside = serve(engines['csb'], tokenizer, prompts, lengths)
+      runs[name] = serve(served, tokenizer, prompts, lengths,
+                         scripts if name == 'cdb, oracle' else None)
       if i:  # The first compiles.
-        runs[name].append(run)
+        rates[name].append((runs[name].rate, beside.rate))
     print(f'round {i} of {args.rounds}: {resident():.2f} GiB', flush=True)
-  found = report(args, cfg, tokenizer, prompts, runs, judge)
+  found = report(args, cfg, tokenizer, prompts, runs, rates, judge)
   if args.plot:
     plot(args.plot, args.curve, found['rows'])
   return found
@@ -314,14 +317,11 @@ def resident() -> float:
   return pages * resource.getpagesize() / 2**30
 
 
-def report(args, cfg, tokenizer, prompts, runs, judge) -> dict:
-  """The table: medians over the rounds of ratios of neighbours in time."""
-  def ratio(name, other):
-    return statistics.median(
-        one.rate / two.rate
-        for one, two in zip(runs[name], runs[other], strict=True))
-
-  fixed = fixed_cost(cfg, runs)
+def report(args, cfg, tokenizer, prompts, runs, rates, judge) -> dict:
+  """The table: the last runs, and medians of all rounds' rates and ratios."""
+  to_csb = {name: statistics.median(rate / beside for rate, beside in pairs)
+            for name, pairs in rates.items()}
+  fixed = fixed_cost(runs, to_csb)
   least, mean, most = args.new
   print(f'{args.requests} requests of {args.prompt[0]} to {args.prompt[1]} '
         f'tokens, {least} to {most} new ones (exponential, {mean}), '
@@ -329,8 +329,7 @@ def report(args, cfg, tokenizer, prompts, runs, judge) -> dict:
         f'{"":22}tok/s  static   csb theory depth agree  bits/B'
         '  first s  p50 ms  p99 ms')
   rows = []
-  for name, served in runs.items():
-    run = served[0]
+  for name, run in runs.items():
     best, nats = judge(prompts, run.tokens)
     agree = np.mean(np.concatenate([
         best_LT[-1] == tokens
@@ -339,8 +338,9 @@ def report(args, cfg, tokenizer, prompts, runs, judge) -> dict:
     p50, p99 = np.percentile(run.gaps, [50, 99])
     row = {
         'row': name,
-        'tokens_per_second': statistics.median(r.rate for r in served),
-        'to_static': ratio(name, 'static'), 'to_csb': ratio(name, 'csb'),
+        'tokens_per_second': statistics.median(
+            rate for rate, _ in rates[name]),
+        'to_static': to_csb[name] / to_csb['static'], 'to_csb': to_csb[name],
         'theory': (cfg.loops + fixed) / (run.depth + fixed),
         'depth': run.depth, 'agreement': float(agree),
         'bits_per_byte': sum(nats) / math.log(2) / size,
@@ -378,13 +378,12 @@ def plot(path: str, files: list[str], rows: list[dict]) -> None:
   figure.savefig(path, dpi=150)
 
 
-def fixed_cost(cfg, runs) -> float:
+def fixed_cost(runs, to_csb) -> float:
   """Time per token at no loop over time per loop, by a line through depths."""
-  points = [(run.depth, 1 / run.rate) for name in runs
-            if name == 'cdb' or name.startswith('cdb, all at')
-            for run in runs[name]]
-  depth, seconds = np.array(points).T
-  slope, rest = np.polyfit(depth, seconds, 1)
+  names = [name for name in runs
+           if name == 'cdb' or name.startswith('cdb, all at')]
+  slope, rest = np.polyfit([runs[name].depth for name in names],
+                           [1 / to_csb[name] for name in names], 1)
   return max(0.0, rest / slope)
 
 
