@@ -105,19 +105,19 @@ def serve(kind: str, checkpoint: str, replicas: int) -> None:
 
 
 def _engine(checkpoint: str, replicas: int):
-  import jax
-
   import recursive_tx as rtx
   from recursive_tx import saved
+  from recursive_tx.cli import replicas as replicas_lib
   cfg, variables = saved.load(pathlib.Path(checkpoint))
   engines = {}
+
+  def build(slots: int, device):
+    return rtx.Engine(cfg, variables, slots=slots, max_len=256, device=device)
 
   def run(prompts) -> float:
     if len(prompts) not in engines:
       count = replicas if len(prompts) % replicas == 0 else 1
-      engines[len(prompts)] = rtx.Replicas([
-          rtx.Engine(cfg, variables, slots=len(prompts) // count, max_len=256,
-                     device=device) for device in jax.devices()[:count]])
+      engines[len(prompts)] = replicas_lib.make(count, len(prompts), build)
     served = engines[len(prompts)]
     begin = time.perf_counter()
     for prompt in prompts.tolist():
