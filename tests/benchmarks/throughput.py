@@ -252,15 +252,19 @@ def measure(args) -> dict:
     for name, exit in curve(file):
       engines[name] = engine(exit=exit)
 
+  def run(name):
+    return serve(engines[name], tokenizer, prompts, lengths,
+                 scripts if name == 'cdb, oracle' else None)
+
+  for name in engines:  # Compiles.
+    run(name)
   runs, rates = {}, {name: [] for name in engines}
-  for i in range(args.rounds + 1):
-    for name, served in engines.items():
-      beside = serve(engines['csb'], tokenizer, prompts, lengths)
-      runs[name] = serve(served, tokenizer, prompts, lengths,
-                         scripts if name == 'cdb, oracle' else None)
-      if i:  # The first compiles.
-        rates[name].append((runs[name].rate, beside.rate))
-    print(f'round {i} of {args.rounds}: {resident():.2f} GiB', flush=True)
+  for i in range(args.rounds):
+    for name in engines:
+      beside = run('csb')
+      runs[name] = run(name)
+      rates[name].append((runs[name].rate, beside.rate))
+    print(f'round {i + 1} of {args.rounds}: {resident():.2f} GiB', flush=True)
   found = report(args, cfg, tokenizer, prompts, runs, rates, judge)
   if args.plot:
     plot(args.plot, args.curve, found['rows'])
