@@ -4,7 +4,8 @@
     --config.tokenizer=HF_DIR --workdir=DIR
 
 DIR/model is then a model to relax. FILE is TinyStories, stories between lines
-<|endoftext|>; HF_DIR has a tokenizer of 512 tokens.
+<|endoftext|>; HF_DIR has a tokenizer of 512 tokens. Another text's tokenizer
+wants its own size: `--config.model.V=1024`.
 """
 
 from ml_collections import ConfigDict

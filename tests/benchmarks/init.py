@@ -1,9 +1,9 @@
 """How near a recursive model starts to its original, by init, loops and rank.
 
   python tests/benchmarks/init.py --calibration=FILE --text=FILE \\
-    --other=FILE [--document='<|endoftext|>'] [--loops 2 3] [--ranks 0 32 64] \\
-    [--seeds 0 1 2] [--json=FILE] [--steps 50 200 1000 --workdir=DIR] \\
-    MODEL [MODEL ...]
+    --other=FILE [--document='<|endoftext|>'] [--loops 2 3] [--prelude=N] \\
+    [--coda=N] [--ranks 0 32 64] [--seeds 0 1 2] [--json=FILE] \\
+    [--steps 50 200 1000 --workdir=DIR] MODEL [MODEL ...]
 
 MODEL is a directory with a model and its tokenizer. `fit` is fitted to
 --calibration, from which each seed draws its own sequences, and `said` to what
@@ -36,10 +36,11 @@ import recursive_tx as rtx
 from recursive_tx import convert, data, fit, start, tokenizer
 
 INITS = ('average', 'stepwise', 'lower', 'fit', 'said')
-KEYS = ('model', 'loops', 'rank', 'init', 'seed')
-COLUMNS = (('model', 14), ('loops', 6), ('rank', 5), ('init', 9), ('seed', 5),
-           ('parameters', 12), ('kl', 8), ('to average', 11), ('bits', 8),
-           ('other bits', 11), ('seconds', 8))
+KEYS = ('model', 'loops', 'prelude', 'coda', 'rank', 'init', 'seed')
+COLUMNS = (('model', 14), ('loops', 6), ('prelude', 8), ('coda', 5),
+           ('rank', 13), ('init', 9), ('seed', 5), ('parameters', 12),
+           ('kl', 8), ('to average', 11), ('bits', 8), ('other bits', 11),
+           ('seconds', 8))
 
 
 def main() -> None:
@@ -49,6 +50,9 @@ def main() -> None:
     parser.add_argument(f'--{name}', required=True)
   parser.add_argument('--document', default='')
   parser.add_argument('--loops', type=int, nargs='+', default=[2, 3])
+  for name in ('prelude', 'coda'):
+    parser.add_argument(f'--{name}', type=int, default=0,
+                        help='Layers left out of the loops.')
   parser.add_argument('--ranks', nargs='+', default=['0', '32', '64'])
   parser.add_argument('--inits', nargs='+', default=INITS, choices=INITS)
   parser.add_argument('--seeds', type=int, nargs='+', default=[0])
@@ -88,7 +92,7 @@ def cells(args, model: str, done: list[dict]):
   texts = {key: heldout(getattr(args, key), ids, args)
            for key in ('text', 'other')}
   known = {tuple(row[key] for key in KEYS) for row in done}
-  original = (name, 1, '0', 'original', 0)
+  original = (name, 1, 0, 0, '0', 'original', 0)
   if original not in known:
     yield row_of(original, cfg, measure((cfg, variables), (cfg, variables),
                                         texts), 0.0)
@@ -98,7 +102,7 @@ def cells(args, model: str, done: list[dict]):
         # The paper's inits draw nothing, but uptraining does.
         for seed in args.seeds if (
             init in ('fit', 'said') or args.steps) else [0]:
-          key = (name, loops, rank, init, seed)
+          key = (name, loops, args.prelude, args.coda, rank, init, seed)
           if key in known:
             continue
           began = time.monotonic()
@@ -122,7 +126,7 @@ def plan(args, model: str) -> Plan:
           document=args.document))
 
 
-def relax(args, cfg, variables, ids, loops, rank, init, seed):
+def relax(args, cfg, variables, ids, loops, prelude, coda, rank, init, seed):
   """The model of one cell."""
   calibration = None
   if init == 'fit':
@@ -131,8 +135,9 @@ def relax(args, cfg, variables, ids, loops, rank, init, seed):
     count = max(2, args.tokens // rows_NT.shape[1])
     calibration = np.random.default_rng(seed).permutation(rows_NT)[:count]
   return rtx.relax(
-      cfg, variables, loops=loops, rank=rank, calibration=calibration,
-      init='fit' if init == 'said' else init, seed=seed)
+      cfg, variables, loops=loops, prelude=prelude, coda=coda, rank=rank,
+      calibration=calibration, init='fit' if init == 'said' else init,
+      seed=seed)
 
 
 def heldout(path: str, ids, args):
@@ -182,15 +187,15 @@ def row_of(key, cfg, found, seconds) -> dict:
 
 def table(rows: list[dict]) -> str:
   """The rows as text, with the KL as a share of average's."""
-  base = {tuple(row[key] for key in KEYS[:3]): row['kl'] for row in rows
+  base = {tuple(row[key] for key in KEYS[:5]): row['kl'] for row in rows
           if row['init'] == 'average'}
   lines = [''.join(name.rjust(width) for name, width in COLUMNS)]
   for row in sorted(rows, key=lambda row: (
       row['model'], row['loops'], len(row['rank']), row['rank'])):
-    share = base.get(tuple(row[key] for key in KEYS[:3]))
+    share = base.get(tuple(row[key] for key in KEYS[:5]))
     cells = (
-        row['model'], row['loops'], row['rank'], row['init'], row['seed'],
-        f'{row["parameters"]:,}', f'{row["kl"]:.4f}',
+        *(row[key] for key in KEYS), f'{row["parameters"]:,}',
+        f'{row["kl"]:.4f}',
         f'{row["kl"] / share:.4f}' if share else '', f'{row["bits"]:.4f}',
         f'{row["other_bits"]:.4f}', f'{row["seconds"]:.1f}')
     lines.append(''.join(str(cell).rjust(width) for cell, (_, width)
@@ -200,13 +205,13 @@ def table(rows: list[dict]) -> str:
 
 def uptrained(rows: list[dict], budgets: list[int]) -> str:
   """What uptraining made of the starts, as text."""
-  columns = (*COLUMNS[:5], *(
+  columns = (*COLUMNS[:len(KEYS)], *(
       (f'{name} {steps}', 12) for name in ('nats', 'kl', 'other')
       for steps in (0, *budgets)), (f'to {NEAR} nats', 14))
   lines = [''.join(name.rjust(width) for name, width in columns)]
   for row in sorted(
       (row for row in rows if 'curves' in row), key=lambda row: [
-          row[key] for key in ('model', 'loops', 'rank', 'seed', 'init')]):
+          row[key] for key in (*KEYS[:5], 'seed', 'init')]):
     curves, after = row['curves'].values(), row['after'].values()
     *_, longest = curves
     near = tokens_to(longest, row['original'] + NEAR)
