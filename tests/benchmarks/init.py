@@ -36,7 +36,8 @@ import recursive_tx as rtx
 from recursive_tx import convert, data, fit, start, tokenizer
 
 INITS = ('average', 'stepwise', 'lower', 'fit', 'said')
-KEYS = ('model', 'loops', 'prelude', 'coda', 'rank', 'init', 'seed')
+SHAPE = ('model', 'loops', 'prelude', 'coda', 'rank')
+KEYS = (*SHAPE, 'init', 'seed')
 COLUMNS = (('model', 14), ('loops', 6), ('prelude', 8), ('coda', 5),
            ('rank', 13), ('init', 9), ('seed', 5), ('parameters', 12),
            ('kl', 8), ('to average', 11), ('bits', 8), ('other bits', 11),
@@ -106,7 +107,7 @@ def cells(args, model: str, done: list[dict]):
           if key in known:
             continue
           began = time.monotonic()
-          new = relax(args, cfg, variables, ids, *key[1:])
+          new = relax(args, cfg, variables, ids, key)
           seconds = time.monotonic() - began
           score = functools.partial(measure, (cfg, variables), texts=texts)
           row = row_of(key, new[0], score(new), seconds)
@@ -126,8 +127,9 @@ def plan(args, model: str) -> Plan:
           document=args.document))
 
 
-def relax(args, cfg, variables, ids, loops, prelude, coda, rank, init, seed):
+def relax(args, cfg, variables, ids, key):
   """The model of one cell."""
+  _, loops, prelude, coda, rank, init, seed = key
   calibration = None
   if init == 'fit':
     rows_NT = fit.read(args.calibration, ids, tokens=1 << 24,
@@ -187,12 +189,12 @@ def row_of(key, cfg, found, seconds) -> dict:
 
 def table(rows: list[dict]) -> str:
   """The rows as text, with the KL as a share of average's."""
-  base = {tuple(row[key] for key in KEYS[:5]): row['kl'] for row in rows
+  base = {tuple(row[key] for key in SHAPE): row['kl'] for row in rows
           if row['init'] == 'average'}
   lines = [''.join(name.rjust(width) for name, width in COLUMNS)]
   for row in sorted(rows, key=lambda row: (
       row['model'], row['loops'], len(row['rank']), row['rank'])):
-    share = base.get(tuple(row[key] for key in KEYS[:5]))
+    share = base.get(tuple(row[key] for key in SHAPE))
     cells = (
         *(row[key] for key in KEYS), f'{row["parameters"]:,}',
         f'{row["kl"]:.4f}',
@@ -211,7 +213,7 @@ def uptrained(rows: list[dict], budgets: list[int]) -> str:
   lines = [''.join(name.rjust(width) for name, width in columns)]
   for row in sorted(
       (row for row in rows if 'curves' in row), key=lambda row: [
-          row[key] for key in (*KEYS[:5], 'seed', 'init')]):
+          row[key] for key in (*SHAPE, 'seed', 'init')]):
     curves, after = row['curves'].values(), row['after'].values()
     *_, longest = curves
     near = tokens_to(longest, row['original'] + NEAR)
