@@ -19,7 +19,10 @@ setuptools.setup(
     long_description=_README.read_text(),
     long_description_content_type='text/markdown',
     python_requires='>=3.11',
-    packages=setuptools.find_packages(include=['recursive_tx*']),
+    packages=[*setuptools.find_packages(include=['recursive_tx*']),
+              'recursive_tx.configs'],
+    # The recipes stand at the top of a clone and ship inside the package.
+    package_dir={'recursive_tx.configs': 'configs'},
     package_data={
         'recursive_tx.demo': [
             '*.json', '*.model', '*.safetensors', 'README.md'],

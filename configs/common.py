@@ -1,21 +1,23 @@
 """What config files share: the argument parser, the sections, the recipe.
 
 A config file is `get_config(arg)`, where `arg` is what follows the colon in
-`--config=configs/gemma_2b.py:loops=3,rank=512`. It sets a few things at once;
+`--config=gemma_2b:loops=3,rank=512`. It sets a few things at once;
 every single value can be set after it, `--config.optim.lr=1e-4`.
 """
 
 import dataclasses
 import difflib
+import typing
 from typing import Any
 
 import ml_collections
 from ml_collections import ConfigDict
 
 from recursive_tx import train
-from recursive_tx.config import ModelConfig, one_of
+from recursive_tx.config import ModelConfig
 from recursive_tx.data import DataConfig
-from recursive_tx.optim import OptimConfig
+from recursive_tx.errors import UserError, one_of
+from recursive_tx.train.optim import OptimConfig
 
 # (pattern, learning rate, weight decay) by parameter. Decaying the adapters'
 # factors would pull every layer back to the tied mean.
@@ -47,6 +49,7 @@ TASKS = {
     ),
 }
 BASELINES = ('full', 'reduced', 'random')
+_UNSAID = -1  # Loops that no argument names.
 
 
 def parse(
@@ -60,7 +63,7 @@ def parse(
     **defaults: every known name and its value where it is not given.
 
   Raises:
-    ValueError: an unknown name (says the nearest), a value of another type, a
+    UserError: an unknown name (says the nearest), a value of another type, a
       name given twice.
   """
   values, given = dict(defaults), set()
@@ -68,12 +71,12 @@ def parse(
     name, equals, text = (piece.strip() for piece in part.partition('='))
     if name not in defaults:
       near = difflib.get_close_matches(name, defaults, n=1, cutoff=0)
-      raise ValueError(
+      raise UserError(
           f'Unknown config argument {name!r}; did you mean {near[0]!r}? Known:'
           f' {", ".join(defaults)}.'
       )
     if name in given:
-      raise ValueError(f'Config argument {name!r} is given twice in {arg!r}.')
+      raise UserError(f'Config argument {name!r} is given twice in {arg!r}.')
     given.add(name)
     if not equals:
       text = (alone or {}).get(name, 'true')
@@ -81,16 +84,21 @@ def parse(
   return ConfigDict(values)
 
 
-def base(model: dict[str, Any]) -> ConfigDict:
+def base(model: dict[str, Any], *, gaps: bool = False) -> ConfigDict:
   """All sections with the program's defaults, for a model.
 
   `data.tasks` is filled by the caller: a task's fields under its name.
+
+  Args:
+    model: fields of ModelConfig.
+    gaps: the other fields are gaps, to be filled by --config.init_from=,
+      rather than ModelConfig's defaults.
   """
   fields = {f.name: f for f in dataclasses.fields(train.Config)}
   config = ConfigDict()
   for name in ('seed', 'init_from', 'init', 'lora', 'tokenizer', 'teacher'):
     config[name] = fields[name].default
-  config.model = section(ModelConfig, **model)
+  config.model = section(ModelConfig, gaps=gaps, **model)
   config.data = section(DataConfig, tasks=ConfigDict())
   config.optim = section(OptimConfig, table=TABLE)
   for name in ('losses', 'mesh', 'checkpoint', 'log', 'eval', 'run'):
@@ -98,34 +106,40 @@ def base(model: dict[str, Any]) -> ConfigDict:
   return config
 
 
-def section(kind: type, **values: Any) -> ConfigDict:
+def section(kind: type, *, gaps: bool = False, **values: Any) -> ConfigDict:
   """The fields of a dataclass: `values`, else its defaults, else a typed gap.
 
-  A gap is to be filled by the config file or on the command line.
+  A gap is to be filled by the config file or on the command line. With `gaps`
+  there are no defaults.
   """
   config = ConfigDict()
   for field in dataclasses.fields(kind):
     if field.name in values:
       config[field.name] = values.pop(field.name)
-    elif field.default is not dataclasses.MISSING:
+    elif not gaps and field.default is not dataclasses.MISSING:
       config[field.name] = field.default
     else:
-      config[field.name] = ml_collections.config_dict.placeholder(field.type)
+      config[field.name] = ml_collections.config_dict.placeholder(
+          typing.get_origin(field.type) or field.type)
   assert not values, f'{kind.__name__} has no {values}.'
   return config
 
 
 def uptrain(
-    arg: str | None, model: dict[str, Any], data: str = 'slimpajama'
+    arg: str | None, published: dict[str, Any] | None = None,
+    data: str = 'slimpajama',
 ) -> ConfigDict:
   """The paper's recipe (its appendix E) for a pretrained vanilla model.
+
+  What is not said of the model is that of --config.init_from=, else that of
+  `published` at 2 loops and rank 0.
 
   Args:
     arg: see `parse`; `loops` and `rank` of the recursive model, `init` of its
       shared layers ('' takes 'stepwise' at rank 0, else 'average', the
       paper's best), `tokens` in billions, `data` of TASKS, and
-      `teacher`: distil the final loop from the model that --config.teacher=
-      names, the full-size one.
+      `teacher`: distil the final loop from the full-size model, which
+      --config.teacher= names where init_from is not that model.
       `exits`: losses on the earlier loops, see `exit_losses`.
       `gate`: hidden width of an exit gate, trained along (0: none). With
       --config.optim.table='(("adapters/exit/.*", 1, 0), (".*", 0, 0))' it is
@@ -135,22 +149,26 @@ def uptrain(
       uptrained; 'reduced', one loop's layers from random weights; 'random',
       the looped model from random weights. The last two want a
       --config.tokenizer= and no init_from.
-    model: the vanilla model's fields.
+    published: the vanilla model's fields, where they are known.
     data: the default of `data`.
 
   Raises:
-    ValueError: a bad argument, or loops that do not divide the layers.
+    UserError: a bad argument, or loops that do not divide the layers.
   """
   args = parse(
-      arg, alone={'exits': '0.1'}, loops=2, rank='0', init='', tokens=15.0,
+      arg, alone={'exits': '0.1'}, loops=_UNSAID, rank='', init='', tokens=15.0,
       data=data, teacher=False, exits='', gate=0, paper=False,
       baseline='',
   )
   one_of('data', args.data, TASKS)
-  config = base(model)
-  config.model.update(_sizes(args, model['layers_per_loop']))
-  config.model.loop_norms = not args.paper
-  config.init = args.init or ('stepwise' if args.rank == '0' else 'average')
+  given, loops = _given(args, published)
+  config = base({}, gaps=True)
+  config.model.update(given)
+  if published:
+    rest = dict(loops=loops, layers_per_loop=_block(published, loops))
+    config.published = ConfigDict({**published, **rest})
+  config.init = args.init or (
+      'stepwise' if args.rank in ('', '0') else 'average')
   if args.baseline == 'random':
     config.init = 'random'
 
@@ -162,15 +180,9 @@ def uptrain(
   config.optim.update(lr=2e-4, warmup=round(200 * args.tokens / 15))
   if args.paper:
     config.optim.table = PAPER_TABLE
-  config.losses.update(exit_losses(args.exits, config.model.loops))
+  config.losses.update(exit_losses(args.exits, loops))
   if args.gate:
-    if config.model.loops == 1:
-      raise ValueError(
-          f'gate={args.gate} with a model of one loop, which has no earlier'
-          ' exit; give loops=2 or more, or leave it out.'
-      )
-    config.model.exit_gate = args.gate
-    config.losses.gate = (1.0,) * (config.model.loops - 1) + (0.0,)
+    config.losses.gate = (1.0,) * (loops - 1) + (0.0,)
   if args.teacher:
     config.losses.distill = (1.0,)
 
@@ -179,27 +191,58 @@ def uptrain(
   return config
 
 
-def _sizes(args: ConfigDict, layers: int) -> dict[str, Any]:
-  """The fields of the model that loops, rank and baseline decide."""
-  if args.loops < 1 or layers % args.loops:
-    fits = [n for n in range(1, layers + 1) if layers % n == 0]
-    raise ValueError(
-        f'loops={args.loops} does not divide the {layers} layers; use one of'
-        f' {fits}.'
-    )
+def _given(
+    args: ConfigDict, published: dict[str, Any] | None
+) -> tuple[dict[str, Any], int]:
+  """The model's fields that the arguments say, and its loops (0: unknown)."""
+  given = {}
+  loops = args.loops
+  if loops == _UNSAID:
+    loops = 2 if published else 0
+  else:
+    given['loops'] = loops
+  if args.rank:
+    given['rank'] = args.rank
+  if args.paper:
+    given['loop_norms'] = False
   if args.baseline:
     one_of('baseline', args.baseline, BASELINES)
-    if args.rank != '0':
-      raise ValueError(
+    if not published:
+      raise UserError(
+          f'baseline={args.baseline} wants the config of a published model,'
+          ' such as gemma_2b'
+      )
+    if args.rank not in ('', '0'):
+      raise UserError(
           f'baseline={args.baseline} has no adapters; leave out rank='
           f'{args.rank}.'
       )
-  block = layers // args.loops
-  if args.baseline == 'full':
-    return dict(loops=1, layers_per_loop=layers)
-  if args.baseline == 'reduced':
-    return dict(loops=1, layers_per_loop=block)
-  return dict(loops=args.loops, layers_per_loop=block, rank=args.rank)
+    block = _block(published, loops)
+    if args.baseline == 'full':
+      loops, block = 1, published['layers_per_loop']
+    elif args.baseline == 'reduced':
+      loops = 1
+    given.update(loops=loops, layers_per_loop=block)
+  if args.gate:
+    if loops < 2:
+      raise UserError(
+          f'gate={args.gate} with a model of one loop, which has no earlier'
+          ' exit; give loops=2 or more, or leave it out.'
+      )
+    given['exit_gate'] = args.gate
+  return given, loops
+
+
+def _block(published: dict[str, Any], loops: int) -> int:
+  """Layers of a loop, where the loops divide a published model's."""
+  layers = published['layers_per_loop']
+  if loops < 1 or layers % loops:
+    fits = [n for n in range(1, layers + 1) if layers % n == 0]
+    raise UserError(
+        f'loops={loops} does not divide the {layers} layers; use one of'
+        f' {fits}.'
+    )
+  return layers // loops
 
 
 def exit_losses(exits: str, loops: int) -> dict[str, tuple[float, ...]]:
@@ -212,8 +255,11 @@ def exit_losses(exits: str, loops: int) -> dict[str, tuple[float, ...]]:
   """
   if not exits:
     return {}
+  if not loops:
+    raise UserError(
+        f'exits={exits} has a weight for every loop; say loops=N as well.')
   if loops < 2:
-    raise ValueError(
+    raise UserError(
         f'exits={exits} with a model of one loop, which has no earlier exit;'
         ' give loops=2 or more, or leave it out.'
     )
@@ -226,7 +272,7 @@ def exit_losses(exits: str, loops: int) -> dict[str, tuple[float, ...]]:
     except ValueError:
       c = 0.0
     if not 0 < c < float('inf'):
-      raise ValueError(
+      raise UserError(
           f'exits is {exits!r}; expected exits alone (0.1), exits=weighted or'
           ' a weight above 0, such as exits=0.3.'
       )
@@ -237,17 +283,17 @@ def exit_losses(exits: str, loops: int) -> dict[str, tuple[float, ...]]:
 def _value(name: str, default: Any, text: str) -> Any:
   if isinstance(default, bool):
     if text.lower() not in ('true', 'false'):
-      raise ValueError(
+      raise UserError(
           f'Config argument {name} is {text!r}; expected {name} alone, true or'
           ' false.'
       )
     return text.lower() == 'true'
   try:
     if text in ('', 'true'):
-      raise ValueError
+      raise ValueError  # As the types themselves do.
     return type(default)(text)
   except ValueError:
-    raise ValueError(
+    raise UserError(
         f'Config argument {name} is {text!r}; expected'
         f' {name}={type(default).__name__.upper()}, such as {name}='
         f'{default if default != "" else "..."}.'

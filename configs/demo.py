@@ -3,12 +3,12 @@
 Its text is the standard library of the Python that runs it:
 
   python -m recursive_tx.demo.corpus --output=runs/text
-  python -m recursive_tx train --config=configs/demo.py --workdir=runs/demo
+  recursive-tx train --config=demo --workdir=runs/demo
 """
 
 from ml_collections import ConfigDict
 
-from configs import common
+from recursive_tx.configs import common
 
 # A Llama of 2.75 M parameters: 5.5 MB in bfloat16.
 MODEL = dict(

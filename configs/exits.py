@@ -3,9 +3,9 @@
 First the model, then its exits and their gate (the paper's section 3.7, after
 uptraining), and keys that all loops share, on stories of one kind:
 
-  python -m recursive_tx train --config=configs/exits.py:text=FILE \
+  recursive-tx train --config=exits:text=FILE \
     --config.tokenizer=HF_DIR --workdir=DIR/body
-  python -m recursive_tx train --config=configs/exits.py:text=FILE,exits=1 \
+  recursive-tx train --config=exits:text=FILE,exits=1 \
     --config.init_from=DIR/body/model --workdir=DIR/exits
 
 1,000 and 1,400 steps (steps=1000, steps=1400) made the model that README tells
@@ -15,7 +15,7 @@ tokenizer of 512 tokens, which makes the head small beside a loop.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from recursive_tx.configs import common
 
 # Vectors shared by the loops, no adapters: what leaves a loop fills the next
 # ones with the same keys, and every loop speaks to one head.

@@ -1,7 +1,7 @@
 """What `bash launch/quickstart.sh` runs: the shipped model, made smaller.
 
   python -m recursive_tx.demo.corpus --output=runs/text
-  python -m recursive_tx compare --config=configs/quickstart.py --workdir=DIR
+  recursive-tx compare --config=quickstart --workdir=DIR
 
 Minutes on two cores, so the budget is small: enough for the order of the
 models to show, not for what longer uptraining would reach.
@@ -9,16 +9,13 @@ models to show, not for what longer uptraining would reach.
 
 from ml_collections import ConfigDict
 
-from configs import common, demo
+from recursive_tx.configs import common, demo
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
   """`text` is the directory that demo.corpus wrote."""
   args = common.parse(arg, text='runs/text', loops=2, rank='16')
-  layers = demo.MODEL['layers_per_loop']
-  config = common.base(dict(
-      demo.MODEL, loops=args.loops, layers_per_loop=layers // args.loops,
-      rank=args.rank))
+  config = common.base(dict(loops=args.loops, rank=args.rank), gaps=True)
   config.init_from = config.teacher = 'recursive_tx/demo'
   config.data.tasks.python = demo.text(args.text)
   config.data.update(batch=8, seq_len=256)

@@ -1,6 +1,6 @@
 """A small GPT-NeoX with a head of its own, for `tests/benchmarks/init.py`.
 
-  python -m recursive_tx train --config=configs/stories_neox.py:text=FILE \
+  recursive-tx train --config=stories_neox:text=FILE \
     --config.tokenizer=HF_DIR --workdir=DIR
 
 DIR/model is then a model to relax. FILE is TinyStories, stories between lines
@@ -10,7 +10,7 @@ wants its own size: `--config.model.V=1024`.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from recursive_tx.configs import common
 
 # 12 layers that 2, 3 and 4 loops divide; biases everywhere.
 MODEL = dict(

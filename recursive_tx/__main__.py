@@ -7,7 +7,7 @@ import sys
 
 from absl import flags
 
-from recursive_tx import config
+from recursive_tx.errors import one_of
 
 VERBS = {
     'convert': 'make a pretrained model recursive, or relaxed recursive',
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
   debug = '--debug' in argv
   verb, *words = [word for word in argv if word != '--debug']
   try:
-    config.one_of('verb', verb, VERBS)
+    one_of('verb', verb, VERBS)
     module = importlib.import_module(f'recursive_tx.cli.{verb}')
     if '--help' in words or '-h' in words:
       print(f'{module.__doc__}\n\nflags (and --debug, for a traceback):\n'

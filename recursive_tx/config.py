@@ -13,8 +13,9 @@ This module knows nothing of arrays, families or files.
 """
 
 import dataclasses
-import difflib
 import re
+
+from recursive_tx.errors import UserError, one_of
 
 # Every linear of a layer, by the einsum that applies it. The middle operand
 # is the kernel; its letters shared with the first are summed over.
@@ -112,11 +113,11 @@ class ModelConfig:
     _check(self)
     wanted = parse_rank(self.rank)  # Raises where the specification is bad.
     if wanted.get(HEAD) and self.loops == 1:
-      raise ValueError(
+      raise UserError(
           f'model.rank={self.rank!r} adapts the head for loops before the'
           ' final one, but model.loops=1; leave that part out')
     if self.exit_gate and self.loops == 1:
-      raise ValueError(
+      raise UserError(
           f'model.exit_gate={self.exit_gate} is for loops before the final'
           ' one, but model.loops=1; leave it out')
 
@@ -201,7 +202,7 @@ class Run:
     one_of('run.remat', self.remat, REMATS)
     one_of('run.attention', self.attention, ATTENTIONS)
     if self.logits_mib < 1:
-      raise ValueError(
+      raise UserError(
           f'run.logits_mib is {self.logits_mib}; expected 1 or more')
 
   def chunk(self, T: int, size: float) -> int:
@@ -239,7 +240,7 @@ def parse_rank(rank: str) -> dict[str, int]:
       kernel of a layer, only where it is named.
 
   Raises:
-    ValueError: a part is not a kernel's name and a number, or names it twice.
+    UserError: a part is not a kernel's name and a number, or names it twice.
   """
   way_out = "a number, 'full', or parts like 'q64+k32+v32+o64+mlp128'"
   if rank == 'full':
@@ -250,28 +251,14 @@ def parse_rank(rank: str) -> dict[str, int]:
   for part in rank.split('+'):
     match = re.fullmatch(r'([a-z]+)(\d+)', part)
     if not match:
-      raise ValueError(f'rank={rank!r}: {part!r} is not a rank; give {way_out}')
+      raise UserError(f'rank={rank!r}: {part!r} is not a rank; give {way_out}')
     name, number = match.groups()
     one_of(f'rank={rank!r}: kernel', name, (*KERNELS, *GROUPS, HEAD))
     for kernel in GROUPS.get(name, (name,)):
       if kernel in wanted:
-        raise ValueError(f'rank={rank!r}: {kernel!r} is named twice')
+        raise UserError(f'rank={rank!r}: {kernel!r} is named twice')
       wanted[kernel] = int(number)
   return wanted
-
-
-def one_of(what: str, value: str, known) -> None:
-  """Raises ValueError, naming the nearest, unless `value` is in `known`."""
-  if value not in known:
-    raise ValueError(
-        f'{what} {value!r} is not known{nearest(value, known)}; '
-        f'expected one of {", ".join(known)}')
-
-
-def nearest(value: str, known) -> str:
-  """', did you mean X?' where something in `known` resembles `value`."""
-  close = difflib.get_close_matches(str(value), list(known), n=1)
-  return f', did you mean {close[0]!r}?' if close else ''
 
 
 def _check(cfg: ModelConfig) -> None:
@@ -279,28 +266,28 @@ def _check(cfg: ModelConfig) -> None:
     value = getattr(cfg, field.name)
     if not _is_a(value, field.type):
       kind = getattr(field.type, '__name__', field.type)
-      raise ValueError(f'model.{field.name}={value!r}; expected {kind}')
+      raise UserError(f'model.{field.name}={value!r}; expected {kind}')
     least = int(field.name not in ('prelude', 'coda', 'window', 'exit_gate'))
     if field.type is int and value < least:
-      raise ValueError(
+      raise UserError(
           f'model.{field.name}={value}: expected at least {least}')
   if cfg.norm_eps < 0 or cfg.rope_theta <= 0 or min(
       (1.0, *cfg.rope_scaling)) <= 0:
-    raise ValueError(
+    raise UserError(
         f'model.norm_eps={cfg.norm_eps}, rope_theta={cfg.rope_theta} and '
         f'rope_scaling={cfg.rope_scaling} must be positive')
   one_of('model.norm', cfg.norm, NORMS)
   one_of('model.act', cfg.act, ACTS)
   if cfg.N % cfg.K:
-    raise ValueError(
+    raise UserError(
         f'model.N={cfg.N} heads do not share model.K={cfg.K} key heads '
         f'evenly; K must divide N')
   if not 0 < cfg.rope_fraction <= 1 or int(cfg.H * cfg.rope_fraction) % 2:
-    raise ValueError(
+    raise UserError(
         f'model.rope_fraction={cfg.rope_fraction} of H={cfg.H} must be an '
         f'even number of dimensions, at most H')
   if len(cfg.rope_scaling) not in (0, 1, 4):
-    raise ValueError(
+    raise UserError(
         f'model.rope_scaling={cfg.rope_scaling} must have 0, 1 (linear) or '
         f'4 (Llama 3) numbers')
 

@@ -8,6 +8,10 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 import jax  # noqa: E402
 import pytest  # noqa: E402
 import tiny  # noqa: E402
+from tiny_tokenizers import (  # noqa: E402, F401
+    byte_level_dir,
+    sentencepiece_dir,
+)
 
 
 def pytest_configure(config):

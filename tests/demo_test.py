@@ -7,8 +7,10 @@ import pytest
 import tiny
 
 import recursive_tx as rtx
-from recursive_tx import convert, data, evaluate, tokenizer
+from recursive_tx import data, evaluate
 from recursive_tx.demo import corpus
+from recursive_tx.store import convert
+from recursive_tx.text import tokenizer
 
 DEMO = pathlib.Path(corpus.__file__).parent
 # Of the figures in README.

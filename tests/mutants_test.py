@@ -34,96 +34,104 @@ class Mutant:
   killers: tuple[str, ...]
 
 
-_SOURCES = 'tying_test.py::test_average_takes_all_and_lower_the_first'
-_STEPWISE = 'tying_test.py::test_stepwise_takes_the_papers_layers'
-_SVD = 'tying_test.py::test_error_is_that_of_the_cut_singular_values'
-_LEAVING = 'leaving_training_test.py::test_what_left_stays_as_it_was'
-_MERGE = 'tying_test.py::test_merge_computes_the_same'
-_TRIP = 'hf_test.py::test_what_is_written_is_read_back'
-_EXITS = ('model_test.py::'
+_SOURCES = ('tying/arithmetic_test.py::'
+            'test_average_takes_all_and_lower_the_first')
+_STEPWISE = 'tying/arithmetic_test.py::test_stepwise_takes_the_papers_layers'
+_SVD = ('tying/arithmetic_test.py::'
+        'test_error_is_that_of_the_cut_singular_values')
+_LEAVING = 'train/early_test.py::test_what_left_stays_as_it_was'
+_MERGE = 'tying/arithmetic_test.py::test_merge_computes_the_same'
+_TRIP = 'store/hf_test.py::test_what_is_written_is_read_back'
+_EXITS = ('model/decoder_test.py::'
           'test_hidden_is_what_an_exit_after_each_loop_computes')
-_STEPS = 'decode_test.py::test_step_by_step_equals_the_full_forward'
-_JOINED = ('decode_test.py::'
+_STEPS = 'model/kv_cache_test.py::test_step_by_step_equals_the_full_forward'
+_JOINED = ('model/kv_cache_test.py::'
            'test_kernels_side_by_side_compute_what_they_do_apart')
-_MIXED = 'decode_test.py::test_a_pass_over_rows_at_different_loops'
-_ALONE = 'engine_test.py::test_every_request_gets_what_it_would_get_alone'
-_LEAVES = 'engine_test.py::test_tokens_leave_as_the_rule_says'
-_NEIGHBOURS = 'engine_test.py::test_neighbours_and_arrivals_change_nothing'
-_PARITY = 'families_test.py::test_logits_equal_those_of_transformers'
+_MIXED = 'model/kv_cache_test.py::test_a_pass_over_rows_at_different_loops'
+_ALONE = ('engine/engine_test.py::'
+          'test_every_request_gets_what_it_would_get_alone')
+_LEAVES = 'engine/engine_test.py::test_tokens_leave_as_the_rule_says'
+_NEIGHBOURS = ('engine/engine_test.py::'
+               'test_neighbours_and_arrivals_change_nothing')
+_PARITY = 'store/families_test.py::test_logits_equal_those_of_transformers'
 
 MUTANTS = {
     'stepwise_rounds_down': Mutant(
-        'tying.py', '[[round(place)] for', '[[int(place)] for', (_STEPWISE,)),
+        'tying/arithmetic.py',
+        '[[round(place)] for', '[[int(place)] for', (_STEPWISE,)),
     'average_of_neighbours': Mutant(
-        'tying.py', '[[loop * K + layer for loop',
+        'tying/arithmetic.py', '[[loop * K + layer for loop',
         '[[layer * loops + loop for loop', (_SOURCES,)),
     'mean_of_two': Mutant(
-        'tying.py', 'total / len(layers)', 'total / 2',
-        ('tying_test.py::test_fold_is_the_mean',)),
+        'tying/arithmetic.py', 'total / len(layers)', 'total / 2',
+        ('tying/arithmetic_test.py::test_fold_is_the_mean',)),
     'values_on_the_wrong_factor': Mutant(
-        'tying.py', 'b[real] = s[real, None] * vectors[:, real].T',
+        'tying/arithmetic.py', 'b[real] = s[real, None] * vectors[:, real].T',
         'b[real] = vectors[:, real].T', (_SVD,)),
     'no_start_without_residual': Mutant(
-        'tying.py', 'a = rng.normal(0, 1 / math.sqrt(rows), (rows, rank))',
+        'tying/arithmetic.py',
+        'a = rng.normal(0, 1 / math.sqrt(rows), (rows, rank))',
         'a = np.zeros((rows, rank))',
-        ('tying_test.py::test_no_residual_starts_as_usual',)),
+        ('tying/arithmetic_test.py::test_no_residual_starts_as_usual',)),
     'norms_of_the_layer_repeated': Mutant(
-        'tying.py', 'np.concatenate([v] * cfg.loops)',
+        'tying/arithmetic.py', 'np.concatenate([v] * cfg.loops)',
         'np.repeat(v, cfg.loops, axis=0)', (_MERGE,)),
     'merge_without_prelude': Mutant(
-        'tying.py', "middle = 'prelude' in params", 'middle = 0', (_MERGE,)),
+        'tying/arithmetic.py',
+        "middle = 'prelude' in params", 'middle = 0', (_MERGE,)),
     'every_layer_the_first': Mutant(
-        'hf.py', 'value = source.read(path, layer)',
+        'store/hf.py', 'value = source.read(path, layer)',
         'value = source.read(path, 0)', (_TRIP,)),
     'kernel_gradient_of_the_wrong_side': Mutant(
         'model/linear.py', "->{kernel_letters}', small, large)",
         "->{kernel_letters}', small, 0.5 * large)",
-        ('model_test.py::test_project_has_the_gradients_of_einsum',)),
+        ('model/decoder_test.py::test_project_has_the_gradients_of_einsum',)),
     'fused_part_ignored': Mutant(
-        'hf.py', 'return self._fused[1][part]', 'return self._fused[1][0]',
-        ('hf_test.py::test_leaves_may_be_read_in_any_order',)),
+        'store/hf.py',
+        'return self._fused[1][part]', 'return self._fused[1][0]',
+        ('store/hf_test.py::test_leaves_may_be_read_in_any_order',)),
     'sizes_not_compared': Mutant(
-        'hf.py', 'if found[name] != shape:',
+        'store/hf.py', 'if found[name] != shape:',
         'if len(found[name]) != len(shape):',
-        ('hf_test.py::test_a_misshapen_tensor_is_named',)),
+        ('store/hf_test.py::test_a_misshapen_tensor_is_named',)),
     'any_head_is_tied': Mutant(
-        'hf.py', 'if self.cfg.tied and head in found and embed in found:',
+        'store/hf.py', 'if self.cfg.tied and head in found and embed in found:',
         'if self.cfg.tied and head in found and embed not in found:',
-        ('hf_test.py::test_a_tied_heads_copy_is_accepted_if_it_is_one',)),
+        ('store/hf_test.py::test_a_tied_heads_copy_is_accepted_if_it_is_one',)),
     'source_overrides_the_model': Mutant(
-        'hf.py', '{**hf, **written}', '{**written, **hf}',
-        ('hf_test.py::test_a_shorter_model_keeps_what_is_not_used',)),
+        'store/hf.py', '{**hf, **written}', '{**written, **hf}',
+        ('store/hf_test.py::test_a_shorter_model_keeps_what_is_not_used',)),
     'fresh_adapters_add_noise': Mutant(
-        'adapters.py', "'b': ('R' + outer, rank, initializers.zeros)",
+        'model/adapters.py', "'b': ('R' + outer, rank, initializers.zeros)",
         "'b': ('R' + outer, rank, initializers.normal(std))",
-        ('adapters_test.py::'
+        ('model/adapters_test.py::'
          'test_fresh_adapters_change_nothing_and_differ_by_loop_and_layer',)),
     'loops_drawn_alike': Mutant(
-        'adapters.py', "split_rngs={'params': True}",
+        'model/adapters.py', "split_rngs={'params': True}",
         "split_rngs={'params': False}",
-        ('adapters_test.py::'
+        ('model/adapters_test.py::'
          'test_fresh_adapters_change_nothing_and_differ_by_loop_and_layer',)),
     'biases_of_the_other_part': Mutant(
         'config.py', "if kernel in GROUPS['attn']:",
         "if kernel not in GROUPS['attn']:",
-        ('adapters_test.py::'
+        ('model/adapters_test.py::'
          'test_norms_and_biases_live_in_the_loops_or_in_the_block',)),
     'gemma_starts_at_two': Mutant(
-        'adapters.py', "initializers.zeros if cfg.norm == 'rms+1' else "
+        'model/adapters.py', "initializers.zeros if cfg.norm == 'rms+1' else "
         'initializers.ones', 'initializers.ones',
-        ('adapters_test.py::test_a_norm_starts_neutral',)),
+        ('model/adapters_test.py::test_a_norm_starts_neutral',)),
     'residual_twice': Mutant(
         'model/linear.py', "kernel += jnp.einsum(f'{inner}R", "kernel += 2 * "
         "jnp.einsum(f'{inner}R", (_MERGE,)),
     'thin_residual_twice': Mutant(
         'model/linear.py', 'if y_BTY is None else base_BTY + y_BTY',
         'if y_BTY is None else base_BTY + 2 * y_BTY',
-        ('adapters_test.py::'
+        ('model/adapters_test.py::'
          'test_a_pair_of_factors_equals_its_product_in_the_kernel',)),
     'segments_forgotten': Mutant(
         'model/decoder.py', 'window=self.cfg.window, segment_BT=segment_BT)',
         'window=self.cfg.window)',
-        ('model_test.py::test_packed_documents_equal_separate_ones',)),
+        ('model/decoder_test.py::test_packed_documents_equal_separate_ones',)),
     'exit_skips_the_coda': Mutant(
         'model/decoder.py', 'self._leave(x_BTD, context) for',
         'normalize(self.cfg, x_BTD, self.norm()) for', (_EXITS,)),
@@ -132,26 +140,26 @@ MUTANTS = {
     'shared_keys_of_the_loop_before': Mutant(
         'model/layer.py', "jnp.where(context['first'], own, shared[leaf])",
         'shared[leaf] + own',
-        ('shared_keys_test.py::test_logits_are_those_made_by_hand',)),
+        ('model/shared_keys_test.py::test_logits_are_those_made_by_hand',)),
     'shared_keys_overwritten': Mutant(
         'model/decoder.py', 'writes_BT=loop_BT == 0', 'writes_BT=loop_BT >= 0',
-        (_MIXED, 'engine_test.py::'
+        (_MIXED, 'engine/engine_test.py::'
          'test_who_left_is_not_seen_where_loops_share_keys')),
     'leaves_only_above_the_threshold': Mutant(
-        'thresholds.py', 'score_E[loop] >= threshold',
+        'exits/thresholds.py', 'score_E[loop] >= threshold',
         'score_E[loop] > threshold',
-        ('thresholds_test.py::'
+        ('exits/thresholds_test.py::'
          'test_tokens_leave_at_the_first_loop_that_lets_them',)),
     'tests_what_it_chose_by': Mutant(
-        'calibrate.py', 'tests.append(counted_BT & ~chooses_B1)',
+        'exits/calibrate.py', 'tests.append(counted_BT & ~chooses_B1)',
         'tests.append(counted_BT)',
-        ('calibrate_test.py::test_the_chosen_thresholds_keep_to_delta',)),
+        ('exits/calibrate_test.py::test_the_chosen_thresholds_keep_to_delta',)),
     'left_tokens_judged_by_themselves': Mutant(
-        'losses.py', "fixed['final_BT'] *= batch", "batch",
-        ('leaving_training_test.py::'
+        'losses/terms.py', "fixed['final_BT'] *= batch", "batch",
+        ('train/early_test.py::'
          'test_a_token_that_left_has_no_final_output_to_compare_with',)),
     'positions_counted_from_the_call': Mutant(
-        'cache.py', 'slice(None), place.position_BT)',
+        'model/kv_cache.py', 'slice(None), place.position_BT)',
         'slice(None), place.position_BT * 0)', (_STEPS,)),
     'keys_of_the_first_columns': Mutant(
         'model/linear.py', 'y_BTY[..., -sum(widths):]',
@@ -163,7 +171,7 @@ MUTANTS = {
         'model/decoder.py', 'cfg.prelude + loop_BT * cfg.layers_per_loop',
         'cfg.prelude + loop_BT * 0', (_STEPS,)),
     'mask_of_the_next_loop': Mutant(
-        'depths.py', 'jax.nn.one_hot(loop, cfg.loops)',
+        'model/mixed_loops.py', 'jax.nn.one_hot(loop, cfg.loops)',
         'jax.nn.one_hot((loop + 1) % cfg.loops, cfg.loops)', (_MIXED,)),
     'a_finished_slot_waits': Mutant(
         'engine/step.py', 'position=rows.position.at[at_B].add(1',
@@ -176,52 +184,56 @@ MUTANTS = {
         'lambda leaf: leaf.at[index_G].get', (_NEIGHBOURS,)),
     'rotation_is_a_reflection': Mutant(
         'model/layer.py', 'two * cos + one * sin', 'two * cos - one * sin',
-        ('model_test.py::test_only_relative_positions_matter',)),
+        ('model/decoder_test.py::test_only_relative_positions_matter',)),
     'attention_added_twice': Mutant(
         'model/layer.py', '(attn if cfg.parallel else 0)', 'attn', (_PARITY,)),
     'short_wavelengths_stretched': Mutant(
         'model/layer.py', 'frequency *= keep + (1 - keep) / factor',
         'frequency *= keep / factor + (1 - keep)', (_PARITY,)),
     'every_loop_weighs_the_same': Mutant(
-        'fit/share.py', '[matrices.trace(moment) or 1.0 for moment in outputs]',
+        'tying/fit/share.py',
+        '[matrices.trace(moment) or 1.0 for moment in outputs]',
         '[1.0 for moment in outputs]',
-        ('fit_share_test.py::'
+        ('tying/fit/share_test.py::'
          'test_a_layer_that_does_nothing_to_the_output_weighs_nothing',)),
     'near_columns_by_cholesky': Mutant(
-        'fit/share.py', 'root.diagonal().min() < _NEAREST', 'False',
-        ('fit_share_test.py::'
+        'tying/fit/share.py', 'root.diagonal().min() < _NEAREST', 'False',
+        ('tying/fit/share_test.py::'
          'test_orthonormal_columns_however_near_they_were',)),
     'both_take_the_same': Mutant(
-        'fit/share.py', 'if U and len(F) == 2:', 'if False:',
-        ('fit_share_test.py::'
+        'tying/fit/share.py', 'if U and len(F) == 2:', 'if False:',
+        ('tying/fit/share_test.py::'
          'test_two_layers_leave_what_no_two_factors_could_take',)),
     'factors_against_the_shared_kernel': Mutant(
-        'fit/share.py', 'system -= np.block', 'system += np.block',
-        ('fit_share_test.py::test_neither_side_can_be_bettered_alone',)),
+        'tying/fit/share.py', 'system -= np.block', 'system += np.block',
+        ('tying/fit/share_test.py::test_neither_side_can_be_bettered_alone',)),
     'moments_by_sequence': Mutant(
-        'fit/moments.py', 'total / token_NT.size', 'total / len(token_NT)',
-        ('fit_test.py::test_moments_are_means_over_tokens',)),
+        'tying/fit/moments.py',
+        'total / token_NT.size', 'total / len(token_NT)',
+        ('tying/fit/search_test.py::test_moments_are_means_over_tokens',)),
     'units_of_one_kernel_stay': Mutant(
-        'fit/align.py', "if name in ('gate', 'up'):", "if name == 'up':",
-        ('fit_align_test.py::test_the_aligned_model_is_the_original',)),
+        'tying/fit/align.py', "if name in ('gate', 'up'):", "if name == 'up':",
+        ('tying/fit/align_test.py::test_the_aligned_model_is_the_original',)),
     'more_than_the_budget': Mutant(
-        'fit/ranks.py', 'and price[name] <= left', 'and left > 0',
-        ('fit_ranks_test.py::'
+        'tying/fit/ranks.py', 'and price[name] <= left', 'and left > 0',
+        ('tying/fit/ranks_test.py::'
          'test_the_budget_is_used_and_never_exceeded',)),
     'what_went_astray_stays': Mutant(
-        'fit/layers.py', 'attended[0] - attended[1]', '0',
-        ('fit_test.py::'
+        'tying/fit/layers.py', 'attended[0] - attended[1]', '0',
+        ('tying/fit/search_test.py::'
          'test_what_the_last_kernel_lacks_is_all_the_layer_lacks',)),
     'norms_of_one_convention': Mutant(
-        'fit/refit.py', '(base + value) * factor - base', 'value * factor',
-        ('fit_test.py::'
+        'tying/fit/refit.py',
+        '(base + value) * factor - base', 'value * factor',
+        ('tying/fit/search_test.py::'
          'test_norms_do_what_kernels_without_factors_cannot',)),
     'biases_of_what_should_come_in': Mutant(
-        'fit/refit.py', '(sums.mean + sums.gone) @', 'sums.mean @',
-        ('fit_test.py::test_a_loops_biases_keep_the_means',)),
+        'tying/fit/refit.py', '(sums.mean + sums.gone) @', 'sums.mean @',
+        ('tying/fit/search_test.py::test_a_loops_biases_keep_the_means',)),
     'the_start_that_is_farthest': Mutant(
-        'fit/start.py', 'key=lambda row: row[0]', 'key=lambda row: -row[0]',
-        ('fit_test.py::'
+        'tying/fit/search.py',
+        'key=lambda row: row[0]', 'key=lambda row: -row[0]',
+        ('tying/fit/search_test.py::'
          'test_no_start_of_the_paper_is_nearer_on_what_was_kept_apart',)),
 }
 # Killed in seconds, since nothing is compiled.
@@ -233,6 +245,7 @@ def _copy(directory: pathlib.Path) -> None:
   ignore = shutil.ignore_patterns('__pycache__', 'benchmarks')
   shutil.copytree(PACKAGE, directory / 'recursive_tx', ignore=ignore)
   shutil.copytree(TESTS, directory / 'tests', ignore=ignore)
+  shutil.copy(TESTS.parent / 'pyproject.toml', directory)
 
 
 def _run(directory: pathlib.Path, killers) -> subprocess.CompletedProcess:

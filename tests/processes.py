@@ -46,11 +46,13 @@ def write_files(folder: pathlib.Path, train: int = 3000) -> None:
 
 def config(files: pathlib.Path | str, **changes: dict[str, Any]):
   """A tiny run; `changes` are fields of its sections."""
-  from recursive_tx import checkpoint, history, train
+  from recursive_tx import train
   from recursive_tx.config import ModelConfig
   from recursive_tx.data import DataConfig, Task
-  from recursive_tx.losses import LossConfig
-  from recursive_tx.optim import OptimConfig
+  from recursive_tx.losses.terms import LossConfig
+  from recursive_tx.store import checkpoint
+  from recursive_tx.train import log as log_lib
+  from recursive_tx.train.optim import OptimConfig
 
   task = Task('letters', 'jsonl', (f'{files}/train.jsonl',),
               heldout=(f'{files}/heldout.jsonl',))
@@ -62,7 +64,7 @@ def config(files: pathlib.Path | str, **changes: dict[str, Any]):
       losses=LossConfig((0.3, 1.0)),
       tokenizer=str(files),
       checkpoint=checkpoint.CheckpointConfig(every=2, keep=0),
-      log=history.LogConfig(every=1, progress=False, tensorboard=False),
+      log=log_lib.LogConfig(every=1, progress=False, tensorboard=False),
   )
   for section, values in changes.items():
     part = dataclasses.replace(getattr(base, section), **values)
@@ -138,14 +140,15 @@ def examples(workdir: pathlib.Path) -> dict[int, dict[str, str]]:
 
 
 def _main(given: dict[str, Any]) -> None:
-  from recursive_tx import checkpoint, distributed, sharding, train
+  from recursive_tx import machine, train
+  from recursive_tx.store import checkpoint
 
   if 'coordinator' in given:
-    distributed.initialize(
+    machine.initialize(
         given['coordinator'], given['processes'], given['process'])
   workdir = pathlib.Path(given['workdir'])
   run_config = config(given['files'], **given['changes'])
-  place = sharding.place_rows
+  place = machine.place_rows
   state = {'step': None}
 
   def place_and_tell(batch, mesh):
@@ -157,7 +160,7 @@ def _main(given: dict[str, Any]) -> None:
         row: hashlib.sha256(
             b''.join(batch[k][i].tobytes() for k in sorted(batch))).hexdigest()
         for i, row in enumerate(
-            sharding.local_rows(mesh, run_config.data.batch))
+            machine.local_rows(mesh, run_config.data.batch))
     }
     with (workdir / f'examples_{given["process"]}').open('a') as f:
       f.write(json.dumps([state['step'], rows]) + '\n')
@@ -165,7 +168,7 @@ def _main(given: dict[str, Any]) -> None:
     print('step', state['step'], flush=True)
     return placed
 
-  sharding.place_rows = place_and_tell
+  machine.place_rows = place_and_tell
   train.train(run_config, str(workdir))
 
 

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 import recursive_tx as rtx
-from recursive_tx import disk, model, tree
+from recursive_tx import files, model
+from recursive_tx.errors import UserError
+from recursive_tx.files import paths
 
 _COMPILER = {
     'xla_backend_optimization_level': 0,
@@ -70,7 +72,9 @@ HF = {
             partial_rotary_factor=1.0))),
 }
 TORCH = 'compares with torch and transformers, which are not installed'
-REAL = pathlib.Path(__file__).parents[2] / 'shared' / 'models'
+TESTS = pathlib.Path(__file__).parent
+ROOT = TESTS.parent
+REAL = ROOT.parent / 'shared' / 'models'
 
 
 def jit(function):
@@ -101,7 +105,7 @@ def variables(cfg: rtx.ModelConfig, seed: int = 0) -> dict:
       value *= cfg.in_out(name)[0] ** -0.5 * (0.5 if leaf in 'ab' else 1)
     else:
       value *= cfg.D ** -0.5
-    tree.put(params, path, value.astype(np.float32))
+    paths.put(params, path, value.astype(np.float32))
   return {'params': params}
 
 
@@ -122,7 +126,7 @@ def distance(one, other) -> float:
 
 def assert_same_tree(one: dict, other: dict) -> None:
   """Same paths, dtypes and bits."""
-  one, other = dict(tree.items(one)), dict(tree.items(other))
+  one, other = dict(paths.items(one)), dict(paths.items(other))
   assert sorted(one) == sorted(other)
   for path, value in one.items():
     assert value.dtype == other[path].dtype, path
@@ -132,7 +136,7 @@ def assert_same_tree(one: dict, other: dict) -> None:
 @contextlib.contextmanager
 def refused(*parts):
   """The block raises a ValueError whose one line holds all the parts."""
-  with pytest.raises(ValueError) as caught:
+  with pytest.raises(UserError) as caught:
     yield
   message = str(caught.value)
   assert '\n' not in message
@@ -186,7 +190,7 @@ def edit_config(directory: pathlib.Path, change) -> None:
 
 def edit_tensors(directory: pathlib.Path, change) -> None:
   """Applies `change` to {name: array} of model.safetensors, in place."""
-  reader = disk.Reader(directory)
+  reader = files.Reader(directory)
   tensors = {name: reader.read(name) for name in reader.shapes}
   change(tensors)
   write_tensors(directory / 'model.safetensors', tensors)
@@ -194,7 +198,7 @@ def edit_tensors(directory: pathlib.Path, change) -> None:
 
 def write_tensors(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
   """One safetensors file."""
-  with disk.Writer(path, {
+  with files.Writer(path, {
       name: (value.shape, value.dtype) for name, value in tensors.items()
   }) as writer:
     for name, value in tensors.items():

@@ -1,10 +1,25 @@
 """What the verbs' command lines share."""
 
+from recursive_tx.errors import UserError
+from recursive_tx.store import opening
+
 
 def check(argv: list[str], **required: object) -> None:
-  """Raises ValueError for stray words or missing flags."""
+  """Raises UserError for stray words or missing flags."""
   if len(argv) > 1:
-    raise ValueError(f'unexpected arguments {argv[1:]}; flags start with --')
+    raise UserError(f'unexpected arguments {argv[1:]}; flags start with --')
   for name, value in required.items():
     if value in (None, ''):
-      raise ValueError(f'--{name} is missing; see {argv[0]} --help')
+      raise UserError(f'--{name} is missing; see {argv[0]} --help')
+
+
+def opened(directory: str) -> opening.Opened:
+  """A model for a verb that reads or writes text.
+
+  Raises:
+    UserError: as `opening.open`, or there is no tokenizer.
+  """
+  found = opening.open(directory)
+  if found.tokenizer is None:
+    opening.load_tokenizer(directory)  # Says what is missing.
+  return found

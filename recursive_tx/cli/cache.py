@@ -14,9 +14,10 @@ import os
 from absl import flags
 from tqdm import tqdm
 
-from recursive_tx import start
 from recursive_tx.cli import arguments, configs
 from recursive_tx.data import cache_writer
+from recursive_tx.errors import UserError
+from recursive_tx.store import opening
 
 _CONFIG = configs.define()
 _OUTPUT = flags.DEFINE_string(
@@ -32,9 +33,9 @@ def main(argv: list[str]) -> None:
   """Runs the verb."""
   arguments.check(argv, config=_CONFIG.value, output=_OUTPUT.value)
   config = configs.typed(_CONFIG.value)
-  tokenizer = config.tokenizer or start.companions(config.init_from)
-  if not tokenizer:
-    raise ValueError(
+  source = config.tokenizer or config.init_from
+  if not source:
+    raise UserError(
         'There is no tokenizer; name its directory with --config.tokenizer=')
   bar = tqdm(unit=' files', desc='cache', delay=0.5)
 
@@ -44,7 +45,8 @@ def main(argv: list[str]) -> None:
 
   with bar:
     rows = cache_writer.write(
-        dataclasses.replace(config.data, cache=''), tokenizer, _OUTPUT.value,
+        dataclasses.replace(config.data, cache=''),
+        opening.companions(source), _OUTPUT.value,
         processes=_PROCESSES.value or len(os.sched_getaffinity(0)),
         overwrite=_OVERWRITE.value, progress=progress)
   print('task              split      documents         tokens'

@@ -9,15 +9,16 @@ independent draws, so give many documents rather than one long one.
 """
 
 import functools
-import pathlib
 
 from absl import flags
 from tqdm import tqdm
 
-from recursive_tx import calibrate, exits, saved, start
 from recursive_tx import config as config_lib
-from recursive_tx import tokenizer as tokenizer_lib
+from recursive_tx import exits
 from recursive_tx.cli import arguments, heldout
+from recursive_tx.errors import UserError
+from recursive_tx.exits import calibrate
+from recursive_tx.store import native
 
 _CHECKPOINT = flags.DEFINE_string(
     'checkpoint', None,
@@ -38,17 +39,17 @@ def main(argv: list[str]) -> None:
   """Runs the verb."""
   arguments.check(argv, checkpoint=_CHECKPOINT.value)
   run = config_lib.Run(dtype=_DTYPE.value)
-  directory = pathlib.Path(start.companions(_CHECKPOINT.value))
-  cfg, variables = saved.restore(directory)
-  tokenizer = tokenizer_lib.load(directory)
-  tokenizer_lib.check_vocab(tokenizer, cfg.V)
+  model = arguments.opened(_CHECKPOINT.value)
+  directory = model.companions
+  native.read_config(directory)  # exit.json goes with saved weights only.
   result = calibrate.calibrate(
-      cfg, variables, _HELDOUT(tokenizer), rule=_RULE.value, delta=_DELTA.value,
+      model.config, model.variables, _HELDOUT(model.tokenizer),
+      rule=_RULE.value, delta=_DELTA.value,
       confidence=_CONFIDENCE.value, run=run,
       progress=functools.partial(tqdm, desc='thresholds', leave=False))
   print(table(result))
   if result.chosen is None:
-    raise ValueError(
+    raise UserError(
         f'no thresholds of {result.rule!r} keep to delta={result.delta:g};'
         ' nothing was written: give a larger --delta, another --rule or more'
         ' --text')

@@ -7,9 +7,10 @@ import pathlib
 
 from absl import flags
 
-from recursive_tx import compare, engine, sampling, saved
-from recursive_tx import tokenizer as tokenizer_lib
+from recursive_tx import engine
 from recursive_tx.cli import arguments, configs
+from recursive_tx.engine import sampling
+from recursive_tx.train import compare
 
 _CONFIG = configs.define()
 _WORKDIR = flags.DEFINE_string(
@@ -26,11 +27,12 @@ def main(argv: list[str]) -> None:
   rows = compare.compare(config, str(folder))
   print('\n' + compare.table(rows))
   print(f'\n{folder}/table.json, {folder}/curves.png')
-  cfg, variables = saved.restore(folder / 'relaxed' / 'model')
-  tokenizer = tokenizer_lib.load(folder / 'relaxed' / 'model')
+  model = arguments.opened(str(folder / 'relaxed'))
+  tokenizer = model.tokenizer
   prompt = tokenizer.encode(_PROMPT.value)
   new, = engine.generate(
-      cfg, variables, [tokenizer.opening + prompt], max_new_tokens=150,
+      model.config, model.variables, [tokenizer.opening + prompt],
+      max_new_tokens=150,
       sampler=sampling.Sampler(temperature=0.7, top_p=0.95),
       eos_id=tokenizer.eos_id)
   print(f'\nThe relaxed model continues {_PROMPT.value!r}:\n')

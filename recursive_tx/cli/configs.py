@@ -12,19 +12,30 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from recursive_tx import config as config_lib
-from recursive_tx import train
+from recursive_tx import losses, train
+from recursive_tx.config import ModelConfig
+import recursive_tx.configs
 from recursive_tx.data import DataConfig, Task
+from recursive_tx.errors import UserError, one_of
+from recursive_tx.store import opening
+from recursive_tx.store.inherit import inherit
 
 # Whoever calls `define` owns the flags, and shows them in its help.
 flags.disclaim_key_flags()
+
+_MODEL_FIELDS = {
+    field.name: field for field in dataclasses.fields(ModelConfig)}
+# What configs share is none.
+_NO_CONFIG = ('__init__', 'common', 'published')
+_SHIPPED = pathlib.Path(recursive_tx.configs.__file__).parent
 
 
 def define() -> flags.FlagHolder:
   """Defines --config and, for every value in the file, --config.KEY."""
   holder = config_flags.DEFINE_config_file(
       'config', None,
-      'Config file and its arguments, such as configs/gemma_2b.py:loops=3;'
+      'A config that ships, by name, or the path of one, and its arguments:'
+      ' gemma_2b:loops=3, or my/own.py;'
       ' any value in it can be set after it, --config.optim.lr=1e-4.',
       lock_config=True,
   )
@@ -36,20 +47,45 @@ def define() -> flags.FlagHolder:
 def typed(config: ConfigDict) -> train.Config:
   """The ConfigDict of a config file as the program's own types.
 
+  What `model` leaves open is that of the directory `init_from`. Without one it
+  is that of the section `published`, the model that a recipe is for. A teacher
+  that is wanted and not named is `init_from`, where that is vanilla.
+
   Raises:
-    ValueError: a key that does not exist (names the nearest), a missing or a
-      bad value.
+    UserError: a key that does not exist (names the nearest), a missing or a
+      bad value, or one that contradicts the directory.
   """
-  return _build(train.Config, config.to_dict(), 'config')
+  values = config.to_dict()
+  published = values.pop('published', {})
+  source = values.get('init_from')
+  model = {key: value for key, value in values['model'].items()
+           if value is not None}
+  if source:
+    for key in model:
+      one_of('config.model key', key, _MODEL_FIELDS)
+    model = dataclasses.asdict(inherit(
+        source, model, init=values['init'], lora=values['lora']))
+  values['model'] = {**published, **model}
+  missing = [key for key in _MODEL_FIELDS if _is_gap(key, values['model'])]
+  if missing:
+    raise UserError(
+        f'config.model.{missing[0]} is not set; give --config.init_from=DIR'
+        f' to take it from a model, or --config.model.{missing[0]}='
+    )
+  built = _build(train.Config, values, 'config')
+  if losses.uses_teacher(built.losses) and source and not built.teacher:
+    if opening.config(source).loops == 1:
+      built = dataclasses.replace(built, teacher=source)
+  return built
 
 
 def _build(kind: type, values: dict[str, Any], where: str) -> Any:
   fields = {field.name: field for field in dataclasses.fields(kind)}
   built = {}
   for key, value in values.items():
-    config_lib.one_of(f'{where} key', key, fields)
+    one_of(f'{where} key', key, fields)
     if value is None:
-      raise ValueError(f'{where}.{key} is not set; give --{where}.{key}=')
+      raise UserError(f'{where}.{key} is not set; give --{where}.{key}=')
     if kind is DataConfig and key == 'tasks':
       value = tuple(
           _build(Task, {'name': name, **task}, f'{where}.tasks.{name}')
@@ -61,24 +97,50 @@ def _build(kind: type, values: dict[str, Any], where: str) -> Any:
   return kind(**built)
 
 
+def _is_gap(key: str, model: dict[str, Any]) -> bool:
+  """Whether a field that has no default is not set."""
+  return key not in model and (
+      _MODEL_FIELDS[key].default is dataclasses.MISSING)
+
+
+def _path(name: str) -> str:
+  """The file of a config: a path, or the name of one that ships.
+
+  Raises:
+    UserError: there is neither.
+  """
+  if pathlib.Path(name).is_file():
+    return name
+  shipped = {path.stem: path for path in sorted(_SHIPPED.glob('*.py'))
+             if path.stem not in _NO_CONFIG}
+  # `configs/NAME.py` is what a clone calls it.
+  stem = name.removeprefix('configs/').removesuffix('.py')
+  if stem in shipped:
+    return str(shipped[stem])
+  if '/' in name or name.endswith('.py'):
+    raise UserError(f'--config={name}: there is no such file')
+  one_of('config', name, shipped)
+  raise AssertionError(name)
+
+
 def _in_one_line(parse: Callable[[str], None]) -> Callable[[str], None]:
   """`config_flags` lets errors through as they come, tracebacks in them."""
 
   def parse_or_refuse(value: str) -> None:
-    path = value.partition(':')[0]
-    if not pathlib.Path(path).is_file():
-      raise ValueError(f'--config={path}: there is no such file')
+    name, colon, arg = value.partition(':')
     try:
-      parse(value)
+      parse(_path(name) + colon + arg)
+    except UserError:
+      raise
     except (AttributeError, KeyError) as error:
       # An AttributeError around a KeyError whose text names the nearest.
       cause = error.args[0]
       text = cause.args[0] if isinstance(cause, KeyError) else str(cause)
       said = ': '.join(text.splitlines()).replace('"', "'")
-      raise ValueError(f'unknown config key {said}') from error
+      raise UserError(f'unknown config key {said}') from error
     except (TypeError, ValueError, flags.Error) as error:
       # The text may be a whole traceback, of which this is the message.
       said = str(error).strip().splitlines()[-1]
-      raise ValueError(re.sub(r'^\w+Error: ', '', said)) from error
+      raise UserError(re.sub(r'^\w+Error: ', '', said)) from error
 
   return parse_or_refuse

@@ -10,8 +10,9 @@ what the model says: of --calibration=TEXT, or of what it says itself.
 from absl import flags
 from tqdm import tqdm
 
-from recursive_tx import convert, fit, tokenizer
 from recursive_tx.cli import arguments
+from recursive_tx.store import convert, opening
+from recursive_tx.tying import fit
 
 _SOURCE = flags.DEFINE_string(
     'source', None, 'Hugging Face model directory: config.json, safetensors.')
@@ -56,8 +57,9 @@ def main(argv: list[str]) -> None:
   arguments.check(argv, source=_SOURCE.value, output=_OUTPUT.value)
   init = _INIT.value or ('stepwise' if _RANK.value == '0' else 'average')
   calibration = fit.read(
-      _CALIBRATION.value, tokenizer.load(_SOURCE.value), tokens=_TOKENS.value,
-      document=_DOCUMENT.value) if _CALIBRATION.value else None
+      _CALIBRATION.value, opening.load_tokenizer(_SOURCE.value),
+      tokens=_TOKENS.value, document=_DOCUMENT.value,
+  ) if _CALIBRATION.value else None
   bar = tqdm(unit=' parameters', unit_scale=True, desc='convert', delay=0.5)
 
   def progress(total: int, done: int) -> None:

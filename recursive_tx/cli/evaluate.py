@@ -9,8 +9,7 @@ import pathlib
 from absl import flags
 
 from recursive_tx import config as config_lib
-from recursive_tx import evaluate, start
-from recursive_tx import tokenizer as tokenizer_lib
+from recursive_tx import evaluate
 from recursive_tx.cli import arguments, heldout
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -27,11 +26,9 @@ def main(argv: list[str]) -> None:
   """Runs the verb."""
   arguments.check(argv, checkpoint=_CHECKPOINT.value)
   run = config_lib.Run(dtype=_DTYPE.value)
-  cfg, variables = start.load(_CHECKPOINT.value)
-  tokenizer = tokenizer_lib.load(start.companions(_CHECKPOINT.value))
-  tokenizer_lib.check_vocab(tokenizer, cfg.V)
+  model = arguments.opened(_CHECKPOINT.value)
   result = evaluate.evaluate(
-      cfg, variables, _HELDOUT(tokenizer), run=run)
+      model.config, model.variables, _HELDOUT(model.tokenizer), run=run)
   print(table(result))
   if _OUTPUT.value:
     path = pathlib.Path(_OUTPUT.value)

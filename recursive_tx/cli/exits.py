@@ -5,7 +5,9 @@ from collections.abc import Callable
 from absl import flags
 
 from recursive_tx import exits
-from recursive_tx.config import ModelConfig, one_of
+from recursive_tx.config import ModelConfig
+from recursive_tx.errors import UserError, one_of
+from recursive_tx.store.opening import Opened
 
 # Whoever calls `define` owns the flags, and shows them in its help.
 flags.disclaim_key_flags()
@@ -14,8 +16,8 @@ _FORM = ("expected none, static=LOOP, or a rule and a threshold for every loop"
          " but the last, such as top=0.9,0.8")
 
 
-def define() -> Callable[[str, ModelConfig], tuple[exits.Exit, str]]:
-  """Defines them. Returns (directory, cfg) -> the exit and the fill."""
+def define() -> Callable[[Opened], tuple[exits.Exit, str]]:
+  """Defines them. Returns what reads a model's exit and fill."""
   rule = flags.DEFINE_string(
       'exit', '', 'When a token leaves the loops: none, after the last;'
       ' static=LOOP, after that loop, from 1; RULE=THRESHOLD,... with a'
@@ -26,10 +28,10 @@ def define() -> Callable[[str, ModelConfig], tuple[exits.Exit, str]]:
       ' propagate (made of what it left with) or complete (it goes through'
       ' them all the same).')
 
-  def read(directory: str, cfg: ModelConfig) -> tuple[exits.Exit, str]:
-    found = (parse(rule.value, cfg) if rule.value else
-             exits.load(directory) or exits.Exit())
-    found.check(cfg)
+  def read(model: Opened) -> tuple[exits.Exit, str]:
+    found = (parse(rule.value, model.config) if rule.value else
+             model.exit or exits.Exit())
+    found.check(model.config)
     return found, fill.value
 
   return read
@@ -39,7 +41,7 @@ def parse(text: str, cfg: ModelConfig) -> exits.Exit:
   """An exit from what --exit says.
 
   Raises:
-    ValueError: not of that form, or not for this model.
+    UserError: not of that form, or not for this model.
   """
   if text == 'none':
     return exits.Exit()
@@ -49,9 +51,9 @@ def parse(text: str, cfg: ModelConfig) -> exits.Exit:
   try:
     numbers = [float(value) for value in values.split(',')]
   except ValueError:
-    raise ValueError(f'--exit={text}: {_FORM}') from None
+    raise UserError(f'--exit={text}: {_FORM}') from None
   if rule == 'static':
     if len(numbers) > 1 or not numbers[0].is_integer():
-      raise ValueError(f'--exit={text}: {_FORM}')
+      raise UserError(f'--exit={text}: {_FORM}')
     return exits.static(int(numbers[0]), cfg.loops)
   return exits.Exit(rule, tuple(numbers))

@@ -7,8 +7,8 @@ It opens in transformers, vLLM and whatever reads its architecture.
 
 from absl import flags
 
-from recursive_tx import export
 from recursive_tx.cli import arguments
+from recursive_tx.store import export
 
 _CHECKPOINT = flags.DEFINE_string(
     'checkpoint', None, 'Saved model directory, of convert or of train.')

@@ -16,10 +16,11 @@ import sys
 
 from absl import flags
 
-from recursive_tx import engine, sampling, start
-from recursive_tx import tokenizer as tokenizer_lib
+from recursive_tx import engine
 from recursive_tx.cli import arguments, exits, replicas
-from recursive_tx.text_stream import TextStream
+from recursive_tx.engine import sampling
+from recursive_tx.errors import UserError
+from recursive_tx.text.stream import TextStream
 
 _CHECKPOINT = flags.DEFINE_string(
     'checkpoint', None,
@@ -62,23 +63,21 @@ def main(argv: list[str]) -> None:
       temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value,
       seed=_SEED.value)
   if not all(_STOP.value):
-    raise ValueError('--stop is empty; give the text to stop at')
+    raise UserError('--stop is empty; give the text to stop at')
   texts = prompts()
-  cfg, variables = start.load(_CHECKPOINT.value)
-  directory = start.companions(_CHECKPOINT.value)
-  tokenizer = tokenizer_lib.load(directory)
-  tokenizer_lib.check_vocab(tokenizer, cfg.V)
-  exit, fill = _EXIT(directory, cfg)
-  opening = tokenizer.opening
+  model = arguments.opened(_CHECKPOINT.value)
+  cfg, tokenizer = model.config, model.tokenizer
+  exit, fill = _EXIT(model)
   ids = [tokenizer.encode(text) for text in texts]
-  longest = len(opening) + max(map(len, ids)) + _MAX_NEW_TOKENS.value
+  longest = len(tokenizer.opening) + max(map(len, ids)) + _MAX_NEW_TOKENS.value
   served = replicas.make(
       count, min(_SLOTS.value, len(ids)), lambda slots, device: engine.Engine(
-          cfg, variables, slots=slots, exit=exit, fill=fill, device=device,
+          cfg, model.variables, slots=slots, exit=exit, fill=fill,
+          device=device,
           # Compiled once for each multiple of 64, not for each length.
           max_len=-(-longest // 64) * 64, eos_id=tokenizer.eos_id))
   requests = [
-      engine.Request(opening + prompt, _MAX_NEW_TOKENS.value,
+      engine.Request(tokenizer.opening + prompt, _MAX_NEW_TOKENS.value,
                      dataclasses.replace(sampler, seed=sampler.seed + i))
       for i, prompt in enumerate(ids)]
   streams = [TextStream(tokenizer, prompt, _STOP.value) for prompt in ids]
@@ -95,7 +94,7 @@ def prompts() -> list[str]:
   """The prompts of all flags; one that is empty where there is none.
 
   Raises:
-    ValueError: a file that cannot be read, or holds none.
+    UserError: a file that cannot be read, or holds none.
   """
   path, texts = _PROMPTS.value, list(_PROMPT.value)
   if path:
@@ -106,12 +105,12 @@ def prompts() -> list[str]:
         with open(path, encoding='utf-8') as f:
           lines = f.read().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-      raise ValueError(f'--prompts={path} cannot be read ({error})') from None
+      raise UserError(f'--prompts={path} cannot be read ({error})') from None
     records = path.endswith('.jsonl')
     texts += [_record(path, i, line) if records else line
               for i, line in enumerate(lines, 1) if line.strip()]
     if not texts:
-      raise ValueError(f'--prompts={path} holds no prompt; write one a line')
+      raise UserError(f'--prompts={path} holds no prompt; write one a line')
   return texts or ['']
 
 
@@ -183,4 +182,4 @@ def _record(path: str, number: int, line: str) -> str:
       return text
   except (ValueError, AttributeError):
     pass
-  raise ValueError(f'{path}:{number} has no string "prompt" or "text"')
+  raise UserError(f'{path}:{number} has no string "prompt" or "text"')

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from absl import flags
 
 from recursive_tx import data
+from recursive_tx.errors import UserError
 
 # Whoever calls `define` owns the flags, and shows them in its help.
 flags.disclaim_key_flags()
@@ -42,7 +43,7 @@ def define(verb: str, seq_len: int, help_len: str) -> Callable:
 
   def read(tokenizer):
     if not text.value:
-      raise ValueError(f'--text is missing; see {verb} --help')
+      raise UserError(f'--text is missing; see {verb} --help')
     tasks = tuple(task(i, glob) for i, glob in enumerate(text.value))
     config = data.DataConfig(
         tasks, seq_len=length.value, batch=batch.value, shards=1)

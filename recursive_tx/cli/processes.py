@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from absl import flags
 
-from recursive_tx import distributed
+from recursive_tx import machine
 
 # Whoever calls `define` owns the flags, and shows them in its help.
 flags.disclaim_key_flags()
@@ -19,5 +19,5 @@ def define() -> Callable[[], None]:
       ' command but for --process.')
   process = flags.DEFINE_integer(
       'process', -1, 'Which of them this one is, from 0.')
-  return lambda: distributed.initialize(
+  return lambda: machine.initialize(
       coordinator.value, processes.value, process.value)

@@ -6,6 +6,7 @@ from absl import flags
 import jax
 
 from recursive_tx.engine import Engine, Replicas
+from recursive_tx.errors import UserError
 
 # Whoever calls `define` owns the flags, and shows them in its help.
 flags.disclaim_key_flags()
@@ -23,7 +24,7 @@ def define() -> Callable[[], int]:
 
   def read() -> int:
     if flag.value < 1:
-      raise ValueError(f'--replicas={flag.value}; expected at least 1')
+      raise UserError(f'--replicas={flag.value}; expected at least 1')
     if flag.value > 1:
       jax.config.update('jax_num_cpu_devices', flag.value)
     return flag.value
@@ -37,7 +38,7 @@ def make(count: int, slots: int, build: Build) -> Engine | Replicas:
     return build(slots, None)
   devices = jax.local_devices()
   if len(devices) < count:
-    raise ValueError(f'--replicas={count}, but there are {len(devices)}'
+    raise UserError(f'--replicas={count}, but there are {len(devices)}'
                      ' devices; give no more than that')
   return Replicas([
       build(-(-slots // count), device) for device in devices[:count]])

@@ -16,10 +16,10 @@ import sys
 
 from absl import flags
 
-from recursive_tx import engine, start
-from recursive_tx import tokenizer as tokenizer_lib
+from recursive_tx import engine
 from recursive_tx.cli import arguments, exits, replicas
 from recursive_tx.config import Run
+from recursive_tx.errors import UserError
 
 _CHECKPOINT = flags.DEFINE_string(
     'checkpoint', None,
@@ -53,24 +53,22 @@ def main(argv: list[str]) -> None:
   try:
     from recursive_tx import serve
   except ModuleNotFoundError as error:
-    raise ValueError(f'there is no {error.name}; install the extra:'
+    raise UserError(f'there is no {error.name}; install the extra:'
                      " pip install 'recursive_tx[serve]'") from None
   for flag in (_QUEUE, _MAX_BODY, _DRAIN):
     if flag.value < 0:
-      raise ValueError(f'--{flag.name}={flag.value}; expected at least 0')
+      raise UserError(f'--{flag.name}={flag.value}; expected at least 0')
   sock = serve.bind(_HOST.value, _PORT.value)
-  cfg, variables = start.load(_CHECKPOINT.value)
-  directory = start.companions(_CHECKPOINT.value)
-  tokenizer = tokenizer_lib.load(directory)
-  tokenizer_lib.check_vocab(tokenizer, cfg.V)
-  exit, fill = _EXIT(directory, cfg)
+  model = arguments.opened(_CHECKPOINT.value)
+  cfg, tokenizer = model.config, model.tokenizer
+  exit, fill = _EXIT(model)
   service = serve.Service(
       serve.Worker(replicas.make(
           count, _SLOTS.value, lambda slots, device: engine.Engine(
-              cfg, variables, slots=slots, max_len=_MAX_LEN.value, exit=exit,
-              fill=fill, eos_id=tokenizer.eos_id, device=device,
+              cfg, model.variables, slots=slots, max_len=_MAX_LEN.value,
+              exit=exit, fill=fill, eos_id=tokenizer.eos_id, device=device,
               run=Run(dtype=_DTYPE.value)))),
-      tokenizer, serve.Chat(directory, tokenizer),
+      tokenizer, serve.Chat(model.companions, tokenizer),
       serve.Limits(_MAX_LEN.value, _QUEUE.value, _MAX_BODY.value),
       _NAME.value or pathlib.Path(_CHECKPOINT.value).resolve().name,
       cfg.loops, cfg.V)

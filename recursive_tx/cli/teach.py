@@ -17,9 +17,12 @@ from absl import flags
 import jax
 from tqdm import tqdm
 
-from recursive_tx import data, distributed, sharding, start, teacher, tokenizer
+from recursive_tx import data, machine
 from recursive_tx.cli import arguments, configs, processes
-from recursive_tx.train import state, step
+from recursive_tx.errors import UserError
+from recursive_tx.store import opening
+from recursive_tx.text import tokenizer
+from recursive_tx.train import state, step, teacher_cache
 
 _CONFIG = configs.define()
 _OUTPUT = flags.DEFINE_string(
@@ -37,31 +40,31 @@ def main(argv: list[str]) -> None:
   arguments.check(argv, config=_CONFIG.value, output=_OUTPUT.value)
   config = configs.typed(_CONFIG.value)
   _JOIN()
-  source = config.tokenizer or start.companions(config.init_from)
+  source = config.tokenizer or config.init_from
   for name, value in (('teacher', config.teacher), ('tokenizer', source)):
     if not value:
-      raise ValueError(
+      raise UserError(
           f'There is no {name}; name its directory with --config.{name}=')
-  if teacher.is_saved(config.teacher):
-    raise ValueError(f'{config.teacher} holds guesses; expected a model.')
-  ids = tokenizer.load(source)
+  if teacher_cache.is_saved(config.teacher):
+    raise UserError(f'{config.teacher} holds guesses; expected a model.')
+  ids = opening.load_tokenizer(source)
   tokenizer.check_vocab(ids, config.model.V)
-  about = teacher.facts(
+  about = teacher_cache.facts(
       config.data, ids, V=config.model.V, best=_BEST.value,
       teacher=config.teacher)
-  mesh = sharding.make_mesh(config.mesh)
-  rows = sharding.local_rows(mesh, config.data.batch)
+  mesh = machine.make_mesh(config.mesh)
+  rows = machine.local_rows(mesh, config.data.batch)
   steps = range(1, 1 + (_LAST.value or config.optim.steps))
   with jax.set_mesh(mesh), tqdm(
       total=len(steps), desc='teach', unit=' steps', delay=0.5,
-      disable=not distributed.is_main()) as bar:
+      disable=not machine.is_main()) as bar:
     cfg, variables = state.load_teacher(config, mesh)
     guess = jax.jit(
         step.make_guess(config, cfg, mesh, _BEST.value),
-        out_shardings=sharding.rows(mesh))
-    teacher.save(
+        out_shardings=machine.rows(mesh))
+    teacher_cache.save(
         _OUTPUT.value, about, data.Stream(config.data, ids, rows=rows),
-        lambda batch: guess(variables, sharding.place_rows(batch, mesh)),
+        lambda batch: guess(variables, machine.place_rows(batch, mesh)),
         rows=rows, steps=steps, progress=lambda at: bar.update(at - bar.n))
-  if distributed.is_main():
+  if machine.is_main():
     print(f'{_OUTPUT.value}; train with --config.teacher={_OUTPUT.value}')

@@ -17,11 +17,12 @@ import zlib
 
 import numpy as np
 
-from recursive_tx import disk
-from recursive_tx import tokenizer as tokenizer_lib
-from recursive_tx.data import cache
+from recursive_tx import files
+from recursive_tx.data import cache, units
 from recursive_tx.data.config import DataConfig, Task
 from recursive_tx.data.documents import FAULTS, Documents
+from recursive_tx.errors import UserError
+from recursive_tx.text import tokenizer as tokenizer_lib
 
 # TFRecords of one split: enough to write and to shuffle in parallel, as SeqIO
 # does, and none made of much more text than this.
@@ -57,15 +58,15 @@ def write(
     counted, as SeqIO does), 'bytes' of text and 'faults' by kind.
 
   Raises:
-    ValueError: `output` exists or is not on disk, or as `Stream`.
+    UserError: `output` exists or is not on disk, or as `Stream`.
   """
   if '://' in output:
-    raise ValueError(
+    raise UserError(
         f'--output={output} is not on disk; make the cache on disk and copy '
         'it there'
     )
   if processes < 1:
-    raise ValueError(f'--processes is {processes}, expected at least 1')
+    raise UserError(f'--processes is {processes}, expected at least 1')
   loaded = _load(tokenizer)
   digests, jobs = {}, []
   for task in config.tasks:
@@ -74,7 +75,7 @@ def write(
       digests[task, split] = cache.digest_files(config, task, split)
       jobs += [(task, split, part, parts) for part in range(parts)]
   rows = []
-  with disk.new_directory(output, overwrite=overwrite) as folder:
+  with files.new_directory(output, overwrite=overwrite) as folder:
     for task in config.tasks:
       (folder / task.name).mkdir()
     made = _run(config, tokenizer, folder, jobs, processes, progress)
@@ -87,7 +88,7 @@ def write(
         ]
         digest = digests[task, split]
         if cache.digest_files(config, task, split) != digest:
-          raise ValueError(
+          raise UserError(
               f'the files of data task {task.name!r} changed while they were '
               'read; start again'
           )
@@ -97,7 +98,7 @@ def write(
         })
         size = [part['part_bytes'] for part in parts]
         splits[split] = {'files': digest, 'bytes': size}
-      disk.write_json(folder / task.name / cache.DESCRIPTION, {
+      files.write_json(folder / task.name / cache.DESCRIPTION, {
           'version': cache.VERSION,
           **cache.describe(config, loaded, task),
           'splits': splits,
@@ -126,7 +127,7 @@ def _run(
         done.result()
         progress(i + 1, len(jobs))
     except BrokenProcessPool:
-      raise ValueError(
+      raise UserError(
           'a process that tokenises was killed, perhaps for want of memory; '
           f'give fewer than --processes={processes}'
       ) from None
@@ -151,7 +152,7 @@ def _end_with_parent() -> None:
 
 
 def _num_parts(config: DataConfig, task: Task, split: str) -> int:
-  """How many files a split becomes; raises ValueError if it has nothing."""
+  """How many files a split becomes; raises UserError if it has nothing."""
   if task.kind == 'tfds':
     from recursive_tx.data import sources
 
@@ -176,7 +177,7 @@ def _write_part(
   loaded = _load(tokenizer)
   index = {'offset': [], 'size': [], 'checksum': [], 'faults': []}
   lengths, text_bytes, offset = [], 0, 0
-  path = folder / task.name / cache.part_name(split, part, parts)
+  path = folder / task.name / units.part_name(split, part, parts)
   with tf.io.TFRecordWriter(str(path)) as writer:
     for texts, codes in _units(config, task, split, part, parts):
       size = checksum = 0
@@ -264,7 +265,7 @@ def _finish(
       name: sum(part[name] for part in parts)
       for name in ('documents', 'tokens', 'bytes')
   }
-  disk.write_json(pathlib.Path(seqio.get_cached_info_path(folder, split)), {
+  files.write_json(pathlib.Path(seqio.get_cached_info_path(folder, split)), {
       'num_shards': len(parts),
       'features': {
           'num_bytes': {'shape': [], 'dtype': 'int32'},
@@ -272,7 +273,7 @@ def _finish(
       },
       'seqio_version': seqio.__version__,
   })
-  disk.write_json(pathlib.Path(seqio.get_cached_stats_path(folder, split)), {
+  files.write_json(pathlib.Path(seqio.get_cached_stats_path(folder, split)), {
       'examples': row['documents'],
       'targets_tokens': row['tokens'],
       'targets_max_tokens': max(part['most'] for part in parts),

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import dataclasses
 import re
 
+from recursive_tx.errors import UserError
+
 KINDS = ('text', 'jsonl', 'tfds')
 
 
@@ -46,11 +48,11 @@ class Task:
     if not isinstance(self.name, str) or not re.fullmatch(
         r'[\w.]+', self.name
     ):
-      raise ValueError(
+      raise UserError(
           f'{where}: a name is letters, digits, _ and . only; rename it'
       )
     if self.kind not in KINDS:
-      raise ValueError(
+      raise UserError(
           f'{where}: unknown kind {self.kind!r}, expected one of '
           f'{", ".join(KINDS)}'
       )
@@ -59,7 +61,7 @@ class Task:
       object.__setattr__(self, field, value)
     for field in ('document', 'key', 'dataset'):
       if not isinstance(getattr(self, field), str):
-        raise ValueError(
+        raise UserError(
             f'{where}: {field} is {getattr(self, field)!r}, expected a string'
         )
     if not self.document:
@@ -70,25 +72,25 @@ class Task:
 
   def _check_kind(self, where: str) -> None:
     if not self.train:
-      raise ValueError(f'{where}: train is empty; name files or a split')
+      raise UserError(f'{where}: train is empty; name files or a split')
     if (self.kind == 'text') == (self.document == 'record'):
-      raise ValueError(
+      raise UserError(
           f"{where}: kind 'text' takes document='file' or a separator line, "
           f"the others document='record'; got {self.document!r} with "
           f'{self.kind!r}'
       )
     if '\n' in self.document or '\r' in self.document:
-      raise ValueError(
+      raise UserError(
           f'{where}: document={self.document!r} is more than one line; a '
           'separator is one whole line, without its end'
       )
     if (self.kind == 'tfds') != bool(self.dataset):
-      raise ValueError(
+      raise UserError(
           f"{where}: dataset={self.dataset!r} with kind {self.kind!r}; kind "
           "'tfds' needs the dataset's name and no other kind takes one"
       )
     if self.kind == 'tfds' and not len(self.train) == len(self.heldout) == 1:
-      raise ValueError(
+      raise UserError(
           f"{where}: kind 'tfds' takes one split to train on and one held "
           f"out, such as train='train[1%:]', heldout='train[:1%]'; got "
           f'{self.train} and {self.heldout}'
@@ -131,13 +133,13 @@ class DataConfig:
     if not isinstance(self.tasks, Sequence) or not all(
         isinstance(task, Task) for task in self.tasks
     ):
-      raise ValueError(
+      raise UserError(
           f'data.tasks is {self.tasks!r}, expected a sequence of data.Task'
       )
     object.__setattr__(self, 'tasks', tuple(self.tasks))
     names = [task.name for task in self.tasks]
     if not names or len(set(names)) < len(names):
-      raise ValueError(
+      raise UserError(
           f'data.tasks are named {names}: there must be one at least, and no '
           'name twice'
       )
@@ -150,7 +152,7 @@ class DataConfig:
     ):
       value = getattr(self, field)
       if type(value) is not int or value < least:
-        raise ValueError(
+        raise UserError(
             f'data.{field} is {value!r}, expected a whole number of at least '
             f'{least}'
         )
@@ -158,10 +160,10 @@ class DataConfig:
         self.heldout_fraction, 'data.heldout_fraction', above=0.0, most=0.5
     )
     if not isinstance(self.cache, str):
-      raise ValueError(f'data.cache is {self.cache!r}, expected a directory')
+      raise UserError(f'data.cache is {self.cache!r}, expected a directory')
     if self.batch % self.shards:
       fits = [n for n in range(1, self.batch + 1) if not self.batch % n]
-      raise ValueError(
+      raise UserError(
           f'data.batch {self.batch} is not a multiple of data.shards '
           f'{self.shards}; choose shards among {fits}, or another batch'
       )
@@ -174,7 +176,7 @@ def _strings(value: object, where: str) -> tuple[str, ...]:
   if not isinstance(value, Sequence) or not all(
       isinstance(part, str) and part for part in value
   ):
-    raise ValueError(f'{where} is {value!r}, expected strings')
+    raise UserError(f'{where} is {value!r}, expected strings')
   return tuple(value)
 
 
@@ -184,6 +186,6 @@ def _check_number(
   is_number = isinstance(value, int | float) and not isinstance(value, bool)
   if not is_number or not above < value <= most or value == float('inf'):
     limit = '' if most == float('inf') else f' and at most {most}'
-    raise ValueError(
+    raise UserError(
         f'{where} is {value!r}, expected a number above {above}{limit}'
     )

@@ -19,6 +19,7 @@ import numpy as np
 
 from recursive_tx.data import files
 from recursive_tx.data.config import Task
+from recursive_tx.errors import UserError
 
 # Large enough to be read well from a bucket; small corpora are cut finer, for
 # the sake of shuffling, into about this many blocks.
@@ -87,7 +88,7 @@ class Documents:
       fraction: share of the documents held out if the task names no files.
 
     Raises:
-      ValueError: a pattern matches nothing.
+      UserError: a pattern matches nothing.
     """
     self._task = task
     self._split = split
@@ -132,7 +133,7 @@ class Documents:
     """Reads until there is a document.
 
     Raises:
-      ValueError: there is none at all, or none that can be read in so much
+      UserError: there is none at all, or none that can be read in so much
         that there will hardly be one. The first fault is named.
     """
     first, num_bytes, is_readable = None, 0, False
@@ -153,14 +154,14 @@ class Documents:
         break
     where = f'data task {self._task.name!r} has no {self._split} document'
     if first and not is_readable:
-      raise ValueError(f'{where} that can be read: {first}')
+      raise UserError(f'{where} that can be read: {first}')
     how = 'the files are blank; name others'
     if self._fraction:
       how = (
           f'data.heldout_fraction={self._fraction} leaves none, or the files '
           'are blank; name held-out files or change the fraction'
       )
-    raise ValueError(f'{where}: {how}')
+    raise UserError(f'{where}: {how}')
 
   def _tell(self, fault: Fault) -> None:
     """Logs the first of each kind; the others are only counted."""

@@ -7,20 +7,21 @@ import glob
 import os
 
 from recursive_tx.data.config import Task
+from recursive_tx.errors import UserError
 
 
 def find(task: Task, split: str) -> list[str]:
   """The split's files, sorted; held-out files are taken off train.
 
   Raises:
-    ValueError: a pattern matches nothing, or all is held out.
+    UserError: a pattern matches nothing, or all is held out.
   """
   held = _expand(task, task.heldout)
   if split == 'heldout' and held:
     return held
   paths = [path for path in _expand(task, task.train) if path not in set(held)]
   if not paths:
-    raise ValueError(
+    raise UserError(
         f'data task {task.name!r}: every file of train={task.train} is held '
         f'out by heldout={task.heldout}; hold out fewer'
     )
@@ -53,7 +54,7 @@ def _expand(task: Task, patterns: tuple[str, ...]) -> list[str]:
   for pattern in patterns:
     found = _glob(pattern)
     if not found:
-      raise ValueError(
+      raise UserError(
           f'data task {task.name!r}: no file matches {pattern!r}'
           f'{_nearest(pattern)}'
       )

@@ -18,7 +18,9 @@ import tensorflow as tf
 from recursive_tx.data import cache, packing, ragged, sources
 from recursive_tx.data.config import DataConfig, Task
 from recursive_tx.data.documents import FAULTS, Documents
-from recursive_tx.tokenizer import Tokenizer
+from recursive_tx.data.units import Units
+from recursive_tx.errors import UserError
+from recursive_tx.text.tokenizer import Tokenizer
 
 # TensorFlow only feeds: it must not take the accelerator's memory. A program
 # that has already set TensorFlow up keeps what it chose.
@@ -77,14 +79,14 @@ class TokenizerVocabulary(seqio.Vocabulary):
 
 def build_tasks(
     config: DataConfig, tokenizer: Tokenizer, split: str
-) -> tuple[list[seqio.Task], list[Documents | cache.Units]]:
+) -> tuple[list[seqio.Task], list[Documents | Units]]:
   """The SeqIO tasks of one split, and the units of those that have units.
 
   They are not entered in SeqIO's registry, where two streams in one process
   could collide.
 
   Raises:
-    ValueError: as `Documents` or `cache.Units`; a dataset that is not
+    UserError: as `Documents` or `Units`; a dataset that is not
       prepared or has no such split or key; fewer files than shards where the
       file is the document.
   """
@@ -284,7 +286,7 @@ def _options() -> tf.data.Options:
 
 def _source(
     config: DataConfig, tokenizer: Tokenizer, task: Task, split: str
-) -> tuple[seqio.DataSource, Documents | cache.Units | None]:
+) -> tuple[seqio.DataSource, Documents | Units | None]:
   """What a task reads, and its units if it has units."""
   if config.cache:
     units = cache.open_units(config, tokenizer, task, split)
@@ -303,13 +305,13 @@ def _rekey(**key_map: str) -> functools.partial:
 
 
 def _check_shards(
-    config: DataConfig, task: Task, split: str, units: Documents | cache.Units
+    config: DataConfig, task: Task, split: str, units: Documents | Units
 ) -> None:
   if split != 'train' or units.num_units >= config.shards:
     return
   said = f'data task {task.name!r} has {units.num_units}'
   if task.document == 'file':
-    raise ValueError(
+    raise UserError(
         f'{said} documents (a file each) for data.shards={config.shards}, so'
         ' that shards would give the same rows; lower data.shards, or set'
         ' document to a separator line'

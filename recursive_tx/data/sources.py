@@ -12,9 +12,10 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from recursive_tx.data import ragged
-from recursive_tx.data.cache import Units
 from recursive_tx.data.config import Task
 from recursive_tx.data.documents import Documents, shuffled
+from recursive_tx.data.units import Units
+from recursive_tx.errors import UserError
 
 
 class _UnitSource(seqio.DataSource):
@@ -116,7 +117,7 @@ class CachedSource(_UnitSource):
 
 
 def tfds_source(task: Task) -> seqio.TfdsDataSource:
-  """A prepared dataset. Raises ValueError as `tfds_builder`."""
+  """A prepared dataset. Raises UserError as `tfds_builder`."""
   tfds_builder(task)
   splits = {'train': task.train[0], 'heldout': task.heldout[0]}
   return seqio.TfdsDataSource(task.dataset, splits=splits, read_only=True)
@@ -126,18 +127,18 @@ def tfds_builder(task: Task) -> tfds.core.DatasetBuilder:
   """The prepared dataset that a task reads.
 
   Raises:
-    ValueError: there is none, or it has no such splits or key.
+    UserError: there is none, or it has no such splits or key.
   """
   try:
     builder = tfds.builder(task.dataset)
   except Exception as error:  # TFDS has several kinds, all worth one line.
     reason = str(error).strip().split('\n')[0]
-    raise ValueError(
+    raise UserError(
         f'data task {task.name!r}: TFDS has no dataset {task.dataset!r} '
         f'({reason}); see `tfds list`, or set TFDS_DATA_DIR'
     ) from None
   if not builder.is_prepared():
-    raise ValueError(
+    raise UserError(
         f'data task {task.name!r}: {task.dataset!r} is not in '
         f'{builder.data_dir}; run `tfds build {task.dataset}` once, or set '
         'TFDS_DATA_DIR'
@@ -151,13 +152,13 @@ def tfds_builder(task: Task) -> tfds.core.DatasetBuilder:
       for a in train
       for b in held
   ):
-    raise ValueError(
+    raise UserError(
         f'data task {task.name!r}: the splits {task.train[0]!r} and '
         f'{task.heldout[0]!r} overlap; train on a slice such as '
         "'train[1%:]'"
     )
   if task.key not in builder.info.features:
-    raise ValueError(
+    raise UserError(
         f'data task {task.name!r}: {task.dataset!r} has no feature '
         f'{task.key!r}, only {", ".join(builder.info.features)}; set key'
     )
@@ -169,7 +170,7 @@ def _tfds_ranges(task: Task, builder, split: str) -> list[tuple]:
   try:
     parts = builder.info.splits[split].file_instructions
   except (KeyError, ValueError, AssertionError):
-    raise ValueError(
+    raise UserError(
         f'data task {task.name!r}: {task.dataset!r} has no split {split!r}, '
         f'only {", ".join(builder.info.splits)} and slices of them'
     ) from None

@@ -18,7 +18,8 @@ import numpy as np
 
 from recursive_tx.data import packing
 from recursive_tx.data.config import DataConfig
-from recursive_tx.tokenizer import Tokenizer
+from recursive_tx.errors import UserError
+from recursive_tx.text.tokenizer import Tokenizer
 
 _VERSION = 2
 
@@ -51,7 +52,7 @@ class Stream:
         it wants them; None is all of them.
 
     Raises:
-      ValueError: a fault in the config or its files, or a task of which no
+      UserError: a fault in the config or its files, or a task of which no
         document can be used.
     """
     from recursive_tx.data import pipeline
@@ -60,7 +61,7 @@ class Stream:
     self._rows = list(range(config.batch) if rows is None else rows)
     for row in self._rows:
       if not 0 <= row < config.batch:
-        raise ValueError(
+        raise UserError(
             f'row {row} is outside the global batch of {config.batch} rows'
         )
     tasks, self._documents = pipeline.build_tasks(config, tokenizer, 'train')
@@ -91,7 +92,7 @@ class Stream:
       the target is a token, 0 on padding, which alone is in segment 0.
 
     Raises:
-      ValueError: a file that can no longer be read, or a shard in which no
+      UserError: a file that can no longer be read, or a shard in which no
         document can be used.
     """
     shards = self._config.shards
@@ -141,7 +142,7 @@ class Stream:
         divided among processes in another way.
 
     Raises:
-      ValueError: not a position; of another config, tokenizer or files; of
+      UserError: not a position; of another config, tokenizer or files; of
         different steps; or without a shard that this stream needs.
     """
     steps, archives = set(), {}
@@ -153,13 +154,13 @@ class Stream:
       for name in archive.namelist():
         archives[name.split('/')[0]] = archive
     if len(steps) != 1:
-      raise ValueError(
+      raise UserError(
           f'the positions are of steps {sorted(steps)}, expected one step; '
           'give those that were saved together'
       )
     missing = [n for n in self._packers if str(n) not in archives]
     if missing:
-      raise ValueError(
+      raise UserError(
           f'the position lacks shards {missing} of {self._config.shards}; '
           'give the positions of all processes that saved it'
       )
@@ -194,7 +195,7 @@ class Stream:
       drawn = next(self._iterators[shard], None)
       _raise_errors(self._documents)
       if drawn is None:
-        raise ValueError(
+        raise UserError(
             f'shard {shard} of data.shards={self._config.shards} has no '
             'documents: lower data.shards'
         )
@@ -203,7 +204,7 @@ class Stream:
         self._faults[shard][self._names[code - 1]] += 1
       barren = 0 if len(pieces.values) else barren + 1
       if barren == _MOST_BARREN:
-        raise ValueError(
+        raise UserError(
             f'shard {shard} of data.shards={self._config.shards} finds no '
             f'document to use any more: {dict(self._faults[shard])}; repair '
             'the files, or take the task out of the mixture'
@@ -251,7 +252,7 @@ def heldout(
       the first is taken however long it is.
 
   Raises:
-    ValueError: a limit below 1, or no held-out document.
+    UserError: a limit below 1, or no held-out document.
   """
   from recursive_tx.data import pipeline
 
@@ -260,7 +261,7 @@ def heldout(
       ('max_tokens', max_tokens),
   ):
     if limit is not None and limit < 1:
-      raise ValueError(f'{name} is {limit}, expected at least 1 or None')
+      raise UserError(f'{name} is {limit}, expected at least 1 or None')
   tasks, documents = pipeline.build_tasks(config, tokenizer, 'heldout')
   sources = [
       pipeline.heldout_documents(task, config.seq_len) for task in tasks
@@ -313,7 +314,7 @@ def _raise_errors(documents: list) -> None:
   for each in documents:
     if each.errors:
       reason = ' '.join(str(each.errors[0]).split())
-      raise ValueError(f'the data cannot be read: {reason}')
+      raise UserError(f'the data cannot be read: {reason}')
 
 
 def _origin(config: DataConfig, tokenizer: Tokenizer, documents: list) -> dict:
@@ -329,7 +330,7 @@ def _open(position: bytes) -> zipfile.ZipFile:
     archive = zipfile.ZipFile(io.BytesIO(position))
     archive.getinfo('position.json')
   except (zipfile.BadZipFile, KeyError):
-    raise ValueError(
+    raise UserError(
         f'{len(position)} bytes that are no position of a data stream; '
         'use what Stream.save gave'
     ) from None
@@ -338,14 +339,14 @@ def _open(position: bytes) -> zipfile.ZipFile:
 
 def _check_origin(head: dict, origin: dict) -> None:
   if head['version'] != _VERSION:
-    raise ValueError(
+    raise UserError(
         f'the position has format {head["version"]}, this program reads '
         f'{_VERSION}; resume with the version that saved it'
     )
   for key, value in origin.items():
     saved = head['origin'].get(key)
     if saved != value:
-      raise ValueError(
+      raise UserError(
           f'the position was saved with data.{key}={saved!r}, now it is '
           f'{value!r}; resume with the former or start afresh'
       )

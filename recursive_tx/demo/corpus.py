@@ -33,6 +33,8 @@ import os
 import pathlib
 import sysconfig
 
+from recursive_tx.errors import UserError
+
 # A name that ends with a slash stands for all files of that package.
 HELDOUT = (
   'asyncio/streams.py',
@@ -148,7 +150,7 @@ def _files() -> list[tuple[str, pathlib.Path]]:
       if _is_language(name) and _is_text(path):
         found.append((name, path))
   if not found:
-    raise ValueError(
+    raise UserError(
       f'no source files under {root}: expected the standard library as files; '
       'run a Python that is not packed into an archive'
     )
@@ -182,7 +184,7 @@ def _topics(source: str) -> dict[str, str]:
   for statement in ast.parse(source).body:
     if isinstance(statement, (ast.Assign, ast.AnnAssign)):
       return ast.literal_eval(statement.value)
-  raise ValueError(
+  raise UserError(
     f'{_TOPICS} assigns no dictionary: expected `topics = {{...}}`; '
     'reinstall the standard library'
   )

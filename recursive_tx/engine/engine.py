@@ -15,11 +15,12 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
-from recursive_tx import cache as cache_lib
-from recursive_tx import exits, model, sampling, sharding
-from recursive_tx.config import ModelConfig, Run, one_of
+from recursive_tx import exits, machine, model
+from recursive_tx.config import ModelConfig, Run
+from recursive_tx.engine import sampling, step
 from recursive_tx.engine import state as state_lib
-from recursive_tx.engine import step
+from recursive_tx.errors import UserError, one_of
+from recursive_tx.model import kv_cache
 
 # A call of prefill has this many tokens, of one prompt or of several.
 _CHUNK = 256
@@ -95,18 +96,18 @@ class Engine:
       eos_id: ends a continuation; None is none.
       steps: passes of the block in one dispatch.
       run: how the model is executed.
-      mesh: of `sharding.make_mesh`, to cut the model along 'tensor'; None is
+      mesh: of `machine.make_mesh`, to cut the model along 'tensor'; None is
         one device.
       device: which one, without a mesh; None is JAX's first.
 
     Raises:
-      ValueError: a size below 1, an unknown fill or schedule, an exit that is
+      UserError: a size below 1, an unknown fill or schedule, an exit that is
         not this model's, or a mesh that is cut along another axis.
     """
     for name, value in (
         ('slots', slots), ('max_len', max_len), ('steps', steps)):
       if value < 1:
-        raise ValueError(f'{name}={value}; expected at least 1')
+        raise UserError(f'{name}={value}; expected at least 1')
     one_of('fill', fill, step.FILLS)
     one_of('schedule', schedule, step.SCHEDULES)
     exit.check(cfg)
@@ -120,8 +121,8 @@ class Engine:
         cfg, run, exit, fill, schedule, max(_FEW, -(-slots // 2)), rules)
     self._steps, self._scripted = steps, exit.rule == 'oracle'
     if mesh:
-      params = sharding.of_boxed(model.abstract_params(cfg), mesh, rules)
-      variables = sharding.place(variables, {'params': params})
+      params = machine.of_boxed(model.abstract_params(cfg), mesh, rules)
+      variables = machine.place(variables, {'params': params})
     elif device:
       variables = jax.device_put(variables, device)
     self._variables = self._call(
@@ -151,25 +152,25 @@ class Engine:
     """Queues a request; returns its id.
 
     Raises:
-      ValueError: an empty prompt, one that leaves no room for
+      UserError: an empty prompt, one that leaves no room for
         `max_new_tokens`, or ids outside the vocabulary.
     """
     prompt = np.asarray(request.prompt, np.int64)
     most = request.max_new_tokens
     if not len(prompt):
-      raise ValueError('there is an empty prompt; give at least one token')
+      raise UserError('there is an empty prompt; give at least one token')
     if most < 1:
-      raise ValueError(f'max_new_tokens={most}; expected at least 1')
+      raise UserError(f'max_new_tokens={most}; expected at least 1')
     if len(prompt) + most > self.max_len:
-      raise ValueError(
+      raise UserError(
           f'a prompt of {len(prompt)} tokens and max_new_tokens={most} exceed '
           f'max_len={self.max_len}; shorten one or make the other larger')
     if prompt.min() < 0 or prompt.max() >= self.cfg.V:
-      raise ValueError(
+      raise UserError(
           f"token ids {prompt.min()}..{prompt.max()} are outside the model's "
           f'vocabulary of {self.cfg.V}')
     if (request.script is not None) != self._scripted:
-      raise ValueError(
+      raise UserError(
           "a request has a script where the engine's exit is 'oracle', and "
           'nowhere else')
     new = next(self._ids)
@@ -299,13 +300,13 @@ class Engine:
       return function(*args)
 
 
-def _rules(cfg: ModelConfig, mesh: Mesh) -> sharding.Rules:
+def _rules(cfg: ModelConfig, mesh: Mesh) -> machine.Rules:
   if mesh.shape['data'] * mesh.shape['fsdp'] > 1:
-    raise ValueError(
+    raise UserError(
         f'a mesh of {dict(mesh.shape)}; an engine is cut along tensor alone, '
         'make the other axes 1')
   sizes = {letter: getattr(cfg, letter) for letter in 'VDFNK'}
-  return sharding.make_rules(mesh, {**sizes, 'R': 1, 'B': 1})
+  return machine.make_rules(mesh, {**sizes, 'R': 1, 'B': 1})
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -349,7 +350,7 @@ def _settle(plan, state):
     return state
   with nn.logical_axis_rules(plan.rules):
     cache = jax.tree.map(
-        lambda leaf: nn.with_logical_constraint(leaf, cache_lib.LETTERS),
+        lambda leaf: nn.with_logical_constraint(leaf, kv_cache.LETTERS),
         state.cache)
   whole = jax.sharding.PartitionSpec()
   return jax.tree.map(

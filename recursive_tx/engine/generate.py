@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 import dataclasses
 
-from recursive_tx import exits, sampling
+from recursive_tx import exits
 from recursive_tx.config import ModelConfig, Run
+from recursive_tx.engine import sampling
 from recursive_tx.engine.engine import Engine, Request
+from recursive_tx.errors import UserError
 
 
 def generate(
@@ -30,10 +32,10 @@ def generate(
     The new tokens of each prompt.
 
   Raises:
-    ValueError: no prompts, an empty one, or ids outside the vocabulary.
+    UserError: no prompts, an empty one, or ids outside the vocabulary.
   """
   if not len(prompts):
-    raise ValueError('there is no prompt; give at least one')
+    raise UserError('there is no prompt; give at least one')
   longest = max(len(prompt) for prompt in prompts) + max_new_tokens
   engine = Engine(
       cfg, variables, slots=min(slots, len(prompts)), exit=exit, eos_id=eos_id,

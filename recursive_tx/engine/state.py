@@ -12,9 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from recursive_tx import cache as cache_lib
-from recursive_tx import sampling
 from recursive_tx.config import ModelConfig, Run
+from recursive_tx.engine import sampling
+from recursive_tx.model import kv_cache
 
 
 class Slots(NamedTuple):
@@ -67,7 +67,7 @@ class Queue(NamedTuple):
 
 class State(NamedTuple):
   """All of it; donated to every function that returns a new one."""
-  cache: cache_lib.Cache
+  cache: kv_cache.Cache
   slots: Slots
   rows: Rows
   queue: Queue
@@ -97,7 +97,7 @@ def init(
     return jnp.full(size, value, dtype)
   B, R = slots, rows
   return State(
-      cache_lib.init(cfg, R, length, run.dtype),
+      kv_cache.init(cfg, R, length, run.dtype),
       Slots(row=full(B, R), x_BD=jnp.zeros((B, cfg.D), run.dtype),
             loop=full(B, 0), token=full(B, -1), guess=full(B, -1),
             done=full(B, False, bool)),

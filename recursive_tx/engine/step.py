@@ -14,11 +14,11 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from recursive_tx import cache as cache_lib
 from recursive_tx import config as config_lib
-from recursive_tx import depths, exits, sampling, sharding
+from recursive_tx import exits, machine
+from recursive_tx.engine import sampling
 from recursive_tx.engine.state import Log, Queue, Slots, State
-from recursive_tx.model import Decoder, normalize
+from recursive_tx.model import Decoder, kv_cache, mixed_loops, normalize
 from recursive_tx.model.linear import join
 
 # static: requests start together, when every one before has ended.
@@ -42,7 +42,7 @@ class Plan:
     exit: when a token leaves.
     fill, schedule: see FILLS and SCHEDULES.
     group: slots whose head is computed at once.
-    rules: where letters go on the mesh, see sharding.make_rules; () without.
+    rules: where letters go on the mesh, see machine.make_rules; () without.
   """
   cfg: config_lib.ModelConfig
   run: config_lib.Run
@@ -50,7 +50,7 @@ class Plan:
   fill: str
   schedule: str
   group: int
-  rules: sharding.Rules
+  rules: machine.Rules
 
   def apply(self, variables, *args, method):
     with nn.logical_axis_rules(self.rules):
@@ -312,9 +312,9 @@ def _grouped(group: int, mask_B, body, carry):
       lambda carry: carry[0] < count, next_group, (jnp.int32(0), carry))[1]
 
 
-def _place(rows, row_B) -> cache_lib.Place:
+def _place(rows, row_B) -> kv_cache.Place:
   row_B1 = row_B[:, None]
-  return cache_lib.Place(
+  return kv_cache.Place(
       row_B1, rows.position.at[row_B1].get(mode='clip'),
       jnp.zeros_like(row_B1))
 
@@ -324,9 +324,9 @@ def _inputs(slots: Slots, index_G) -> jax.Array:
   return slots.x_BD.at[index_G].get(mode='clip')[:, None]
 
 
-def _take(place, index_G, R: int) -> cache_lib.Place:
+def _take(place, index_G, R: int) -> kv_cache.Place:
   """The places of some slots; nobody's for indices past the last."""
-  return cache_lib.Place(
+  return kv_cache.Place(
       place.row_BT.at[index_G].get(mode='fill', fill_value=R),
       place.position_BT.at[index_G].get(mode='clip'),
       jnp.zeros_like(index_G[:, None]))
@@ -365,7 +365,7 @@ def serving(
     rest = {name: leaves for name, leaves in params['adapters'].items()
             if name in ('head', 'exit')}
     params['adapters'] = rest
-    params['mixed'] = depths.mixed(cfg, variables['params']['adapters'])
+    params['mixed'] = mixed_loops.mixed(cfg, variables['params']['adapters'])
   if jax.default_backend() == 'cpu':
     # There a few rows times [V, D] take several times as long as times [D, V].
     table = params['embed']['embedding'] if cfg.tied else params.pop(

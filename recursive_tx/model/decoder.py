@@ -13,9 +13,14 @@ import jax
 from jax.nn import initializers
 import jax.numpy as jnp
 
-from recursive_tx import adapters, attention, depths, embedding
-from recursive_tx import cache as cache_lib
 from recursive_tx import config as config_lib
+from recursive_tx.model import (
+  adapters,
+  attention,
+  embedding,
+  kv_cache,
+  mixed_loops,
+)
 from recursive_tx.model.layer import normalize, rope_tables
 from recursive_tx.model.linear import project
 from recursive_tx.model.stack import Stack
@@ -155,7 +160,7 @@ class Decoder(nn.Module):
     Returns:
       logits_BTV, fp32, and the cache with these tokens in it.
     """
-    place = cache_lib.Place(
+    place = kv_cache.Place(
         row_B[:, None], position_BT, jnp.zeros_like(row_B[:, None]))
     x_BTD, cache = self.enter(token_BT, cache, place)
     for loop in range(self.cfg.loops):
@@ -185,8 +190,8 @@ class Decoder(nn.Module):
     cfg, params = self.cfg, self.variables['params']
     mixed_N = params.get('mixed')  # Serving has made them.
     if mixed_N is None:
-      mixed_N = depths.mixed(cfg, params.get('adapters', {}))
-    values_N = depths.at(cfg, mixed_N, loop)
+      mixed_N = mixed_loops.mixed(cfg, params.get('adapters', {}))
+    values_N = mixed_loops.at(cfg, mixed_N, loop)
     loop_BT = jnp.full_like(place.row_BT, loop) if isinstance(
         loop, int) else loop
     if cfg.loop_keys:

@@ -7,9 +7,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from recursive_tx import attention
-from recursive_tx import cache as cache_lib
 from recursive_tx import config as config_lib
+from recursive_tx.model import attention, kv_cache
 from recursive_tx.model.linear import Linear, products
 
 _ACTS = {
@@ -86,8 +85,8 @@ class Attention(nn.Module):
           implementation=self.run.attention)
       cache = {'k': k_BSKH, 'v': v_BSKH} if 'keys' in adapter else None
     else:
-      cache = cache_lib.write(cache, place, k_BSKH, v_BSKH)
-      y_BTNH = cache_lib.attend(
+      cache = kv_cache.write(cache, place, k_BSKH, v_BSKH)
+      y_BTNH = kv_cache.attend(
           q_BTNH, cache, place, window=self.cfg.window)
     return self.o(y_BTNH, adapter.get('o', {})), cache
 
@@ -160,4 +159,4 @@ class Layer(nn.Module):
     """Only leaves keys and values in the cache; x_BTD stays as it is."""
     keys = self.attn.keys(
         normalize(self.cfg, x_BTD, adapter['attn_norm']), adapter, context)
-    return x_BTD, cache_lib.write(cache, place, *keys)
+    return x_BTD, kv_cache.write(cache, place, *keys)

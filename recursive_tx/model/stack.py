@@ -4,8 +4,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from recursive_tx import adapters
 from recursive_tx import config as config_lib
+from recursive_tx.model import adapters
 from recursive_tx.model.layer import Layer
 
 _REMATS = {

@@ -21,13 +21,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from recursive_tx.engine import Request
-from recursive_tx.sampling import Sampler
+from recursive_tx.engine.sampling import Sampler
 from recursive_tx.serve import answers, fields, metrics
 from recursive_tx.serve.chat import Chat
 from recursive_tx.serve.fields import Asked, Refused
 from recursive_tx.serve.live import Live
 from recursive_tx.serve.worker import Worker
-from recursive_tx.tokenizer import Tokenizer
+from recursive_tx.text.tokenizer import Tokenizer
 
 _PAGE = pathlib.Path(__file__).with_name('page.html')
 _UPLOAD_SECONDS = 30

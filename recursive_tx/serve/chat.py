@@ -10,8 +10,9 @@ import os
 import pathlib
 import re
 
+from recursive_tx.errors import UserError
 from recursive_tx.serve.fields import Refused
-from recursive_tx.tokenizer import Tokenizer
+from recursive_tx.text.tokenizer import Tokenizer
 
 
 class Chat:
@@ -25,7 +26,7 @@ class Chat:
     """Reads the template of a directory.
 
     Raises:
-      ValueError: a template that cannot be read.
+      UserError: a template that cannot be read.
     """
     self._tokenizer, self._template = tokenizer, None
     path = pathlib.Path(directory) / 'tokenizer_config.json'
@@ -95,7 +96,7 @@ def _compile(path: pathlib.Path, source: object):
   try:
     return environment.from_string(source)
   except (jinja2.TemplateError, TypeError) as error:
-    raise ValueError(
+    raise UserError(
         f"{path}: the chat template is no template"
         f' ({" ".join(str(error).split())}); correct or remove it') from None
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from recursive_tx.engine import Event, Request
 from recursive_tx.serve.worker import Worker
-from recursive_tx.text_stream import TextStream
-from recursive_tx.tokenizer import Tokenizer
+from recursive_tx.text.stream import TextStream
+from recursive_tx.text.tokenizer import Tokenizer
 
 
 class Token(NamedTuple):

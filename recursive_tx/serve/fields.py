@@ -10,7 +10,7 @@ import json
 import reprlib
 from typing import Any
 
-from recursive_tx import config
+from recursive_tx.errors import UserError, nearest
 
 
 @dataclasses.dataclass
@@ -74,7 +74,7 @@ def parse(body: bytes, *, chat: bool) -> Asked:
     if name in fields:
       values[name] = fields[name](name, value)
     elif name not in ignorable:
-      near = config.nearest(name, [*fields, *ignorable])
+      near = nearest(name, [*fields, *ignorable])
       raise Refused(f'there is no field {_show(name)}{near}', name[:99],
                     'unknown_field')
     elif not any(value == x and type(value) is type(x)
@@ -99,7 +99,7 @@ def parse(body: bytes, *, chat: bool) -> Asked:
 def _json(body: bytes) -> dict[str, Any]:
   """The object in a body."""
   def no_number(word):
-    raise ValueError(f'{word} is not JSON')
+    raise UserError(f'{word} is not JSON')
   try:
     value = json.loads(body.decode('utf-8'), parse_constant=no_number)
   except UnicodeDecodeError as error:
@@ -186,7 +186,7 @@ def _stream_options(name: str, value: Any) -> bool:
   for key in value:
     if key != 'include_usage':
       raise Refused(f'there is no field {_show(key)} in {name!r}'
-                    f'{config.nearest(key, ["include_usage"])}', name,
+                    f'{nearest(key, ["include_usage"])}', name,
                     'unknown_field')
   return _boolean('include_usage', value.get('include_usage', False))
 
@@ -217,7 +217,7 @@ def _message(name: str, value: Any) -> dict[str, str]:
     if key not in ('role', 'content', 'name') and content is not None:
       raise Refused(
           f'there is no field {_show(key)} in {name!r}'
-          f'{config.nearest(key, ["role", "content", "name"])}; only texts are'
+          f'{nearest(key, ["role", "content", "name"])}; only texts are'
           ' supported', name, 'unknown_field')
   roles = ('system', 'developer', 'user', 'assistant')
   if value.get('role') not in roles:

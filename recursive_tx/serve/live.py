@@ -15,7 +15,7 @@ from recursive_tx.serve.choices import Choices, Piece
 from recursive_tx.serve.fields import Asked
 from recursive_tx.serve.metrics import Metrics
 from recursive_tx.serve.worker import Worker
-from recursive_tx.tokenizer import Tokenizer
+from recursive_tx.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass

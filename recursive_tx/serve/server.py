@@ -7,6 +7,7 @@ import socket
 
 import uvicorn
 
+from recursive_tx.errors import UserError
 from recursive_tx.serve.app import Service, make
 
 # For connections to close once there is nothing more to say.
@@ -17,7 +18,7 @@ def bind(host: str, port: int) -> socket.socket:
   """A socket for `run`; port 0 is any that is free.
 
   Raises:
-    ValueError: it cannot be had.
+    UserError: it cannot be had.
   """
   try:
     family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -25,7 +26,7 @@ def bind(host: str, port: int) -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.bind((host, port))
   except (OSError, OverflowError) as error:
-    raise ValueError(f'cannot listen at {host}:{port} ({error}); choose'
+    raise UserError(f'cannot listen at {host}:{port} ({error}); choose'
                      ' another --port or --host') from None
   return sock
 

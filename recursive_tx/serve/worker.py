@@ -13,6 +13,7 @@ import logging
 import threading
 
 from recursive_tx.engine import Engine, Event, Replicas, Request
+from recursive_tx.errors import UserError
 
 # What a ticket's owner is called with: some tokens, or why there are none.
 Deliver = Callable[[list[Event] | Exception], None]
@@ -147,7 +148,7 @@ class Worker:
         try:
           ticket.id = self._engine.submit(ticket.request)
           self._tickets[ticket.id] = ticket
-        except ValueError as error:
+        except UserError as error:
           told[ticket] = error
           ended.append(ticket)
       elif self._tickets.pop(ticket.id, None):  # Else it ended meanwhile.

@@ -3,13 +3,14 @@
 import dataclasses
 
 from recursive_tx import losses
-from recursive_tx.checkpoint import CheckpointConfig
 from recursive_tx.config import ModelConfig, Run
 from recursive_tx.data import DataConfig
-from recursive_tx.history import LogConfig
-from recursive_tx.losses import LossConfig
-from recursive_tx.optim import OptimConfig
-from recursive_tx.sharding import MeshConfig
+from recursive_tx.errors import UserError
+from recursive_tx.losses.terms import LossConfig
+from recursive_tx.machine.mesh import MeshConfig
+from recursive_tx.store.checkpoint import CheckpointConfig
+from recursive_tx.train.log import LogConfig
+from recursive_tx.train.optim import OptimConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,31 +71,31 @@ class Config:
 
 
 def check(config: Config) -> None:
-  """Raises ValueError for what no part of the config can see alone."""
+  """Raises UserError for what no part of the config can see alone."""
   config.losses.weights(config.model.loops)
   if losses.uses_teacher(config.losses) and not config.teacher:
-    raise ValueError(
+    raise UserError(
         f'losses.distill is {config.losses.distill} but there is no teacher;'
         ' name its directory with --config.teacher=, or drop the term with'
         ' --config.losses.distill="()"'
     )
   if config.teacher and not losses.uses_teacher(config.losses):
-    raise ValueError(
+    raise UserError(
         f'teacher is {config.teacher!r} but losses.distill is'
         f' {config.losses.distill}; give it a weight, such as (1.0,).'
     )
   if losses.uses_gate(config.losses) and not config.model.exit_gate:
-    raise ValueError(
+    raise UserError(
         f'losses.gate is {config.losses.gate} but the model has no exit gate;'
         ' give it one with --config.model.exit_gate=64, or drop the term with'
         ' --config.losses.gate="()"'
     )
   if not (config.tokenizer or config.init_from):
-    raise ValueError(
+    raise UserError(
         'There is no tokenizer; name its directory with --config.tokenizer='
     )
   if config.data.batch % config.optim.accumulate:
-    raise ValueError(
+    raise UserError(
         f'optim.accumulate is {config.optim.accumulate}, which does not divide'
         f' data.batch, {config.data.batch}.'
     )

@@ -6,9 +6,10 @@ from flax import linen as nn
 import jax
 from jax.sharding import Mesh
 
-from recursive_tx import chips, engine, flops
+from recursive_tx import engine
 from recursive_tx.config import ModelConfig
-from recursive_tx.evaluate import evaluate
+from recursive_tx.evaluate.heldout import evaluate
+from recursive_tx.machine import chips, flops
 from recursive_tx.train import step as step_lib
 from recursive_tx.train.config import Config
 

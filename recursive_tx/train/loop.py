@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import contextlib
 import dataclasses
 import math
-import pathlib
 import time
 from typing import Any
 
@@ -17,22 +16,17 @@ from etils import epath
 import jax
 from jax.sharding import Mesh
 
-from recursive_tx import (
-    checkpoint,
-    distributed,
-    hf,
-    saved,
-    sharding,
-    start,
-)
 from recursive_tx import data as data_lib
-from recursive_tx import teacher as teacher_lib
-from recursive_tx import tokenizer as tokenizer_lib
-from recursive_tx.history import History, read_metrics
+from recursive_tx import machine
+from recursive_tx.errors import UserError
+from recursive_tx.store import checkpoint, hf, native, opening
+from recursive_tx.text import tokenizer as tokenizer_lib
 from recursive_tx.train import figures
 from recursive_tx.train import state as state_lib
 from recursive_tx.train import step as step_lib
+from recursive_tx.train import teacher_cache as teacher_lib
 from recursive_tx.train.config import Config, check
+from recursive_tx.train.log import History, read_metrics
 from recursive_tx.train.saves import Saves
 from recursive_tx.train.skips import Skips
 from recursive_tx.train.step import TrainState
@@ -51,24 +45,22 @@ def train(config: Config, workdir: str) -> TrainState:
     The last state.
 
   Raises:
-    ValueError: settings that contradict each other, the machine, the files
+    UserError: settings that contradict each other, the machine, the files
       they name, or the run that the workdir holds; or it cannot be written.
     SystemExit: told by SIGTERM to stop, it has saved; the status is 0.
   """
   began = time.time()
   check(config)
   steps, settings = config.optim.steps, dataclasses.asdict(config)
-  mesh = sharding.make_mesh(config.mesh)
+  mesh = machine.make_mesh(config.mesh)
   with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
     stack.enter_context(_plain_errors(workdir))
     done = _steps_done(config, mesh, workdir, settings)
 
     logging.info('Data: %s.', config.data)
-    tokenizer = tokenizer_lib.load(
-        config.tokenizer or start.companions(config.init_from)
-    )
+    tokenizer = opening.load_tokenizer(config.tokenizer or config.init_from)
     tokenizer_lib.check_vocab(tokenizer, config.model.V)
-    rows = sharding.local_rows(mesh, config.data.batch)
+    rows = machine.local_rows(mesh, config.data.batch)
     stream = data_lib.Stream(config.data, tokenizer, rows=rows)
     add_guesses = teacher_lib.reader(
         config.teacher, config.data, tokenizer, V=config.model.V, rows=rows,
@@ -91,7 +83,7 @@ def train(config: Config, workdir: str) -> TrainState:
       checkpoint.set_aside_broken(workdir)
       state, positions = checkpoint.restore(workdir, done, abstract)
       stream.restore(*positions)
-    preemption = stack.enter_context(distributed.Preemption())
+    preemption = stack.enter_context(machine.Preemption())
     checkpoints = stack.enter_context(
         checkpoint.Checkpoints(workdir, config.checkpoint)
     )
@@ -137,7 +129,7 @@ def train(config: Config, workdir: str) -> TrainState:
       with history.waiting():
         local = add_guesses(step, next(stream))
       state, metrics = step_fn(
-          state, sharding.place_rows(local, mesh), teacher_variables
+          state, machine.place_rows(local, mesh), teacher_variables
       )
       # Waits for the metrics of the step before, while this one runs.
       history.note({f'data/{k}': n for k, n in stream.faults.items()})
@@ -169,9 +161,9 @@ def _steps_done(
 ) -> int | None:
   """Where the workdir's run is, if it holds one that can go on here."""
   done = checkpoint.latest_step(workdir)
-  seen = distributed.agree(-1 if done is None else done)
+  seen = machine.agree(-1 if done is None else done)
   if seen != (-1 if done is None else done):
-    raise ValueError(
+    raise UserError(
         f'{workdir} holds checkpoint {done} for process {jax.process_index()}'
         f' and {seen} for process 0; all need the same directory, on a file'
         ' system or bucket that they share.'
@@ -180,10 +172,10 @@ def _steps_done(
     return None
   checkpoint.check_same(workdir, done, settings)
   rows = config.data.batch // config.optim.accumulate
-  parts = math.prod(mesh.shape[axis] for axis in sharding.LETTERS['B'])
+  parts = math.prod(mesh.shape[axis] for axis in machine.LETTERS['B'])
   if rows % parts:
     fits = [n for n in range(1, rows + 1) if rows % n == 0]
-    raise ValueError(
+    raise UserError(
         f'{workdir} holds a run of {rows} sequences at once, which {parts}'
         f' devices (mesh data x fsdp) cannot share evenly; go on with one of'
         f' {fits}, the other devices being mesh tensor, so that the batch'
@@ -197,12 +189,12 @@ def _is_evaluated(config: Config, workdir: str, step: int) -> bool:
   hurry was not."""
   if step and not _due(step, config.eval.every, config.optim.steps):
     return True
-  rows = read_metrics(workdir) if step and distributed.is_main() else []
+  rows = read_metrics(workdir) if step and machine.is_main() else []
   found = any(
       row['step'] == step and any(key.startswith('eval/') for key in row)
       for row in rows
   )
-  return bool(distributed.agree(found))
+  return bool(machine.agree(found))
 
 
 @contextlib.contextmanager
@@ -211,14 +203,14 @@ def _plain_errors(workdir: str) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    raise ValueError(
+    raise UserError(
         f'{error}; when that is mended, the same command goes on from the last'
         f' checkpoint in {workdir}.'
     ) from error
 
 
 def _say_goodbye(step: int, workdir: str) -> None:
-  if distributed.is_main():
+  if machine.is_main():
     folder = epath.Path(workdir) / 'checkpoints' / str(step)
     print(f'Told to stop (SIGTERM): saved step {step} to {folder}. Run the'
           ' same command to go on.', flush=True)
@@ -227,16 +219,17 @@ def _say_goodbye(step: int, workdir: str) -> None:
 
 def _save_model(config: Config, workdir: str) -> None:
   """Writes the last checkpoint's model, with the tokenizer: workdir/model."""
-  if distributed.is_main():
+  if machine.is_main():
     model = epath.Path(workdir) / 'model'
     _, params = checkpoint.load_params(workdir)
-    saved.save(
+    native.save(
         model, config.model, {'params': params}, overwrite=True,
-        companions=start.companions(config.init_from) or None,
+        companions=(opening.companions(config.init_from)
+                    if config.init_from else None),
     )
     if config.tokenizer:
-      hf.copy_companions(pathlib.Path(config.tokenizer), model)
-  distributed.wait('the model is saved')
+      hf.copy_companions(opening.companions(config.tokenizer), model)
+  machine.wait('the model is saved')
 
 
 def _due(step: int, every: int, last: int) -> bool:

@@ -5,8 +5,8 @@ import math
 import time
 from typing import Any
 
-from recursive_tx import distributed
-from recursive_tx.checkpoint import CheckpointConfig
+from recursive_tx import machine
+from recursive_tx.store.checkpoint import CheckpointConfig
 
 
 class Saves:
@@ -71,6 +71,6 @@ class Saves:
     more = 0
     if left > 0:
       more = max(1, int(min(left / max(passed / done, 1e-9), done)))
-    more = distributed.agree(more)
+    more = machine.agree(more)
     self._look = step + more
     return more == 0

@@ -12,7 +12,8 @@ from typing import Any
 from absl import logging
 import numpy as np
 
-from recursive_tx import checkpoint
+from recursive_tx.errors import UserError
+from recursive_tx.store import checkpoint
 
 # How many of a process's rows, and how many of a row's tokens, are told.
 _ROWS, _TOKENS = 4, 12
@@ -50,7 +51,7 @@ class Skips:
       batch: what this process gave to it.
 
     Raises:
-      ValueError: too many in a row.
+      UserError: too many in a row.
     """
     self.in_row()
     self._before = step, metrics, batch
@@ -59,7 +60,7 @@ class Skips:
     """How many there are in a row now; waits for the latest step.
 
     Raises:
-      ValueError: too many.
+      UserError: too many.
     """
     if self._before is not None:
       before, self._before = self._before, None
@@ -79,7 +80,7 @@ class Skips:
     logging.warning('%s.', told)
     if self._most and self._in_row >= self._most:
       last = checkpoint.latest_step(self._workdir)
-      raise ValueError(
+      raise UserError(
           f'{told}. optim.max_skips={self._most} ends the run; its last good'
           f' checkpoint is {self._workdir}/checkpoints/{last}. Start another'
           f' from there with --config.init_from={self._workdir} and a lower'

@@ -10,9 +10,12 @@ from jax.sharding import Mesh
 import numpy as np
 import optax
 
-from recursive_tx import model, start, teacher, tree
+from recursive_tx import model
 from recursive_tx.config import ModelConfig
-from recursive_tx.train import step
+from recursive_tx.errors import UserError
+from recursive_tx.files import paths
+from recursive_tx.store import opening
+from recursive_tx.train import step, teacher_cache
 from recursive_tx.train.config import Config
 from recursive_tx.train.step import TrainState
 
@@ -23,8 +26,8 @@ def first_state(
   """The state before the first step: from init_from, else random."""
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   if config.init_from:
-    parts = start.parts_as(
-        start.source(config.init_from), config.model, init=config.init,
+    parts = opening.parts_as(
+        opening.source(config.init_from), config.model, init=config.init,
         lora=config.lora, seed=config.seed,
     )
     params = place_parts(parts, abstract.params, jnp.float32)
@@ -51,21 +54,21 @@ def num_bytes(abstract: Any) -> int:
 
 def load_teacher(config: Config, mesh: Mesh) -> tuple[ModelConfig | None, Any]:
   """The teacher's model and its variables, in the run's dtype, if it runs."""
-  if not config.teacher or teacher.is_saved(config.teacher):
+  if not config.teacher or teacher_cache.is_saved(config.teacher):
     return None, None
-  origin = start.source(config.teacher)
+  origin = opening.source(config.teacher)
   if origin.cfg.V != config.model.V:
-    raise ValueError(
+    raise UserError(
         f'The teacher {config.teacher} has a vocabulary of {origin.cfg.V}, the'
         f' model of {config.model.V}; distillation needs the same.'
     )
   abstract = step.abstract_params(config, origin.cfg, mesh)
-  params = place_parts(start.parts(origin), abstract, config.run.dtype)
+  params = place_parts(opening.parts(origin), abstract, config.run.dtype)
   return origin.cfg, {'params': params}
 
 
 def place_parts(
-    parts: Iterable[start.Part], abstract: Any, dtype: Any
+    parts: Iterable[opening.Part], abstract: Any, dtype: Any
 ) -> dict[str, Any]:
   """Puts parameters onto the mesh as they come, and keeps no others.
 
@@ -78,11 +81,11 @@ def place_parts(
     dtype: of the arrays.
   """
   params, leaves = {}, {
-      path: _Leaf(x, dtype) for path, x in tree.items(abstract)
+      path: _Leaf(x, dtype) for path, x in paths.items(abstract)
   }
   for path, at, array in parts:
     if leaves[path].take(at, array):
-      tree.put(params, path, leaves.pop(path).place())
+      paths.put(params, path, leaves.pop(path).place())
   assert not leaves, sorted(leaves)
   return params
 

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import optax
 
-from recursive_tx import adapters, losses, model, optim, sharding
+from recursive_tx import losses, machine, model
 from recursive_tx.config import ModelConfig
+from recursive_tx.model import adapters
+from recursive_tx.train import optim
 from recursive_tx.train.config import Config
 
 # (variables, batch) -> every loop's hidden states h_LBTD, the exit gates'
@@ -141,7 +143,7 @@ def jit_step(
   return jax.jit(
       make_step(config, mesh, tx, teacher),
       donate_argnums=0,
-      out_shardings=(shardings, sharding.replicated(mesh)),
+      out_shardings=(shardings, machine.replicated(mesh)),
   )
 
 
@@ -151,7 +153,7 @@ def abstract_state(
   """The optimizer, and the shapes and shardings of the state."""
   params = abstract_params(config, config.model, mesh)
   tx = optim.make(config.optim, params)
-  whole = sharding.replicated(mesh)
+  whole = machine.replicated(mesh)
   opt_state = optax.tree.map_params(
       tx,
       lambda x, param: x if isinstance(x, optax.MaskedNode) else param,
@@ -169,24 +171,24 @@ def abstract_state(
 def abstract_params(config: Config, cfg: ModelConfig, mesh: Mesh) -> Any:
   """Shapes and shardings of a model's fp32 parameters."""
   boxed = model.abstract_params(cfg)
-  return sharding.abstract(
-      boxed, sharding.of_boxed(boxed, mesh, rules(config, cfg, mesh))
+  return machine.abstract(
+      boxed, machine.of_boxed(boxed, mesh, rules(config, cfg, mesh))
   )
 
 
-def rules(config: Config, cfg: ModelConfig, mesh: Mesh) -> sharding.Rules:
+def rules(config: Config, cfg: ModelConfig, mesh: Mesh) -> machine.Rules:
   """Where a model's letters go, for the run's batch."""
   sizes = {letter: getattr(cfg, letter) for letter in 'VDFNK'}
   sizes['R'] = math.gcd(*cfg.ranks.values(), adapters.head_rank(cfg))
   sizes['B'] = config.data.batch // config.optim.accumulate
-  return sharding.make_rules(mesh, sizes)
+  return machine.make_rules(mesh, sizes)
 
 
 def chunk(config: Config, mesh: Mesh) -> int:
   """Positions whose logits are made at once, by run.logits_mib."""
   letters = dict(rules(config, config.model, mesh))
   parts = math.prod(
-      mesh.shape[axis] for letter in (sharding.HEAD_BATCH, 'V')
+      mesh.shape[axis] for letter in (machine.HEAD_BATCH, 'V')
       for axis in letters[letter] or ())
   rows = config.data.batch // config.optim.accumulate
   return config.run.chunk(

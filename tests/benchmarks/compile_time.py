@@ -49,8 +49,9 @@ def measure(layers: int) -> float:
   import jax
 
   import recursive_tx as rtx
-  from recursive_tx import losses, optim, plan, sharding, train
+  from recursive_tx import losses, machine, plan, train
   from recursive_tx.data import DataConfig, Task
+  from recursive_tx.train import optim
   config = train.Config(
       model=rtx.ModelConfig(
           V=4096, D=256, F=512, N=4, K=2, H=64, layers_per_loop=layers // 2,
@@ -58,7 +59,7 @@ def measure(layers: int) -> float:
       data=DataConfig((Task('t', 'text', ('x',)),), seq_len=256, batch=8),
       optim=optim.OptimConfig(steps=1, lr=1e-4),
       losses=losses.LossConfig((0.1, 1.0)), run=rtx.Run(remat='full'))
-  mesh = sharding.make_mesh(config.mesh)
+  mesh = machine.make_mesh(config.mesh)
   start = time.perf_counter()
   tx, state = train.abstract_state(config, mesh)
   with jax.set_mesh(mesh):

@@ -22,7 +22,8 @@ import time
 import ml_dtypes
 import numpy as np
 
-from recursive_tx import demo, disk, families
+from recursive_tx import demo, files
+from recursive_tx.store import families
 
 CONFIG = {
     'architectures': ['GemmaForCausalLM'], 'model_type': 'gemma',
@@ -66,7 +67,7 @@ def write(folder: pathlib.Path, layers: int) -> int:
   """A sharded checkpoint of random weights; returns its parameters."""
   folder.mkdir()
   config = {**CONFIG, 'num_hidden_layers': layers}
-  disk.write_json(folder / 'config.json', config)
+  files.write_json(folder / 'config.json', config)
   family, cfg = families.read_config(config)
   rng = np.random.default_rng(0)
   shards, index, count = {}, {}, 0
@@ -77,7 +78,7 @@ def write(folder: pathlib.Path, layers: int) -> int:
     shards.setdefault(shard, {})[name] = _sizes(cfg, groups)
   for shard, tensors in shards.items():
     file = f'model-{shard + 1:05d}-of-{len(shards):05d}.safetensors'
-    with disk.Writer(folder / file, {
+    with files.Writer(folder / file, {
         name: (shape, ml_dtypes.bfloat16) for name, shape in tensors.items()
     }) as writer:
       for name, shape in tensors.items():
@@ -86,7 +87,7 @@ def write(folder: pathlib.Path, layers: int) -> int:
             ml_dtypes.bfloat16))
         index[name] = file
         count += flat.size
-  disk.write_json(folder / 'model.safetensors.index.json',
+  files.write_json(folder / 'model.safetensors.index.json',
                   {'metadata': {}, 'weight_map': index})
   return count
 

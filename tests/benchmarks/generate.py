@@ -61,8 +61,9 @@ def main() -> None:
 
 def start(checkpoint: str, folder: pathlib.Path, replicas: int) -> dict:
   """A process for each kind, waiting for batch sizes on stdin."""
-  from recursive_tx import hf, saved
-  cfg, variables = saved.load(pathlib.Path(checkpoint))
+  import recursive_tx as rtx
+  from recursive_tx.store import hf
+  cfg, variables, *_ = rtx.open(pathlib.Path(checkpoint))
   export = folder / 'export'
   hf.save_hf(export, cfg, variables)
   sources = {'engine': checkpoint, 'transformers': str(export)}
@@ -106,9 +107,8 @@ def serve(kind: str, checkpoint: str, replicas: int) -> None:
 
 def _engine(checkpoint: str, replicas: int):
   import recursive_tx as rtx
-  from recursive_tx import saved
   from recursive_tx.cli import replicas as replicas_lib
-  cfg, variables = saved.load(pathlib.Path(checkpoint))
+  cfg, variables, *_ = rtx.open(pathlib.Path(checkpoint))
   engines = {}
 
   def build(slots: int, device):

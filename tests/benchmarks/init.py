@@ -33,7 +33,10 @@ import numpy as np
 from uptraining import NEAR, Plan, tokens_to, uptrain
 
 import recursive_tx as rtx
-from recursive_tx import convert, data, fit, start, tokenizer
+from recursive_tx import data
+from recursive_tx.store import convert
+from recursive_tx.text import tokenizer
+from recursive_tx.tying import fit
 
 INITS = ('average', 'stepwise', 'lower', 'fit', 'said')
 SHAPE = ('model', 'loops', 'prelude', 'coda', 'rank')
@@ -88,7 +91,7 @@ def main() -> None:
 
 def cells(args, model: str, done: list[dict]):
   """Yields a row for each cell that is not done."""
-  cfg, variables = start.load(model)
+  cfg, variables, *_ = rtx.open(model)
   ids, name = tokenizer.load(model), pathlib.Path(model).name
   texts = {key: heldout(getattr(args, key), ids, args)
            for key in ('text', 'other')}

@@ -12,10 +12,10 @@ import dataclasses
 import json
 import pathlib
 
-from configs import gemma_2b
 from recursive_tx import plan
 from recursive_tx.cli import configs
-from recursive_tx.sharding import MeshConfig
+from recursive_tx.configs import gemma_2b
+from recursive_tx.machine.mesh import MeshConfig
 
 # Topology, mesh, sequences a chip, GiB at most.
 CASES = (

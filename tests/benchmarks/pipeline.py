@@ -92,7 +92,8 @@ def data_config(args, cache: str):
 
 def measure(args) -> dict:
   """One stream's speed."""
-  from recursive_tx import data, tokenizer
+  from recursive_tx import data
+  from recursive_tx.text import tokenizer
 
   stream = data.Stream(
       data_config(args, args.measure), tokenizer.load(args.tokenizer))

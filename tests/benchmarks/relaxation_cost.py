@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 
 import recursive_tx as rtx
-from recursive_tx import hlo, losses, optim, plan, sharding, train
+from recursive_tx import losses, machine, plan, train
 from recursive_tx.data import DataConfig, Task
-from recursive_tx.train import step
+from recursive_tx.plan import hlo
+from recursive_tx.train import optim, step
 
 T, CHIPS, RANK = 2048, 16, 512
 # A vocabulary of nothing, so that only the block counts.
@@ -59,7 +60,7 @@ def count(cfg: rtx.ModelConfig, sequences: int) -> float:
                       batch=sequences * CHIPS, shards=1),
       optim=optim.OptimConfig(steps=1, lr=1e-4), losses=losses.LossConfig(),
       run=rtx.Run(dtype='bfloat16', remat='full'))
-  mesh = sharding.make_mesh(config.mesh, devices)
+  mesh = machine.make_mesh(config.mesh, devices)
   params = step.abstract_params(config, cfg, mesh)
   forward = step.forward(config, cfg, mesh)
 

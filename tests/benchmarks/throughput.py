@@ -100,7 +100,7 @@ class Served:
 
 def requests(tokenizer, args, seed: int = 0):
   """Prompts and lengths, a function of the seed."""
-  from configs import exits as recipe
+  from recursive_tx.configs import exits as recipe
   from recursive_tx.data import Task
   from recursive_tx.data.documents import Documents
   data = recipe.get_config(f'text={args.text}').data
@@ -158,9 +158,8 @@ def serve(engine, tokenizer, prompts, lengths, scripts=None) -> Served:
 def write(args) -> None:
   """Texts that the model writes at full depth, a document a line."""
   import recursive_tx as rtx
-  from recursive_tx import saved
-  from recursive_tx import tokenizer as tokenizer_lib
-  cfg, variables = saved.load(pathlib.Path(args.checkpoint))
+  from recursive_tx.text import tokenizer as tokenizer_lib
+  cfg, variables, *_ = rtx.open(pathlib.Path(args.checkpoint))
   tokenizer = tokenizer_lib.load(pathlib.Path(args.checkpoint))
   prompts, lengths = requests(tokenizer, args, seed=1)
   engine = rtx.Engine(cfg, variables, slots=args.slots,
@@ -218,9 +217,9 @@ class Judge:
 def measure(args) -> dict:
   """Prints the table, and returns its rows."""
   import recursive_tx as rtx
-  from recursive_tx import exits, saved
-  from recursive_tx import tokenizer as tokenizer_lib
-  cfg, variables = saved.load(pathlib.Path(args.checkpoint))
+  from recursive_tx import exits
+  from recursive_tx.text import tokenizer as tokenizer_lib
+  cfg, variables, *_ = rtx.open(pathlib.Path(args.checkpoint))
   tokenizer = tokenizer_lib.load(pathlib.Path(args.checkpoint))
   prompts, lengths = requests(tokenizer, args)
   width = -(-(args.prompt[1] + args.new[2]) // 64) * 64

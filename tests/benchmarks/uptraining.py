@@ -3,8 +3,11 @@
 import dataclasses
 import pathlib
 
-from recursive_tx import data, history, losses, saved, train
-from recursive_tx import optim as optim_lib
+import recursive_tx as rtx
+from recursive_tx import data, losses, train
+from recursive_tx.store import native
+from recursive_tx.train import log as log_lib
+from recursive_tx.train import optim as optim_lib
 
 EVERY = 25  # Steps between the points of a curve.
 NEAR = 0.05  # Nats a token.
@@ -39,7 +42,7 @@ def uptrain(plan: Plan, model, folder: pathlib.Path, seed: int, measure):
     nats a token]]}; 'original': its nats.
   """
   if not (folder / 'start').exists():
-    saved.save(folder / 'start', *model, companions=plan.teacher)
+    native.save(folder / 'start', *model, companions=plan.teacher)
   key, after, curves = f'eval/loop{model[0].loops}/loss', {}, {}
   for steps in plan.budgets:
     run = str(folder / str(steps))
@@ -53,11 +56,11 @@ def uptrain(plan: Plan, model, folder: pathlib.Path, seed: int, measure):
         optim=optim_lib.OptimConfig(
             steps=steps, lr=plan.lr, warmup=EVERY,
             table=(('.*/kernel', 1.0, 1.0), ('.*', 1.0, 0.0))),
-        log=history.LogConfig(every=EVERY, tensorboard=False),
+        log=log_lib.LogConfig(every=EVERY, tensorboard=False),
         eval=train.EvalConfig(every=EVERY, max_tokens=plan.heldout),
     ), run)
-    after[steps] = measure(saved.load(pathlib.Path(run, 'model')))
-    rows = [row for row in history.read_metrics(run) if key in row]
+    after[steps] = measure(rtx.open(run)[:2])
+    rows = [row for row in log_lib.read_metrics(run) if key in row]
     curves[steps] = [[row['step'] * plan.batch * plan.seq_len, row[key]]
                      for row in rows]
   return {'after': after, 'curves': curves,

@@ -1,0 +1,1 @@
+"""Recipes: ml-collections files, `get_config(arg)` each; `common` is theirs."""

@@ -1,0 +1,81 @@
+"""The documents of a cached task, read unit by unit.
+
+TensorFlow is imported only where records are parsed.
+"""
+
+import io
+import zlib
+
+from etils import epath
+import numpy as np
+
+from recursive_tx.data import files
+from recursive_tx.data.documents import FAULTS
+from recursive_tx.errors import UserError
+
+
+class Units:
+  """The documents of one split of a cached task, unit by unit.
+
+  Attributes:
+    paths: the TFRecords.
+    num_units: how many reads make an epoch.
+    digest: of the sources, on which the order depends.
+    errors: what stopped a pipeline and its reader has yet to raise.
+  """
+
+  def __init__(self, folder: epath.Path, split: str, description: dict):
+    """Opens a split. Raises UserError where a file is not whole."""
+    self.digest = description['splits'][split]['files']
+    self.errors: list[Exception] = []
+    sizes = description['splits'][split]['bytes']
+    self.paths = [
+        str(folder / part_name(split, i, len(sizes)))
+        for i in range(len(sizes))
+    ]
+    for path, size in zip(self.paths, sizes, strict=True):
+      found = files.size(path) if epath.Path(path).exists() else 'none'
+      if found != size:
+        raise UserError(
+            f'{path} should have {size} bytes and has {found}: copy the cache '
+            'again, or make it again'
+        )
+    with np.load(io.BytesIO((folder / f'units.{split}.npz').read_bytes())) as f:
+      self._index = dict(f)
+    self.num_units = len(self._index['size'])
+
+  def unit(self, number: int) -> tuple[list, list[int]]:
+    """Rows of `ragged`, a document each, and the codes of what is left out.
+
+    Raises:
+      UserError: the bytes are not those that were written.
+    """
+    import tensorflow as tf
+
+    part, offset, size, checksum = (
+        int(self._index[name][number])
+        for name in ('part', 'offset', 'size', 'checksum')
+    )
+    path = self.paths[part]
+    records, found = [], 0
+    data = memoryview(files.read_bytes(path, offset, size))
+    while data:
+      # Length, its checksum, the record, its checksum.
+      end = 12 + int.from_bytes(data[:8], 'little')
+      found = zlib.crc32(data[12:end], found)
+      records.append(bytes(data[12:end]))
+      data = data[end + 4 :]
+    if found != checksum:
+      raise UserError(f'{path} is damaged at byte {offset}; make it again')
+    rows = []
+    for record in records:
+      feature = tf.train.Example.FromString(record).features.feature
+      ids = np.array(feature['targets'].int64_list.value, np.int32)
+      rows.append((ids, feature['num_bytes'].int64_list.value[0], 0))
+    counts = self._index['faults'][number]
+    return rows, np.repeat(np.arange(1, 1 + len(FAULTS)), counts).tolist()
+
+
+def part_name(split: str, part: int, parts: int) -> str:
+  """The name of a TFRecord, as SeqIO has it."""
+  return f'{split}.tfrecord-{part:05}-of-{parts:05}'

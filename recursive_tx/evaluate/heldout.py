@@ -1,0 +1,121 @@
+"""Held-out loss, perplexity and bits per byte of every loop's output.
+
+Bits per byte compares models whatever their tokenizers: the summed nats of
+all predicted tokens, end-of-document tokens included, over ln 2 and over the
+UTF-8 bytes of the documents.
+
+Knows a model and batches. Does not know where either comes from.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import numpy as np
+
+from recursive_tx import losses, machine
+from recursive_tx.config import ModelConfig, Run
+from recursive_tx.errors import UserError
+from recursive_tx.model import Decoder, adapters
+
+_RUN = Run()
+
+
+def evaluate(
+    cfg: ModelConfig,
+    variables: Any,
+    heldout: Any,
+    *,
+    run: Run = _RUN,
+    mesh: Mesh | None = None,
+) -> dict[str, Any]:
+  """Scores every loop's output on a fixed set of documents.
+
+  Args:
+    cfg: the model.
+    variables: {'params': ...}, on the mesh if there is one.
+    heldout: `batches` (dictionaries of `token_BT`, `target_BT`, `weight_BT`,
+      `segment_BT`, `position_BT`), `num_bytes` and `num_documents`.
+    run: how to execute the model.
+    mesh: where to put the batches; None is the default device.
+
+  Returns:
+    `documents`, `bytes`, `tokens` (predicted ones), and in `loops` a row for
+    every loop: `loop` from 1, `loss` in nats per token, `perplexity`,
+    `bits_per_byte`.
+
+  Raises:
+    UserError: nothing to predict.
+  """
+  nats_fn = _nats_fn(cfg, run, mesh)
+  nats_L, tokens = np.zeros(cfg.loops, np.float64), 0.0
+  for batch in heldout.batches:
+    tokens += batch['weight_BT'].sum(dtype=np.float64)
+    if mesh is not None:
+      batch = machine.place(batch, machine.rows(mesh))
+    # Summed on the host: float32 loses digits over millions of tokens.
+    nats_LBT = np.asarray(nats_fn(variables, batch))
+    nats_L += nats_LBT.sum(axis=(1, 2), dtype=np.float64)
+  if not tokens or not heldout.num_bytes:
+    raise UserError('The held-out set is empty: no token to predict.')
+  return {
+      'documents': heldout.num_documents,
+      'bytes': heldout.num_bytes,
+      'tokens': int(tokens),
+      'loops': [
+          {
+              'loop': loop + 1,
+              'loss': nats / tokens,
+              'perplexity': math.exp(min(nats / tokens, 700.0)),
+              'bits_per_byte': nats / math.log(2) / heldout.num_bytes,
+          }
+          for loop, nats in enumerate(nats_L.tolist())
+      ],
+  }
+
+
+@functools.cache
+def _nats_fn(cfg: ModelConfig, run: Run, mesh: Mesh | None):
+  """Weighted nats of each target, (variables, batch) -> nats_LBT float32.
+
+  Kept between calls, so that a model is compiled for evaluation once.
+  """
+  decoder = Decoder(cfg, run=run)
+
+  def nats(variables, batch):
+    h_LBTD = decoder.apply(
+        variables, batch['token_BT'], batch['segment_BT'],
+        batch['position_BT'], method='hidden',
+    )
+
+    B, T = batch['token_BT'].shape
+    devices = mesh.size if mesh is not None else 1
+    chunk = run.chunk(T, 4 * B * cfg.V / devices)
+
+    def of_loop(loop, h_BTD):
+      def of_chunk(start):
+        h_BCD, target_BC = (
+            lax.dynamic_slice_in_dim(x, start, chunk, axis=1)
+            for x in (h_BTD, batch['target_BT']))
+        logits_BCV = decoder.apply(variables, h_BCD, loop, method='logits')
+        return losses.next_token_nats(logits_BCV, target_BC)
+
+      nats_CBC = lax.map(of_chunk, jnp.arange(0, T, chunk))
+      return jnp.moveaxis(nats_CBC, 0, 1).reshape(B, T)
+
+    # Loops whose heads are the same are compiled once.
+    loops = range(cfg.loops if adapters.head_rank(cfg) else 1)
+    heads = [functools.partial(of_loop, loop) for loop in loops]
+    # One loop after the other: logits are the largest arrays there are. A
+    # number beyond the heads' takes the last of them.
+    return lax.map(
+        lambda x: lax.switch(x[0], heads, x[1]),
+        (jnp.arange(cfg.loops), h_LBTD),
+    ) * batch['weight_BT']
+
+  # Whole on every process, each of which adds them up.
+  return jax.jit(nats, out_shardings=mesh and machine.replicated(mesh))

@@ -1,0 +1,145 @@
+"""A forward pass over whole sequences in which tokens leave early.
+
+It is what generating them one by one would give, where the keys and values of
+the loops that a token skips are made of the state that it left with (the
+engine's `propagate`): a token that has left stays as it is, and later loops
+read it as they read the others.
+
+Knows the decoder and the rules; nothing of thresholds that are any good.
+"""
+
+from collections.abc import Mapping
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from recursive_tx import exits, model
+from recursive_tx.config import ModelConfig, Run
+from recursive_tx.errors import UserError
+from recursive_tx.model import adapters
+
+
+class Passed(NamedTuple):
+  """What came of a batch.
+
+  Attributes:
+    best_BT: likeliest next token where each token left.
+    depth_BT: after which loop that was, from 1.
+    best_EBT: likeliest next token after every loop but the final one; None
+      where it was not asked for.
+    score_EBT: the rule's score there.
+  """
+  best_BT: jax.Array
+  depth_BT: jax.Array
+  best_EBT: jax.Array | None
+  score_EBT: jax.Array
+
+
+@functools.cache
+def forward(cfg: ModelConfig, run: Run, rule: str, *, every: bool = False):
+  """(variables, batch, thresholds_E) -> Passed, compiled.
+
+  Args:
+    cfg: the model.
+    run: how it is executed.
+    rule: one of exits.RULES that has a score. Where it reads logits and the
+      model has a coda, what a token sees there of others that leave later
+      would be wrong, and such a pair is refused.
+    every: also ask for `best_EBT`.
+
+  Raises:
+    UserError: a rule of logits for a model with a coda.
+  """
+  if cfg.coda and exits.Exit(rule).needs == 'logits':
+    raise UserError(
+        f'rule {rule!r} reads logits, and this model has a coda'
+        f' (model.coda={cfg.coda}), which can only be judged token by token;'
+        " take rule 'gate'")
+  decoder = model.Decoder(cfg, run)
+  best_of = functools.partial(_best, decoder, run)
+
+  def passed(
+      variables: Any, batch: Mapping[str, jax.Array],
+      thresholds_E: jax.Array
+  ) -> Passed:
+    bound = decoder.bind(variables)
+    context = bound._context(
+        batch['token_BT'], batch['segment_BT'], batch['position_BT'])
+    x_BTD = bound._enter(batch['token_BT'], context)
+    keys_N = model.no_keys(cfg, x_BTD, cfg.layers_per_loop, cfg.loops)
+    depth_BT = jnp.full(batch['token_BT'].shape, cfg.loops)
+    best_BT, bests, scores = jnp.full_like(depth_BT, -1), [], []
+    for loop in range(cfg.loops):
+      x_BTD, keys_N = _loop(
+          cfg, run, variables, x_BTD, keys_N,
+          {**context, 'first': loop == 0, 'left_BT': depth_BT <= loop}, loop)
+      if loop == cfg.loops - 1:
+        break
+      # As an exit here: what the gate and the head read without a coda.
+      h_BTD = model.normalize(cfg, x_BTD, variables['params']['norm'])
+      if rule == 'gate':
+        gate_BT = bound.gate(h_BTD, loop)
+        score_BT = exits.score(rule, gate_B=gate_BT)
+        if every:
+          best_BT, _ = best_of(variables, bound._leave(x_BTD, context), loop)
+      else:
+        best_BT, score_BT = best_of(variables, h_BTD, loop, rule, best_BT)
+      bests.append(best_BT)
+      scores.append(score_BT)
+      leaves_BT = (depth_BT == cfg.loops) & (
+          score_BT >= thresholds_E[loop])
+      depth_BT = jnp.where(leaves_BT, loop + 1, depth_BT)
+    best_BT, _ = best_of(
+        variables, bound._leave(x_BTD, context), depth_BT - 1)
+    return Passed(best_BT, depth_BT, jnp.stack(bests) if every else None,
+                  jnp.stack(scores))
+
+  return jax.jit(passed)
+
+
+def _loop(cfg, run, variables, x_BTD, keys_N, context, loop):
+  """One pass of the block; tokens that have left stay as they are."""
+  params = variables['params']
+  values_N = {name: jax.tree.map(lambda v: v[loop], params['adapters'][name])
+              for name in adapters.adapter_table(cfg)}
+  if not cfg.has_loop_vectors:
+    values_N = adapters.overlay(params['block']['vectors'], values_N)
+  layer = model.Layer(cfg, run, parent=None)
+
+  def through(x_BTD, inputs):
+    kernels, values = inputs
+    return layer.apply({'params': kernels}, x_BTD, values, context)
+
+  return lax.scan(through, x_BTD, (
+      params['block']['layers'], model.with_keys(values_N, keys_N)))
+
+
+def _best(decoder, run, variables, h_BTD, loop, rule=None, before_BT=None):
+  """Likeliest tokens, and the rule's score, a chunk of positions at a time.
+
+  `loop` is an int, or int32 [B, T] where tokens left at different ones.
+  """
+  B, T, _ = h_BTD.shape
+  chunk = run.chunk(T, 4 * B * decoder.cfg.V)
+  before_BT = jnp.full((B, T), -1) if before_BT is None else before_BT
+  loop_BT = jnp.broadcast_to(loop, (B, T))
+
+  def of_chunk(start):
+    h_BCD, before_BC, loop_BC = (
+        lax.dynamic_slice_in_dim(x, start, chunk, axis=1)
+        for x in (h_BTD, before_BT, loop_BT))
+    logits_BCV = decoder.apply(
+        variables, h_BCD, loop if isinstance(loop, int) else loop_BC,
+        method='logits')
+    best_BC = jnp.argmax(logits_BCV, axis=-1).astype(jnp.int32)
+    score_BC = best_BC
+    if rule is not None:
+      score_BC = exits.score(rule, logits_BV=logits_BCV, before_B=before_BC)
+    return best_BC, score_BC
+
+  found = lax.map(of_chunk, jnp.arange(0, T, chunk))
+  return jax.tree.map(
+      lambda x_CB: jnp.moveaxis(x_CB, 0, 1).reshape(B, T), found)

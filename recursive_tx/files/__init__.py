@@ -1,0 +1,8 @@
+"""What is on disk, of any kind: directories, JSON, tensors, paths of trees."""
+
+from recursive_tx.files.directories import new_directory as new_directory
+from recursive_tx.files.json import read_json as read_json
+from recursive_tx.files.json import write_json as write_json
+from recursive_tx.files.safetensors import Reader as Reader
+from recursive_tx.files.safetensors import Writer as Writer
+from recursive_tx.files.safetensors import finite as finite

@@ -1,0 +1,169 @@
+"""Tensors on disk, in safetensors files.
+
+Reads and writes the format itself, tensor by tensor, so that a model larger
+than memory can be converted, and bf16 needs no torch.
+"""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from recursive_tx.errors import UserError
+from recursive_tx.files.json import read_json
+
+_DTYPES = {
+    'F64': np.float64, 'F32': np.float32, 'F16': np.float16,
+    'BF16': ml_dtypes.bfloat16, 'I64': np.int64, 'I32': np.int32,
+    'I16': np.int16, 'I8': np.int8, 'U8': np.uint8, 'BOOL': np.bool_,
+}
+_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+_INDEX = 'model.safetensors.index.json'
+_MAX_HEADER = 100 << 20  # The format's own limit.
+
+
+class Reader:
+  """Tensors of one file or of all files of an index, read one at a time.
+
+  Attributes:
+    shapes: {name: shape}.
+    dtypes: {name: numpy dtype}.
+  """
+
+  def __init__(self, directory: str | os.PathLike):
+    """Reads headers only.
+
+    Raises:
+      UserError: no safetensors there, or a file that is not whole.
+    """
+    self._places = {}
+    self.shapes, self.dtypes = {}, {}
+    for path in _files(pathlib.Path(directory)):
+      self._read_header(path)
+
+  def read(self, name: str) -> np.ndarray:
+    """One tensor. Raises UserError if it holds NaN or infinity."""
+    path, offset, size = self._places[name]
+    with open(path, 'rb') as f:
+      f.seek(offset)
+      flat = np.fromfile(f, np.uint8, size)
+    array = flat.view(self.dtypes[name]).reshape(self.shapes[name])
+    if not finite(array):
+      raise UserError(f'{path.name}: tensor {name!r} holds NaN or infinity')
+    return array
+
+  def _read_header(self, path: pathlib.Path) -> None:
+    size = path.stat().st_size
+    broken = f'{path.name} is truncated or not a safetensors file; copy it anew'
+    with open(path, 'rb') as f:
+      length = int.from_bytes(f.read(8), 'little')
+      if not 2 <= length <= min(_MAX_HEADER, size - 8):
+        raise UserError(broken)
+      try:
+        header = json.loads(f.read(length))
+      except ValueError:
+        raise UserError(broken) from None
+    if not isinstance(header, dict):
+      raise UserError(broken)
+    header.pop('__metadata__', None)
+    for name, entry in header.items():
+      shape, dtype, begin, end = _entry(entry, f'{broken} (tensor {name!r})')
+      if 8 + length + end > size:
+        raise UserError(f'{broken} (tensor {name!r})')
+      if name in self._places:
+        raise UserError(
+            f'tensor {name!r} is in {self._places[name][0].name} and in '
+            f'{path.name}; remove one of them')
+      self.shapes[name], self.dtypes[name] = shape, dtype
+      self._places[name] = (path, 8 + length + begin, end - begin)
+
+
+def _entry(entry: Any, broken: str):
+  """Shape, dtype and offsets of a tensor's entry in a header."""
+  try:
+    shape, name = tuple(entry['shape']), entry['dtype']
+    begin, end = entry['data_offsets']
+    size = int(np.prod(shape, dtype=np.int64))
+  except (KeyError, TypeError, ValueError):
+    raise UserError(broken) from None
+  if name not in _DTYPES:
+    raise UserError(f'{broken}: its dtype is {name!r}; expected one of '
+                     f'{", ".join(_DTYPES)}')
+  dtype = np.dtype(_DTYPES[name])
+  if not 0 <= begin or end - begin != size * dtype.itemsize:
+    raise UserError(broken)
+  return shape, dtype, begin, end
+
+
+class Writer:
+  """One safetensors file whose tensors are written in any order, or in parts.
+
+  Use as a context manager; leaving it checks that every byte was written.
+  """
+
+  def __init__(
+      self, path: str | os.PathLike,
+      tensors: dict[str, tuple[tuple[int, ...], Any]],
+  ):
+    """Lays the file out. `tensors`: {name: (shape, dtype)}."""
+    header, self._places, end = {'__metadata__': {'format': 'pt'}}, {}, 0
+    for name, (shape, dtype) in sorted(tensors.items()):
+      dtype = np.dtype(dtype)
+      begin, end = end, end + int(np.prod(shape)) * dtype.itemsize
+      header[name] = {'dtype': _NAMES[dtype], 'shape': list(shape),
+                      'data_offsets': [begin, end]}
+      self._places[name] = (begin, tuple(shape), dtype)
+    text = json.dumps(header).encode()
+    text += b' ' * (-len(text) % 8)
+    self._start, self._left = 8 + len(text), end
+    self._file = open(path, 'wb')
+    self._file.write(len(text).to_bytes(8, 'little') + text)
+
+  def write(self, name: str, array: np.ndarray, at: tuple[int, ...] = ()):
+    """Writes a tensor, or the part of it at leading indices `at`, once."""
+    begin, shape, dtype = self._places[name]
+    part = shape[len(at):]
+    assert array.shape == part, (name, array.shape, part)
+    index = int(np.ravel_multi_index(at, shape[:len(at)])) if at else 0
+    data = np.ascontiguousarray(array, dtype)
+    self._file.seek(self._start + begin + index * data.nbytes)
+    self._file.write(data.reshape(-1).view(np.uint8))
+    self._left -= data.nbytes
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, *_):
+    self._file.close()
+    assert kind or not self._left, f'{self._left} bytes were not written'
+
+
+def finite(array: np.ndarray) -> bool:
+  """Whether an array of any dtype holds neither NaN nor infinity."""
+  if array.dtype == ml_dtypes.bfloat16:
+    # All exponent bits set is NaN or infinity; much faster than a cast.
+    return not ((array.view(np.uint16) & 0x7f80) == 0x7f80).any()
+  return array.dtype.kind in 'iub' or bool(np.isfinite(array).all())
+
+
+def _files(directory: pathlib.Path) -> list[pathlib.Path]:
+  if (directory / _INDEX).exists():
+    names = read_json(directory / _INDEX).get('weight_map')
+    if not isinstance(names, dict):
+      raise UserError(f"{directory}/{_INDEX} has no object 'weight_map'")
+    files = [directory / name for name in sorted(set(names.values()))]
+    missing = [f.name for f in files if not f.exists()]
+    if missing:
+      raise UserError(f'{directory} lacks {missing}, which {_INDEX} names')
+    return files
+  if (directory / 'model.safetensors').exists():
+    return [directory / 'model.safetensors']
+  pickles = sorted(p.name for p in directory.glob('*.bin'))
+  if pickles:
+    raise UserError(
+        f'{directory} holds pickles ({pickles[0]}), which can run code and '
+        f'are not read; convert the model to safetensors first')
+  raise UserError(f'{directory} holds no model.safetensors nor {_INDEX}')

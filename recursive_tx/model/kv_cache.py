@@ -1,0 +1,102 @@
+"""Keys and values of every virtual layer, for several requests.
+
+A request has a row; what a layer wrote at a position is found under the number
+of the virtual layer, the row and the position: a token at another loop has
+other keys. Knows arrays; nothing of layers or schedules.
+"""
+
+from typing import NamedTuple
+
+from flax import linen as nn
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from recursive_tx import config as config_lib
+from recursive_tx.model import attention
+
+# Attention looks at this many positions, or at twice, four times, ... as many:
+# the fewest that hold every token of the batch.
+_SHORTEST = 64
+
+
+LETTERS = ('layers', None, 'K', 'S', 'H')
+
+
+class Cache(NamedTuple):
+  """Keys and values, [virtual layers, rows, K, positions, H]; see LETTERS."""
+  k: jax.Array
+  v: jax.Array
+
+
+class Place(NamedTuple):
+  """Where the tokens of a batch belong; int32, shapes broadcast to [B, T].
+
+  Attributes:
+    row_BT: row of the request; one beyond the cache's is nobody's, whose keys
+      are dropped.
+    position_BT: position of each token.
+    virtual_BT: number of the virtual layer; rows may be at different loops.
+    writes_BT: whose keys are written, bool; the others' are there. None is
+      all's.
+  """
+  row_BT: jax.Array
+  position_BT: jax.Array
+  virtual_BT: jax.Array
+  writes_BT: jax.Array | None = None
+
+
+def init(
+    cfg: config_lib.ModelConfig, rows: int, length: int, dtype='float32'
+) -> Cache:
+  """An empty cache of `length` positions a row."""
+  shape = (cfg.key_layers, rows, cfg.K, length, cfg.H)
+  return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def write(
+    cache: Cache, place: Place, k_BTKH: jax.Array, v_BTKH: jax.Array
+) -> Cache:
+  """The cache with the keys and values of some tokens in it.
+
+  A token's keys go to several places where T is 1 but the place's is not.
+  """
+  row_BT = place.row_BT
+  if place.writes_BT is not None:
+    row_BT = jnp.where(place.writes_BT, row_BT, cache.k.shape[1])
+  at = (place.virtual_BT, row_BT, slice(None), place.position_BT)
+  return Cache(*(
+      nn.with_logical_constraint(
+          leaf.at[at].set(new.astype(leaf.dtype), mode='drop'), LETTERS)
+      for leaf, new in zip(cache, (k_BTKH, v_BTKH), strict=True)))
+
+
+def attend(
+    q_BTNH: jax.Array, cache: Cache, place: Place, *, window: int
+) -> jax.Array:
+  """Softmax attention of tokens to their rows' keys, up to their own.
+
+  All tokens of a row are at one virtual layer.
+
+  Returns:
+    Mixed values, BTNH, in q's dtype.
+  """
+  R, longest = cache.k.shape[1], cache.k.shape[3]
+  virtual_B, row_B = place.virtual_BT[:, 0], place.row_BT[:, 0]
+  lengths = [longest]
+  while lengths[0] > _SHORTEST:
+    lengths.insert(0, -(-lengths[0] // 2))
+
+  def within(length):
+    def mix(q_BTNH, cache):
+      k_BKSH, v_BKSH = (
+          leaf.at[virtual_B, row_B, :, :length].get(mode='clip')
+          for leaf in cache)
+      mask_BTS = attention.visible(
+          place.position_BT, jnp.arange(length)[None], window=window)
+      return attention.attend_heads(q_BTNH, k_BKSH, v_BKSH, mask_BTS)
+    return mix
+
+  reach = jnp.where(row_B < R, place.position_BT.max(axis=1) + 1, 0).max()
+  which = jnp.searchsorted(jnp.array(lengths[:-1]), reach)
+  return lax.switch(which, [within(n) for n in lengths], q_BTNH, cache)

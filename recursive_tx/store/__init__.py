@@ -1,0 +1,2 @@
+"""A model in a directory: opened, converted, saved, exported."""
+

@@ -1,0 +1,392 @@
+"""Model families as data: how a Hugging Face config and its tensors map.
+
+The only place that names families. A new one is a record in FAMILIES and a
+row in the parity test. Rules rearrange and nothing else; arithmetic is the
+model's. They name tensors as they lie on disk.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import re
+from typing import Any
+
+from recursive_tx import config as config_lib
+from recursive_tx.errors import UserError, one_of
+
+_ACTS = {
+    'silu': 'silu', 'swish': 'silu', 'relu': 'relu', 'gelu': 'gelu',
+    'gelu_pytorch_tanh': 'gelu_tanh', 'gelu_new': 'gelu_tanh',
+    'gelu_fast': 'gelu_tanh',
+}
+# Config attributes that do not change what the model computes.
+_IRRELEVANT = frozenset('''
+    _attn_implementation _name_or_path architectures bos_token_id
+    chunk_size_feed_forward classifier_dropout dtype eos_token_id id2label
+    initializer_range is_decoder is_llama_config label2id
+    max_position_embeddings model_type name_or_path output_attentions
+    output_hidden_states pad_token_id pretraining_tp problem_type
+    return_dict task_specific_params torch_dtype
+    transformers.js_config transformers_version unk_token_id use_cache
+'''.split())
+# Config attributes of which one setting is implemented.
+_REQUIRED = {
+    'add_cross_attention': (False,), 'attention_dropout': (0, None),
+    'hidden_dropout': (0, None), 'is_encoder_decoder': (False,),
+    'pruned_heads': ({}, None), 'quantization_config': (None,),
+    'rope_interleaved': (False,), 'use_bidirectional_attention': (False, None),
+    'tie_encoder_decoder': (False,), 'torchscript': (False,),
+    'use_bfloat16': (False,),
+}
+# Keys whose null means something else than their absence.
+_NULL = {'sliding_window': 0, 'num_key_value_heads': '=num_attention_heads'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """One lineage of decoders.
+
+  Attributes:
+    model_type: its name in config.json.
+    architecture: its class in transformers.
+    fixed: ModelConfig fields that are the same in every member.
+    fields: (config.json's key, ModelConfig's field, default or None where
+      the key must be there); a default may name another key by '=key'.
+    rope: config.json's keys of rope_theta and of the rotated share (None
+      where all of H is rotated), and the default share.
+    rules: (our leaf or leaves, tensor's name, einops pattern from disk to
+      ours); '{i}' is the layer.
+    buffers: regex of tensors on disk that are not parameters.
+    derived: ModelConfig fields that follow from others, by a function of
+      them.
+    overrides: (key, the key whose place its value takes where it is set).
+    loose: values of 'hidden_act' that mean another.
+  """
+  model_type: str
+  architecture: str
+  fixed: dict[str, Any]
+  fields: tuple[tuple[str, str, Any], ...]
+  rules: tuple[tuple[tuple[str, ...], str, str], ...]
+  rope: tuple[str, str | None, float] = ('rope_theta', None, 1.0)
+  buffers: str = r'.*\.rotary_emb\.inv_freq'
+  derived: dict[str, Callable[[dict], int]] = dataclasses.field(
+      default_factory=dict)
+  overrides: tuple[tuple[str, str], ...] = ()
+  loose: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+# Fields that are sizes, which must be positive integers.
+_SIZED = ('V', 'D', 'F', 'N', 'K', 'H', 'layers')
+_SIZES = (
+    ('vocab_size', 'V', None), ('hidden_size', 'D', None),
+    ('intermediate_size', 'F', None), ('num_hidden_layers', 'layers', None),
+    ('num_attention_heads', 'N', None),
+)
+_GROUPED = (
+    *_SIZES, ('num_key_value_heads', 'K', '=num_attention_heads'),
+    ('head_dim', 'H', 'hidden_size/num_attention_heads'),
+    ('hidden_act', 'act', 'silu'), ('rms_norm_eps', 'norm_eps', 1e-6),
+)
+
+
+def _replaced(rows, *others):
+  """Rows with other defaults, those that transformers has where they differ.
+  """
+  new = {row[0]: row for row in others}
+  return tuple(new.get(row[0], row) for row in rows)
+
+
+_LAYER = 'model.layers.{i}.'
+_LLAMA_RULES = (
+    (('embed/embedding',), 'model.embed_tokens.weight', 'V D -> V D'),
+    (('head/kernel',), 'lm_head.weight', 'V D -> V D'),
+    (('norm/scale',), 'model.norm.weight', 'D -> D'),
+    (('vectors/attn_norm/scale',), _LAYER + 'input_layernorm.weight',
+     'D -> D'),
+    (('vectors/mlp_norm/scale',), _LAYER + 'post_attention_layernorm.weight',
+     'D -> D'),
+    (('layers/attn/q/kernel',), _LAYER + 'self_attn.q_proj.weight',
+     '(N H) D -> D N H'),
+    (('layers/attn/k/kernel',), _LAYER + 'self_attn.k_proj.weight',
+     '(K H) D -> D K H'),
+    (('layers/attn/v/kernel',), _LAYER + 'self_attn.v_proj.weight',
+     '(K H) D -> D K H'),
+    (('layers/attn/o/kernel',), _LAYER + 'self_attn.o_proj.weight',
+     'D (N H) -> N H D'),
+    (('vectors/q/bias',), _LAYER + 'self_attn.q_proj.bias', '(N H) -> N H'),
+    (('vectors/k/bias',), _LAYER + 'self_attn.k_proj.bias', '(K H) -> K H'),
+    (('vectors/v/bias',), _LAYER + 'self_attn.v_proj.bias', '(K H) -> K H'),
+    (('vectors/o/bias',), _LAYER + 'self_attn.o_proj.bias', 'D -> D'),
+    (('layers/mlp/gate/kernel',), _LAYER + 'mlp.gate_proj.weight',
+     'F D -> D F'),
+    (('layers/mlp/up/kernel',), _LAYER + 'mlp.up_proj.weight', 'F D -> D F'),
+    (('layers/mlp/down/kernel',), _LAYER + 'mlp.down_proj.weight',
+     'D F -> F D'),
+    (('vectors/gate/bias',), _LAYER + 'mlp.gate_proj.bias', 'F -> F'),
+    (('vectors/up/bias',), _LAYER + 'mlp.up_proj.bias', 'F -> F'),
+    (('vectors/down/bias',), _LAYER + 'mlp.down_proj.bias', 'D -> D'),
+)
+_NEOX = 'gpt_neox.layers.{i}.'
+_QKV = tuple(f'layers/attn/{name}/kernel' for name in 'qkv')
+_QKV_BIAS = tuple(f'vectors/{name}/bias' for name in 'qkv')
+_NEOX_RULES = (
+    (('embed/embedding',), 'gpt_neox.embed_in.weight', 'V D -> V D'),
+    (('head/kernel',), 'embed_out.weight', 'V D -> V D'),
+    (('norm/scale',), 'gpt_neox.final_layer_norm.weight', 'D -> D'),
+    (('norm/bias',), 'gpt_neox.final_layer_norm.bias', 'D -> D'),
+    (('vectors/attn_norm/scale',), _NEOX + 'input_layernorm.weight',
+     'D -> D'),
+    (('vectors/attn_norm/bias',), _NEOX + 'input_layernorm.bias', 'D -> D'),
+    (('vectors/mlp_norm/scale',), _NEOX + 'post_attention_layernorm.weight',
+     'D -> D'),
+    (('vectors/mlp_norm/bias',), _NEOX + 'post_attention_layernorm.bias',
+     'D -> D'),
+    # Each head's rows hold its query, its key and its value.
+    (_QKV, _NEOX + 'attention.query_key_value.weight',
+     '(N qkv H) D -> qkv D N H'),
+    (_QKV_BIAS, _NEOX + 'attention.query_key_value.bias',
+     '(N qkv H) -> qkv N H'),
+    (('layers/attn/o/kernel',), _NEOX + 'attention.dense.weight',
+     'D (N H) -> N H D'),
+    (('vectors/o/bias',), _NEOX + 'attention.dense.bias', 'D -> D'),
+    (('layers/mlp/up/kernel',), _NEOX + 'mlp.dense_h_to_4h.weight',
+     'F D -> D F'),
+    (('vectors/up/bias',), _NEOX + 'mlp.dense_h_to_4h.bias', 'F -> F'),
+    (('layers/mlp/down/kernel',), _NEOX + 'mlp.dense_4h_to_h.weight',
+     'D F -> F D'),
+    (('vectors/down/bias',), _NEOX + 'mlp.dense_4h_to_h.bias', 'D -> D'),
+)
+_PLAIN = dict(gated=True, parallel=False)
+
+FAMILIES = {family.model_type: family for family in (
+    Family(
+        model_type='llama', architecture='LlamaForCausalLM',
+        fixed=dict(_PLAIN, norm='rms', embed_scale=False, window=0),
+        fields=(*_GROUPED, ('tie_word_embeddings', 'tied', False),
+                ('attention_bias', 'attention_bias', False),
+                ('mlp_bias', 'mlp_bias', False)),
+        rules=_LLAMA_RULES),
+    Family(
+        model_type='mistral', architecture='MistralForCausalLM',
+        fixed=dict(_PLAIN, norm='rms', embed_scale=False, mlp_bias=False,
+                   attention_bias=False),
+        fields=(*_replaced(_GROUPED, ('num_key_value_heads', 'K', 8)),
+                ('tie_word_embeddings', 'tied', False),
+                ('sliding_window', 'window', 4096)),
+        rules=_LLAMA_RULES),
+    Family(
+        model_type='gemma', architecture='GemmaForCausalLM',
+        fixed=dict(_PLAIN, norm='rms+1', embed_scale=True, mlp_bias=False,
+                   window=0),
+        fields=(*_replaced(_GROUPED, ('num_key_value_heads', 'K', 16),
+                           ('head_dim', 'H', 256),
+                           ('hidden_act', 'act', 'gelu_pytorch_tanh')),
+                ('tie_word_embeddings', 'tied', True),
+                ('attention_bias', 'attention_bias', False)),
+        rules=_LLAMA_RULES,
+        # The first releases say 'gelu' and were trained with the tanh form.
+        overrides=(('hidden_activation', 'hidden_act'),),
+        loose={'gelu': 'gelu_pytorch_tanh'}),
+    Family(
+        model_type='gpt_neox', architecture='GPTNeoXForCausalLM',
+        fixed=dict(gated=False, norm='layer', embed_scale=False, window=0,
+                   mlp_bias=True),
+        fields=(*_SIZES, ('hidden_act', 'act', 'gelu'),
+                ('layer_norm_eps', 'norm_eps', 1e-5),
+                ('use_parallel_residual', 'parallel', True),
+                ('tie_word_embeddings', 'tied', False),
+                ('attention_bias', 'attention_bias', True)),
+        derived={'K': lambda f: f['N'], 'H': lambda f: f['D'] // f['N']},
+        rules=_NEOX_RULES, rope=('rotary_emb_base', 'rotary_pct', 0.25),
+        buffers=r'gpt_neox\.layers\.\d+\.attention\.'
+                r'(bias|masked_bias|rotary_emb\.inv_freq)'),
+)}
+
+
+def read_config(
+    hf: dict[str, Any]
+) -> tuple[Family, config_lib.ModelConfig]:
+  """Family and vanilla ModelConfig of a parsed config.json.
+
+  Raises:
+    UserError: an unknown model_type, a missing attribute, or an attribute or
+      value that the family does not implement.
+  """
+  kind = hf.get('model_type')
+  one_of('config.json: model_type', kind, FAMILIES)
+  family = FAMILIES[kind]
+  _account(hf, family)
+  hf = dict(hf)
+  for key, place in family.overrides:
+    hf[place] = hf.get(key) or hf.get(place)
+  fields = dict(family.fixed)
+  for key, field, default in family.fields:
+    fields[field] = _value(hf, key, field, default)
+  for field, derive in family.derived.items():
+    fields[field] = derive(fields)
+  act = str(fields['act'])
+  act = family.loose.get(act, act)
+  one_of('config.json: hidden_act', act, _ACTS)
+  fields.update(act=_ACTS[act], window=fields['window'] or 0,
+                layers_per_loop=fields.pop('layers'))
+  fields.update(_read_rope(hf, family))
+  return family, config_lib.ModelConfig(**fields)
+
+
+def write_config(
+    family: Family, cfg: config_lib.ModelConfig
+) -> dict[str, Any]:
+  """config.json of a vanilla model: what `read_config` reads as `cfg`."""
+  hf = {'architectures': [family.architecture],
+        'model_type': family.model_type}
+  for key, field, _ in family.fields:
+    value = cfg.num_layers if field == 'layers' else getattr(cfg, field)
+    hf[key] = value
+  hf['hidden_act'] = next(k for k, v in _ACTS.items() if v == cfg.act)
+  if 'sliding_window' in hf:
+    hf['sliding_window'] = cfg.window or None
+  theta, share, _ = family.rope
+  hf[theta] = cfg.rope_theta
+  if share:
+    hf[share] = cfg.rope_fraction
+  hf['rope_scaling'] = _write_scaling(cfg.rope_scaling)
+  return hf
+
+
+def of(
+    cfg: config_lib.ModelConfig, preferred: str | None = None
+) -> Family:
+  """A family that computes like `cfg`: the preferred model_type if it does."""
+  families = sorted(
+      FAMILIES.values(), key=lambda family: family.model_type != preferred)
+  for family in families:
+    fits = all(getattr(cfg, k) == v for k, v in family.fixed.items())
+    share = family.rope[1] is not None or cfg.rope_fraction == 1.0
+    heads = any(f == 'K' for _, f, _ in family.fields) or (
+        cfg.K == cfg.N and cfg.N * cfg.H == cfg.D)
+    if fits and share and heads:
+      return family
+  raise UserError(
+      f'no family of {", ".join(FAMILIES)} computes what this model does '
+      f'(norm={cfg.norm}, gated={cfg.gated}, window={cfg.window}); it can be '
+      f'saved but not exported')
+
+
+def tensors(
+    family: Family, cfg: config_lib.ModelConfig
+) -> list[tuple[str, tuple[str, ...], str, int | None]]:
+  """(name on disk, our leaves, pattern, layer) of every tensor of `cfg`."""
+  rows = []
+  for leaves, name, pattern in family.rules:
+    if not _has(cfg, leaves[0]):
+      continue
+    layers = range(cfg.num_layers) if '{i}' in name else (None,)
+    rows += [(name.format(i=i), leaves, pattern, i) for i in layers]
+  return rows
+
+
+def is_buffer(family: Family, name: str) -> bool:
+  """Whether a tensor on disk is a buffer that no parameter comes from."""
+  return re.fullmatch(family.buffers, name) is not None
+
+
+def _has(cfg, leaf: str) -> bool:
+  """Whether a model of this config has the leaf at all."""
+  part, *rest = leaf.split('/')
+  if part == 'head':
+    return not cfg.tied
+  if rest[-1] == 'bias' and part == 'vectors' and rest[0] in cfg.kernels:
+    return cfg.has_bias(rest[0])
+  return True
+
+
+def _value(hf, key, field, default):
+  """A key's value, else its default; sizes are positive integers."""
+  value = hf.get(key)
+  if value is None:
+    value = _NULL.get(key, default) if key in hf else default
+  if value is None:
+    raise UserError(f'config.json has no {key!r}, which a '
+                     f'{hf["model_type"]} model needs')
+  if value == 'hidden_size/num_attention_heads':
+    return hf['hidden_size'] // hf['num_attention_heads']
+  if isinstance(value, str) and value.startswith('='):
+    return hf[value[1:]]
+  if field in _SIZED and (not _is_number(value, int) or value < 1):
+    raise UserError(f'config.json: {key}={value!r}; expected a size, an '
+                     f'integer of at least 1')
+  return value
+
+
+def _is_number(value, *kinds) -> bool:
+  return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _read_rope(hf, family) -> dict[str, Any]:
+  """rope_* fields, from either dialect of config.json."""
+  theta_key, share_key, share = family.rope
+  # transformers 5 gathers in rope_parameters what stood beside it before.
+  rope = hf.get('rope_parameters') or hf.get('rope_scaling') or {}
+  if not isinstance(rope, dict):
+    raise UserError(f'config.json: rope scaling {rope!r} is not an object')
+  rope = dict(rope)
+  theta = rope.pop('rope_theta', hf.get(theta_key) or 10_000.0)
+  given = rope.pop('partial_rotary_factor', hf.get('partial_rotary_factor'))
+  if share_key and given is None:
+    given = hf.get(share_key, share)
+  if not share_key and given not in (None, 1, 1.0):
+    raise UserError(
+        f'config.json: partial_rotary_factor={given!r} is not implemented for '
+        f'{family.model_type}, which rotates whole heads; remove it')
+  kind = rope.pop('rope_type', None) or rope.pop('type', 'default')
+  rope.pop('type', None)
+  wanted = {
+      'default': (), 'linear': ('factor',),
+      'llama3': ('factor', 'low_freq_factor', 'high_freq_factor',
+                 'original_max_position_embeddings')}
+  one_of('config.json: rope type', kind, wanted)
+  length = 'original_max_position_embeddings'
+  if kind == 'llama3' and length not in rope:
+    rope[length] = hf.get('max_position_embeddings')
+  extra = set(rope) - set(wanted[kind])
+  missing = set(wanted[kind]) - set(rope)
+  if extra or missing:
+    raise UserError(
+        f'config.json: rope of type {kind!r} needs {list(wanted[kind])}; '
+        f'missing {sorted(missing)}, not implemented {sorted(extra)}')
+  for key, number in {'rope_theta': theta, **rope}.items():
+    if not _is_number(number, int, float):
+      raise UserError(f'config.json: {key}={number!r} is not a number')
+  return dict(
+      rope_theta=float(theta), rope_fraction=float(given or 1.0),
+      rope_scaling=tuple(float(rope[key]) for key in wanted[kind]))
+
+
+def _write_scaling(scaling: tuple[float, ...]) -> dict[str, Any] | None:
+  if not scaling:
+    return None
+  if len(scaling) == 1:
+    return {'rope_type': 'linear', 'factor': scaling[0]}
+  factor, low, high, length = scaling
+  return {'rope_type': 'llama3', 'factor': factor, 'low_freq_factor': low,
+          'high_freq_factor': high,
+          'original_max_position_embeddings': int(length)}
+
+
+def _account(hf, family) -> None:
+  """Raises for any attribute that would be silently ignored."""
+  handled = {key for key, _, _ in family.fields} | {
+      'rope_theta', 'rope_scaling', 'rope_parameters',
+      'partial_rotary_factor'} | {k for k in family.rope[:2] if k} | {
+          key for key, _ in family.overrides}
+  neutral = {**_REQUIRED, 'sliding_window': (None,),
+             'layer_types': (None,), 'attention_bias': (False,),
+             'mlp_bias': (False,)}
+  for key, value in hf.items():
+    if key in handled or key in _IRRELEVANT:
+      continue
+    if key in neutral and any(value == ok for ok in neutral[key]):
+      continue
+    raise UserError(
+        f'config.json: {key}={value!r} is not implemented for '
+        f'{family.model_type}; remove it if it does not change what the '
+        f'model computes')

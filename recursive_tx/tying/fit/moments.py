@@ -1,0 +1,134 @@
+"""Second moments of kernels' inputs and of the gradients in their outputs.
+
+One pass forward through the original and one back, a layer at a time.
+"""
+
+from collections.abc import Callable
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from recursive_tx import config as config_lib
+from recursive_tx.tying.fit import layers
+
+# Wider inputs and outputs have the diagonal of their moment only: the whole
+# one of Gemma 2B's MLP would take 1 GiB a layer, and 4 TFLOP to factor.
+_WIDEST = 4096
+
+
+def is_wide(size: int) -> bool:
+  """Whether an input or output of that size has its moment's diagonal only."""
+  return size > _WIDEST
+
+
+class Moments:
+  """Those of every layer, and what it read, in files of a directory, fp32."""
+
+  def __init__(self, directory: pathlib.Path):
+    self._directory = directory
+
+  def input(self, kernel: str, layer: int) -> np.ndarray:
+    """E[x x^T] of a kernel's input, [rows, rows], or its diagonal [rows]."""
+    return np.load(self._path(layers.INPUT[kernel], layer, 'input'))
+
+  def mean(self, kernel: str, layer: int) -> np.ndarray:
+    """E[x] of a kernel's input, [rows]."""
+    return np.load(self._path(layers.INPUT[kernel], layer, 'mean'))
+
+  def output(self, kernel: str, layer: int) -> np.ndarray:
+    """Of the gradient in its output: [columns, columns] or [columns]."""
+    return np.load(self._path(kernel, layer, 'output'))
+
+  def stream(self, layer: int) -> np.ndarray:
+    """What the layer read of the tokens, [N, T, D]."""
+    return np.load(self._directory / f'{layer}.npy')
+
+  def put(self, kernel: str, layer: int, side: str, value: np.ndarray):
+    """Stores a moment; `side`: 'input', 'mean' or 'output'."""
+    np.save(self._path(kernel, layer, side), value.astype(np.float32))
+
+  def put_stream(self, layer: int, x_NTD: np.ndarray):
+    """Stores what a layer read."""
+    np.save(self._directory / f'{layer}.npy', x_NTD)
+
+  def _path(self, kernel, layer, side):
+    return self._directory / f'{layer}.{kernel}.{side}.npy'
+
+
+def measure(
+    cfg: config_lib.ModelConfig, read: layers.Read, token_NT: np.ndarray,
+    directory: pathlib.Path, *, seed: int,
+    tell: Callable[[float], Any] = lambda share: None,
+) -> Moments:
+  """Runs the vanilla model over the tokens and back.
+
+  The gradients are of -log p(next token), the token drawn from the model's
+  own distribution, so that their moments are the Fisher matrix's: by those
+  the KL divergence grows as a kernel is moved.
+
+  Args:
+    cfg, read: the model.
+    token_NT: int32 token ids, sequences of one length.
+    directory: for what `Moments` has; holds nothing else.
+    seed: of the drawn tokens.
+    tell: told the share of the work done since it was last told.
+  """
+  variables, moments = layers.ends(cfg, read), Moments(directory)
+  for layer, x_NTD in enumerate(
+      layers.stream(cfg, read, variables, token_NT)):
+    if layer < cfg.num_layers:
+      moments.put_stream(layer, x_NTD)
+    tell(0.25 / (cfg.num_layers + 1))
+  d_NTD = _drawn(cfg, variables, token_NT, x_NTD, seed)
+  for layer in reversed(range(cfg.num_layers)):
+    values = jax.device_put(layers.read_layer(cfg, read, layer))
+    x_NTD, sums = moments.stream(layer), {}
+    for rows in layers.batches(token_NT):
+      d_BTD, inputs, outputs = layers.backward(
+          cfg, values, x_NTD[rows], d_NTD[rows])
+      d_NTD[rows] = d_BTD
+      for side, seen, moment in (
+          ('input', inputs, _square), ('mean', inputs, _sum),
+          ('output', outputs, _square)):
+        for name, x in seen.items():
+          sums[name, side] = sums.get((name, side), 0.0) + moment(
+              np.asarray(x))
+    for (name, side), total in sums.items():
+      moments.put(name, layer, side, total / token_NT.size)
+    tell(0.75 / cfg.num_layers)
+  return moments
+
+
+def _sum(x: np.ndarray) -> np.ndarray:
+  return x.sum(axis=0, dtype=np.float64)
+
+
+def _square(x: np.ndarray) -> np.ndarray:
+  """x^T x, or its diagonal, of one batch: fp32 products, summed up in fp64."""
+  if is_wide(x.shape[1]):
+    return np.square(x).sum(axis=0, dtype=np.float64)
+  return (x.T @ x).astype(np.float64)
+
+
+def _drawn(cfg, variables, token_NT, x_NTD, seed) -> np.ndarray:
+  """Gradient in the last layer's output, [N, T, D]."""
+  row_bytes = 4 * token_NT.shape[1] * cfg.V
+  return np.concatenate([
+      # Each is waited for: the logits of several are too much to hold.
+      np.asarray(_gradient(
+          cfg, variables, x_NTD[rows],
+          jax.random.fold_in(jax.random.key(seed), rows.start)))
+      for rows in layers.batches(token_NT, row_bytes)])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradient(cfg, variables, x_BTD, key):
+  def nats(x_BTD):
+    scores_BTV = layers.logprobs(cfg, variables, x_BTD)
+    drawn_BT = jax.random.categorical(key, jax.lax.stop_gradient(scores_BTV))
+    return -jnp.take_along_axis(scores_BTV, drawn_BT[..., None], -1).sum()
+  return jax.grad(nats)(x_BTD)

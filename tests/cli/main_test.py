@@ -1,0 +1,68 @@
+"""The command line, in real processes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+from recursive_tx import __main__ as cli
+
+ROOT = tiny.ROOT
+
+
+def _run(*words, **environment):
+  return subprocess.run(
+      [sys.executable, '-m', 'recursive_tx', *map(str, words)], cwd=ROOT,
+      env={**os.environ, 'JAX_PLATFORMS': 'cpu', **environment},
+      capture_output=True, text=True)
+
+
+def _refused(*words) -> str:
+  """The one line that a command which must fail says."""
+  done = _run(*words)
+  assert done.returncode == 1
+  assert 'Traceback' not in done.stderr
+  return done.stderr.strip().splitlines()[-1]
+
+
+def test_convert_export_and_back(tmp_path):
+  tiny.make_ours(tmp_path / 'source', tiny.FAMILIES['gemma'])
+  done = _run('convert', f'--source={tmp_path}/source',
+              f'--output={tmp_path}/new', '--loops=3', '--rank=full',
+              '--check')
+  assert done.returncode == 0, done.stderr
+  assert 'kl:' in done.stdout and 'loop 3' in done.stdout
+  done = _run('export', f'--checkpoint={tmp_path}/new',
+              f'--output={tmp_path}/out')
+  assert done.returncode == 0, done.stderr
+  assert (tmp_path / 'out' / 'model.safetensors').exists()
+
+
+def test_errors_are_one_line_with_the_way_out(tmp_path):
+  tiny.make_ours(tmp_path / 'source', tiny.FAMILIES['gemma'])
+  source, output = f'--source={tmp_path}/source', f'--output={tmp_path}/new'
+  assert "did you mean 'convert'" in _refused('covert')
+  assert 'source' in _refused('convert', f'--sorce={tmp_path}', output)
+  line = _refused('convert', source, output, '--loops=4')
+  assert 'loops=4' in line and '[1, 2, 3, 6]' in line and 'prelude' in line
+  assert 'q64+k32' in _refused('convert', source, output, '--rank=7x')
+  assert '--output is missing' in _refused('convert', source)
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['source']
+
+
+def test_debug_shows_the_traceback():
+  done = _run('convert', '--source=/nowhere', '--output=/nowhere/x', '--debug')
+  assert done.returncode == 1 and 'Traceback' in done.stderr
+
+
+@pytest.mark.parametrize('verb', cli.VERBS)
+def test_help_is_complete_and_light(verb):
+  done = _run(verb, '--help')
+  assert done.returncode == 0, done.stderr
+  assert f'{verb}:' in done.stdout and '--debug' in done.stdout
+  for line in done.stdout.splitlines():
+    # Every flag says what it is.
+    if line.strip().startswith('--') and ':' in line:
+      assert line.split(':', 1)[1].strip(), line

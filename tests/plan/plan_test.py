@@ -1,0 +1,160 @@
+"""Plans: real compiles for TPUs that are not there, and their arithmetic."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+import tiny
+
+import recursive_tx as rtx
+from recursive_tx import losses, machine, plan, train
+from recursive_tx.data import DataConfig, Task
+from recursive_tx.errors import UserError
+from recursive_tx.machine import flops
+from recursive_tx.train import optim
+
+ROOT = tiny.ROOT
+CFG = rtx.ModelConfig(
+    V=1024, D=256, F=512, N=4, K=1, H=128, layers_per_loop=1, loops=2,
+    rank='32')
+CONFIG = train.Config(
+    model=CFG,
+    data=DataConfig((Task('t', 'text', ('x',)),), seq_len=256, batch=8,
+                    shards=1),
+    optim=optim.OptimConfig(steps=100, lr=1e-4, accumulate=1),
+    losses=losses.LossConfig((0.1, 1.0), (1.0,)),
+    run=rtx.Run(dtype='bfloat16', remat='full'))
+
+
+def quiet(line):
+  del line
+
+
+def changed(config, **sections):
+  """A config with fields of its sections replaced."""
+  return dataclasses.replace(config, **{
+      name: dataclasses.replace(getattr(config, name), **fields)
+      for name, fields in sections.items()})
+
+
+@pytest.fixture(scope='module')
+def four():
+  return plan.plan(CONFIG, 'v5e:2x2', tell=quiet)
+
+
+def test_a_compiled_plan_agrees_with_arithmetic(four):
+  assert (four['chip'], four['chips'], four['fits']) == ('v5e', 4, True)
+  assert four['attention'] == 'splash'
+  # fp32 parameters and two moments, cut over four chips but for what is
+  # small; the teacher in bf16.
+  sizes = jax.tree.leaves(
+      train.abstract_state(CONFIG, machine.make_mesh(
+          machine.MeshConfig()))[1].params)
+  whole = sum(4 * x.size for x in sizes)
+  assert four['bytes']['parameters'] == pytest.approx(whole / 4, rel=0.02)
+  assert four['bytes']['optimizer'] == pytest.approx(whole / 2, rel=0.02)
+  assert four['peak_bytes_per_chip'] == sum(four['bytes'].values())
+  # All of the model's products, the forward pass of the layers twice but for
+  # their last product, and adapters merged rather than applied.
+  model = flops.train_step(
+      CFG, CONFIG.losses.weights(2),
+      dataclasses.replace(CFG, loops=1, layers_per_loop=2, rank='0'), 8, 256)
+  assert four['model_flops'] == model['total'] / 4
+  done = four['compiled_flops'] + four['kernel_flops']
+  assert 0.95 * four['model_flops'] < done < 1.35 * four['model_flops']
+  assert four['sent_bytes']['all-gather'] > 0
+  # No array has all the logits, nor all the table.
+  assert not any(str(CFG.V) in name for name in four['largest_arrays'])
+  assert four['tokens'] == 100 * 8 * 256
+  assert 0 < four['mfu'] < 1
+  assert four['seconds'] <= four['seconds_serial']
+  json.dumps(four)
+
+
+def test_the_table_tells_facts_from_estimates(four):
+  text = plan.table(four)
+  facts, estimates = text.split('ESTIMATES')
+  assert 'MEMORY, GiB a chip (compiled)' in facts
+  assert 'COMPILED TRAFFIC' in facts and 'tokens/s' not in facts
+  assert 'MFU' in estimates
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('topology', ['v4:2x2x1', 'v5p:2x2x1', 'v6e:2x2'])
+def test_every_family_of_tpus_compiles(topology):
+  found = plan.plan(CONFIG, topology, tell=quiet)
+  assert found['fits'] and found['source'] == 'compiled'
+  assert found['attention'] == 'splash'
+  assert found['compiled_flops'] > 0 and found['sent_bytes']
+
+
+@pytest.mark.slow
+def test_a_mesh_of_all_axes_does_the_same_arithmetic(four):
+  other = changed(CONFIG, mesh=dict(data=1, fsdp=2, tensor=2))
+  found = plan.plan(other, 'v5e:2x2', tell=quiet)
+  assert found['compiled_flops'] == pytest.approx(
+      four['compiled_flops'], rel=0.1)
+
+
+def test_the_largest_batch_is_the_largest_that_fits():
+  found = plan.plan(CONFIG, 'h100:8', search=True, tell=quiet)
+  largest = found['largest_batch']
+  assert largest % 8 == 0
+
+  def fits(batch):
+    config = changed(CONFIG, data=dict(batch=batch))
+    return plan.plan(config, 'h100:8', tell=quiet)['fits']
+
+  assert fits(largest)
+  assert not fits(largest + 8 * max(1, largest // 8 // 16))
+
+
+def test_gpus_are_planned_by_arithmetic():
+  found = plan.plan(CONFIG, 'h100:8', tell=quiet)
+  assert found['source'] == 'estimated' and found['chips'] == 8
+  assert 'compiled_flops' not in found
+  assert '(estimated)' in plan.table(found)
+  more = plan.plan(
+      changed(CONFIG, data=dict(batch=16)), 'h100:8', tell=quiet)
+  assert more['peak_bytes_per_chip'] > found['peak_bytes_per_chip']
+  assert more['bytes']['optimizer'] == found['bytes']['optimizer']
+
+
+@pytest.mark.parametrize(
+    ('topology', 'said'),
+    [('v9:2x2', "'v9:2x2' is not known.*v5e:4x4"), ('v5e', 'v5e:4x4'),
+     ('v5e:3x7', 'v5e:3x7'), ('h100:2x2', 'number of GPUs'),
+     ('h100:3', 'does not divide')])
+def test_bad_topologies_are_refused(topology, said):
+  with pytest.raises(UserError, match=said) as error:
+    plan.plan(CONFIG, topology, tell=quiet)
+  assert '\n' not in str(error.value)
+
+
+def test_the_command_prints_json():
+  done = subprocess.run(
+      [sys.executable, '-m', 'recursive_tx', 'plan', '--json',
+       '--config=configs/gemma_2b.py:loops=3,rank=512,teacher',
+       '--topology=h100:64'],
+      cwd=ROOT, capture_output=True, text=True, env={
+          **os.environ, 'PYTHONPATH': str(ROOT)})
+  assert done.returncode == 0, done.stderr
+  found = json.loads(done.stdout)
+  assert found['fits'] and found['peak_bytes_per_chip'] < 80 * 2**30
+  assert found['bytes']['teacher'] > 0
+
+
+@pytest.mark.parametrize('message, gib', [
+    ('RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of'
+     ' 15.75G hbm.', 17.5),
+    ('RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, '
+     'the total memory required for HLO temporaries (512.0M) exceeds available '
+     'HBM (15.75G).', 0.5),
+    ('INTERNAL: Used 3G of nothing', None)])
+def test_what_the_compiler_says_it_needed(message, gib):
+  needed = plan.needed_bytes(message)
+  assert needed == (gib and gib * 2**30)

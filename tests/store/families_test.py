@@ -1,0 +1,312 @@
+"""Law 1: logits equal Hugging Face's, and no attribute is ignored."""
+
+import copy
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+
+import recursive_tx as rtx
+from recursive_tx import model
+from recursive_tx.store import families
+
+LONG = 600  # Past every window and every original length in tiny.HF.
+
+
+@pytest.mark.parametrize('name', tiny.HF)
+def test_logits_equal_those_of_transformers(name, checkpoint):
+  directory, made = checkpoint(name)
+  cfg, values = rtx.load_hf(directory)
+  token_BT = tiny.tokens(cfg, 1, LONG)
+  expected_BTV = tiny.torch_logits(made, token_BT)
+  logits_BTV = tiny.decoder(cfg)(values, token_BT)
+  assert tiny.distance(logits_BTV, expected_BTV) < 1e-5
+  assert expected_BTV.std() > 0.1
+
+
+def test_every_family_has_a_row():
+  assert {kind for kind, _ in tiny.HF.values()} == set(rtx.FAMILIES)
+
+
+@pytest.mark.parametrize('name', ['stories260K', 'stories3M'])
+def test_logits_of_real_models(name):
+  torch = pytest.importorskip('torch', reason=tiny.TORCH)
+  transformers = pytest.importorskip('transformers', reason=tiny.TORCH)
+  directory = tiny.REAL / name
+  if not directory.exists():
+    pytest.skip(f'the model {name} is not beside this repository')
+  made = transformers.AutoModelForCausalLM.from_pretrained(
+      directory, dtype=torch.float32)
+  cfg, values = rtx.load_hf(directory)
+  token_BT = tiny.tokens(cfg, 1, 520)
+  logits_BTV = tiny.decoder(cfg)(values, token_BT)
+  assert tiny.distance(
+      logits_BTV, tiny.torch_logits(made, token_BT)) < 1e-5
+
+
+def test_the_flags_of_each_row_are_read(checkpoint):
+  cfgs = {name: rtx.load_hf(checkpoint(name)[0])[0] for name in tiny.HF}
+  heads = {name: (cfg.N, cfg.K, cfg.H) for name, cfg in cfgs.items()}
+  assert heads == {
+      'llama_mha': (4, 4, 8), 'llama_gqa': (4, 2, 8), 'llama_mqa': (4, 1, 12),
+      'llama_3': (4, 2, 16), 'mistral': (4, 2, 8), 'gemma': (4, 1, 16),
+      'gpt_neox': (4, 4, 8), 'gpt_neox_serial': (4, 4, 8)}
+  assert cfgs['llama_gqa'].tied and cfgs['gemma'].tied
+  assert not cfgs['llama_mha'].tied and not cfgs['gpt_neox'].tied
+  assert cfgs['llama_3'].rope_scaling == (8, 1, 4, 64)
+  assert cfgs['llama_mqa'].rope_scaling == (2.5,)
+  assert cfgs['mistral'].window == 100
+  assert cfgs['gpt_neox'].rope_fraction == 0.5
+  assert cfgs['gpt_neox'].parallel and not cfgs['gpt_neox_serial'].parallel
+  assert cfgs['gemma'].act == 'gelu_tanh' and cfgs['gemma'].embed_scale
+
+
+# Both dialects of config.json.
+
+
+def _old(hf):
+  """What transformers 4 wrote for what transformers 5 writes, in place."""
+  rope = hf.pop('rope_parameters')
+  theta, share = rope.pop('rope_theta'), rope.pop('partial_rotary_factor', 1)
+  if hf['model_type'] == 'gpt_neox':
+    hf.update(rotary_emb_base=theta, rotary_pct=share)
+  else:
+    hf['rope_theta'] = theta
+  if rope['rope_type'] != 'default':
+    hf['rope_scaling'] = rope
+  if 'dtype' in hf:
+    hf['torch_dtype'] = hf.pop('dtype')
+
+
+@pytest.mark.parametrize('name', tiny.HF)
+def test_both_dialects_of_rope_are_read(name, checkpoint, tmp_path):
+  transformers = pytest.importorskip('transformers', reason=tiny.TORCH)
+  directory, made = checkpoint(name)
+  old = tmp_path / 'old'
+  shutil.copytree(directory, old)
+  tiny.edit_config(old, _old)
+  assert rtx.load_hf(old)[0] == rtx.load_hf(directory)[0]
+  # transformers itself takes it for the same model.
+  token_BT = tiny.tokens(rtx.load_hf(directory)[0], 1, 200)
+  again = transformers.AutoModelForCausalLM.from_pretrained(old)
+  assert np.array_equal(tiny.torch_logits(again, token_BT),
+                        tiny.torch_logits(made, token_BT))
+
+
+def test_the_first_name_of_a_rope_type_is_read(checkpoint):
+  hf = json.loads((checkpoint('llama_mqa')[0] / 'config.json').read_text())
+  cfg = families.read_config(hf)[1]
+  _old(hf)
+  hf['rope_scaling']['type'] = hf['rope_scaling'].pop('rope_type')
+  assert families.read_config(hf)[1] == cfg
+
+
+def test_gemmas_first_releases_mean_the_tanh_form(checkpoint, tmp_path):
+  transformers = pytest.importorskip('transformers', reason=tiny.TORCH)
+  directory, made = checkpoint('gemma')
+  old = tmp_path / 'old'
+  shutil.copytree(directory, old)
+  for legacy in (dict(hidden_act='gelu'),
+                 dict(hidden_act='gelu', hidden_activation=None),
+                 dict(hidden_act='gelu_pytorch_tanh')):
+    tiny.edit_config(old, lambda hf, legacy=legacy: hf.update(legacy))
+    cfg, values = rtx.load_hf(old)
+    token_BT = tiny.tokens(cfg, 1, LONG)
+    again = transformers.AutoModelForCausalLM.from_pretrained(old)
+    assert tiny.distance(tiny.decoder(cfg)(values, token_BT),
+                         tiny.torch_logits(again, token_BT)) < 1e-5
+
+
+@pytest.mark.parametrize('name', ['llama_gqa', 'mistral', 'gemma',
+                                  'gpt_neox'])
+def test_an_absent_key_means_what_transformers_takes_it_for(name, checkpoint):
+  transformers = pytest.importorskip('transformers', reason=tiny.TORCH)
+  hf = json.loads((checkpoint(name)[0] / 'config.json').read_text())
+  # Enough heads for transformers' default number of key heads.
+  hf.update(num_attention_heads=32, hidden_size=256)
+  sizes = ('model_type', 'vocab_size', 'hidden_size', 'intermediate_size',
+           'num_hidden_layers', 'num_attention_heads')
+  odd = {}
+  for key in set(hf) - set(sizes):
+    absent = {k: v for k, v in hf.items() if k != key}
+    kind = type(transformers.AutoConfig.for_model(hf['model_type']))
+    filled = kind.from_dict(copy.deepcopy(absent)).to_dict()
+    filled = {k: v for k, v in filled.items() if k in hf}
+    ours = families.read_config(absent)[1]
+    theirs = families.read_config(filled)[1]
+    for field in dataclasses.fields(ours):
+      pair = getattr(ours, field.name), getattr(theirs, field.name)
+      if pair[0] != pair[1]:
+        odd[key, field.name] = pair
+  assert not odd
+
+
+# config.json of our own.
+
+
+@pytest.mark.parametrize('name', tiny.FAMILIES)
+def test_what_is_written_is_read_back(name):
+  cfg = tiny.FAMILIES[name]
+  for scaling in ((), (3.0,), (8.0, 1.0, 4.0, 64.0)):
+    for theta in (1e4, 12345.0):
+      variant = dataclasses.replace(
+          cfg, rope_scaling=scaling, rope_theta=theta)
+      family = families.of(variant)
+      assert family.model_type == name
+      hf = json.loads(json.dumps(families.write_config(family, variant)))
+      assert families.read_config(hf) == (family, variant)
+
+
+@pytest.mark.parametrize('name', tiny.FAMILIES)
+def test_a_tensors_rows_cover_the_tree_once(name):
+  cfg = tiny.FAMILIES[name]
+  rows = families.tensors(families.of(cfg), cfg)
+  names = [row[0] for row in rows]
+  assert len(set(names)) == len(names)
+  leaves = [(leaf, layer) for _, parts, _, layer in rows for leaf in parts]
+  assert len(set(leaves)) == len(leaves)
+  shapes = model.flat_shapes(cfg)
+  expected = set()
+  for path in shapes:
+    if path.startswith('block/'):
+      expected |= {(path.removeprefix('block/'), i) for i in range(6)}
+    else:
+      expected.add((path, None))
+  assert set(leaves) == expected
+
+
+@pytest.mark.parametrize('change', [
+    dict(gated=False), dict(parallel=True), dict(norm='layer'),
+    dict(rope_fraction=0.5, H=8)])
+def test_a_model_of_no_family_cannot_be_exported(change):
+  with tiny.refused('no family', 'llama', 'gpt_neox', 'saved'):
+    families.of(dataclasses.replace(tiny.FAMILIES['mistral'], **change))
+
+
+# Bad input.
+
+HF = {name: families.write_config(families.of(cfg), cfg)
+      for name, cfg in tiny.FAMILIES.items()}
+
+
+@pytest.mark.parametrize('kind, parts', [
+    ('lama', ("'lama'", "'llama'", 'mistral', 'gemma', 'gpt_neox')),
+    ('gemma2', ("'gemma2'", "did you mean 'gemma'")),
+    ('bert', ("'bert'", 'llama, mistral, gemma, gpt_neox')),
+    (None, ('model_type', 'llama, mistral, gemma, gpt_neox')),
+])
+def test_an_unknown_model_type_lists_the_known(kind, parts):
+  with tiny.refused(*parts):
+    families.read_config({**HF['llama'], 'model_type': kind})
+
+
+@pytest.mark.parametrize('name', tiny.FAMILIES)
+@pytest.mark.parametrize('key, value', [
+    ('attn_logit_softcapping', 50.0), ('num_local_experts', 8),
+    ('quantization_config', {'bits': 4}), ('attention_dropout', 0.1),
+    ('use_qk_norm', True), ('layer_types', ['sliding_attention']),
+    ('rope_interleaved', True), ('is_encoder_decoder', True),
+    ('use_bidirectional_attention', True),
+])
+def test_an_attribute_that_is_not_implemented_is_refused(name, key, value):
+  with tiny.refused(f'{key}={value!r}', name, 'remove it'):
+    families.read_config({**HF[name], key: value})
+
+
+@pytest.mark.parametrize('name, key, value', [
+    ('llama', 'sliding_window', 128), ('gemma', 'sliding_window', 128),
+    ('gpt_neox', 'sliding_window', 128), ('mistral', 'attention_bias', True),
+    ('mistral', 'mlp_bias', True), ('gemma', 'mlp_bias', True),
+    ('llama', 'use_parallel_residual', True),
+    ('llama', 'hidden_activation', 'gelu'),
+    ('gpt_neox', 'num_key_value_heads', 2), ('gpt_neox', 'head_dim', 3),
+    ('gpt_neox', 'hidden_dropout', 0.1),
+])
+def test_another_familys_attribute_is_refused(name, key, value):
+  with tiny.refused(f'{key}={value!r}', name):
+    families.read_config({**HF[name], key: value})
+
+
+@pytest.mark.parametrize('name', ['llama', 'mistral', 'gemma'])
+def test_a_share_that_the_family_does_not_rotate_is_refused(name):
+  # transformers rotates all of the head in these families, whatever it says.
+  rope = dict(rope_type='default', rope_theta=1e4)
+  for share in (1.0, 0.5):
+    for change in (dict(partial_rotary_factor=share),
+                   dict(rope_parameters={
+                       **rope, 'partial_rotary_factor': share})):
+      # The other dialect's keys are not there beside it.
+      hf = {k: v for k, v in HF[name].items() if not k.startswith('rope_')}
+      hf.update(head_dim=8, **change)
+      if share == 1:
+        assert families.read_config(hf)[1].rope_fraction == 1
+      else:
+        with tiny.refused('partial_rotary_factor', '0.5', name):
+          families.read_config(hf)
+
+
+@pytest.mark.parametrize('name', tiny.FAMILIES)
+def test_attributes_at_their_neutral_value_are_accepted(name):
+  neutral = dict(
+      quantization_config=None, sliding_window=None, attention_dropout=0.0,
+      use_cache=True, transformers_version='9', bos_token_id=1,
+      is_encoder_decoder=False)
+  if name == 'mistral':
+    neutral.pop('sliding_window')
+  expected = families.read_config(HF[name])
+  assert families.read_config({**HF[name], **neutral}) == expected
+
+
+@pytest.mark.parametrize('name', tiny.FAMILIES)
+@pytest.mark.parametrize('key', [
+    'vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers',
+    'num_attention_heads'])
+def test_a_missing_size_is_named(name, key):
+  for hf in ({k: v for k, v in HF[name].items() if k != key},
+             {**HF[name], key: None}):
+    with tiny.refused(repr(key), name):
+      families.read_config(hf)
+
+
+@pytest.mark.parametrize('key', ['hidden_size', 'num_hidden_layers'])
+@pytest.mark.parametrize('value', ['16', 16.0, -3, 0])
+def test_a_size_that_is_no_size_is_refused(key, value):
+  hf = {**HF['gpt_neox'], key: value}
+  with tiny.refused(str(value)):
+    families.read_config(hf)
+
+
+@pytest.mark.parametrize('rope, parts', [
+    (dict(rope_type='yarn', factor=4.0), ("'yarn'", 'linear', 'llama3')),
+    (dict(rope_type='dynamic', factor=4.0), ("'dynamic'", 'default')),
+    (dict(rope_type='linear'), ("'linear'", "['factor']")),
+    (dict(rope_type='llama3', factor=8.0), ("'llama3'", 'low_freq_factor')),
+    (dict(rope_type='linear', factor=2.0, mscale=1.0), ("'mscale'",)),
+    (dict(rope_type='default', factor=2.0), ("'factor'",)),
+])
+@pytest.mark.parametrize('place', ['rope_scaling', 'rope_parameters'])
+def test_an_unknown_rope_is_refused(rope, parts, place):
+  hf = {k: v for k, v in HF['llama'].items() if k != 'rope_scaling'}
+  with tiny.refused(*parts):
+    families.read_config({**hf, place: rope})
+
+
+def test_a_known_buffer_is_ignored_and_nothing_else():
+  neox, llama = rtx.FAMILIES['gpt_neox'], rtx.FAMILIES['llama']
+  for name in ('bias', 'masked_bias', 'rotary_emb.inv_freq'):
+    assert families.is_buffer(neox, f'gpt_neox.layers.11.attention.{name}')
+  for name in ('gpt_neox.layers.1.attention.dense.bias',
+               'gpt_neox.layers.1.attention.query_key_value.bias',
+               'gpt_neox.final_layer_norm.bias'):
+    assert not families.is_buffer(neox, name)
+  name = 'model.layers.0.self_attn.rotary_emb.inv_freq'
+  assert families.is_buffer(llama, name)
+  assert not families.is_buffer(llama, 'model.layers.0.self_attn.bias')
+
+
+def test_an_act_that_is_not_implemented_is_refused():
+  with tiny.refused("'swiglu'", 'silu', 'hidden_act'):
+    families.read_config({**HF['llama'], 'hidden_act': 'swiglu'})

@@ -1,0 +1,61 @@
+"""Tokenizers trained on the spot, of both kinds."""
+
+import json
+import pathlib
+
+import pytest
+import sentencepiece
+import tokenizers
+
+
+@pytest.fixture(scope='session')
+def sentencepiece_dir(tmp_path_factory) -> pathlib.Path:
+  return train(tmp_path_factory.mktemp('spm'), bos_id=1, eos_id=2, unk_id=0)
+
+
+@pytest.fixture(scope='session')
+def byte_level_dir(tmp_path_factory) -> pathlib.Path:
+  """GPT-NeoX's kind: byte-level BPE, no BOS, end-of-text is id 0."""
+  directory = tmp_path_factory.mktemp('bpe')
+  model = tokenizers.Tokenizer(tokenizers.models.BPE())
+  model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+      add_prefix_space=False
+  )
+  model.decoder = tokenizers.decoders.ByteLevel()
+  trainer = tokenizers.trainers.BpeTrainer(
+      vocab_size=300,
+      special_tokens=['<|endoftext|>', '<bos>'],
+      initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+      show_progress=False,
+  )
+  model.train_from_iterator(['the cat sat on the mat'] * 9, trainer)
+  model.save(str(directory / 'tokenizer.json'))
+  write(directory, 'config.json', {'bos_token_id': 0, 'eos_token_id': 0})
+  return directory
+
+
+def train(directory: pathlib.Path, **ids: int) -> pathlib.Path:
+  text = directory / 'text'
+  text.write_text('the cat sat on the mat\n  and the dog ate it\n' * 9)
+  sentencepiece.SentencePieceTrainer.train(
+      input=str(text),
+      model_prefix=str(directory / 'tokenizer'),
+      vocab_size=290,
+      model_type='bpe',
+      byte_fallback=True,
+      normalization_rule_name='identity',
+      remove_extra_whitespaces=False,
+      minloglevel=2,
+      **ids,
+  )
+  return directory
+
+
+def write(directory: pathlib.Path, name: str, value: object) -> None:
+  (directory / name).write_text(json.dumps(value))
+
+
+def copy(source: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
+  for path in source.glob('tokenizer.[mj]*'):
+    (target / path.name).write_bytes(path.read_bytes())
+  return target
