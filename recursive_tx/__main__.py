@@ -12,7 +12,7 @@ from recursive_tx.errors import one_of
 VERBS = {
     'convert': 'make a pretrained model recursive, or relaxed recursive',
     'cache': 'tokenise the data of a config, once for many runs',
-    'teach': "save a teacher's best guesses, for many runs to read",
+    'teach': "save a teacher's top-k logits, for many runs to read",
     'train': 'pretrain, or uptrain with distillation',
     'plan': 'does a run fit a TPU topology, and what does a step cost',
     'compare': 'a model reduced, looped and relaxed, uptrained alike',

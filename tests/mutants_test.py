@@ -45,7 +45,7 @@ _TRIP = 'store/hf_test.py::test_what_is_written_is_read_back'
 _EXITS = ('model/decoder_test.py::'
           'test_hidden_is_what_an_exit_after_each_loop_computes')
 _STEPS = 'model/kv_cache_test.py::test_step_by_step_equals_the_full_forward'
-_JOINED = ('model/kv_cache_test.py::'
+_FUSED = ('model/kv_cache_test.py::'
            'test_kernels_side_by_side_compute_what_they_do_apart')
 _MIXED = 'model/kv_cache_test.py::test_a_pass_over_rows_at_different_loops'
 _ALONE = ('engine/engine_test.py::'
@@ -163,10 +163,10 @@ MUTANTS = {
         'slice(None), place.position_BT * 0)', (_STEPS,)),
     'keys_of_the_first_columns': Mutant(
         'model/linear.py', 'y_BTY[..., -sum(widths):]',
-        'y_BTY[..., :sum(widths)]', (_JOINED,)),
+        'y_BTY[..., :sum(widths)]', (_FUSED,)),
     'up_stands_before_the_gate': Mutant(
-        'engine/step.py', "join(tree['mlp'], ('gate', 'up'))",
-        "join(tree['mlp'], ('up', 'gate'))", (_JOINED,)),
+        'engine/step.py', "fuse(tree['mlp'], ('gate', 'up'))",
+        "fuse(tree['mlp'], ('up', 'gate'))", (_FUSED,)),
     'loops_share_their_keys': Mutant(
         'model/decoder.py', 'cfg.prelude + loop_BT * cfg.layers_per_loop',
         'cfg.prelude + loop_BT * 0', (_STEPS,)),

@@ -31,5 +31,5 @@ def main(argv: list[str]) -> None:
   arguments.check(argv, config=_CONFIG.value, topology=_TOPOLOGY.value)
   found = plan.plan(
       configs.typed(_CONFIG.value), _TOPOLOGY.value, search=_SEARCH.value,
-      tell=lambda line: print(line, file=sys.stderr))
+      report=lambda line: print(line, file=sys.stderr))
   print(json.dumps(found, indent=2) if _JSON.value else plan.table(found))

@@ -1,4 +1,4 @@
-"""teach: run the teacher before its students, and save its best guesses.
+"""teach: run the teacher before its students, and save its top-k logits.
 
   python -m recursive_tx teach \\
     --config=configs/gemma_2b.py:loops=3,rank=512,teacher \\
@@ -9,7 +9,7 @@
 
 Runs over the very batches that `train` will see, so data, seed and tokenizer
 must be the same there; model, losses, optimizer and machine may be others.
-Takes 8 bytes a guess: seq_len * batch * best * 8 a step. The same command goes
+Takes 8 bytes an id: seq_len * batch * best * 8 a step. The same command goes
 on where it was interrupted. In several processes as `train`.
 """
 
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
       raise UserError(
           f'There is no {name}; name its directory with --config.{name}=')
   if teacher_cache.is_saved(config.teacher):
-    raise UserError(f'{config.teacher} holds guesses; expected a model.')
+    raise UserError(f'{config.teacher} holds top-k logits; expected a model.')
   ids = opening.load_tokenizer(source)
   tokenizer.check_vocab(ids, config.model.V)
   about = teacher_cache.facts(
@@ -59,12 +59,12 @@ def main(argv: list[str]) -> None:
       total=len(steps), desc='teach', unit=' steps', delay=0.5,
       disable=not machine.is_main()) as bar:
     cfg, variables = state.load_teacher(config, mesh)
-    guess = jax.jit(
-        step.make_guess(config, cfg, mesh, _BEST.value),
+    top_k = jax.jit(
+        step.make_top_k(config, cfg, mesh, _BEST.value),
         out_shardings=machine.rows(mesh))
     teacher_cache.save(
         _OUTPUT.value, about, data.Stream(config.data, ids, rows=rows),
-        lambda batch: guess(variables, machine.place_rows(batch, mesh)),
+        lambda batch: top_k(variables, machine.place_rows(batch, mesh)),
         rows=rows, steps=steps, progress=lambda at: bar.update(at - bar.n))
   if machine.is_main():
     print(f'{_OUTPUT.value}; train with --config.teacher={_OUTPUT.value}')

@@ -121,7 +121,7 @@ class Documents:
     texts, faults = [], []
     for found in self._read(number):
       if isinstance(found, Fault):
-        self._tell(found)
+        self._warn(found)
         faults.append(found)
       elif self._holds(found):
         texts.append(found)
@@ -163,7 +163,7 @@ class Documents:
       )
     raise UserError(f'{where}: {how}')
 
-  def _tell(self, fault: Fault) -> None:
+  def _warn(self, fault: Fault) -> None:
     """Logs the first of each kind; the others are only counted."""
     if fault.kind not in self._told:
       self._told.add(fault.kind)

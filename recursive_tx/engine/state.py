@@ -25,7 +25,7 @@ class Slots(NamedTuple):
     x_BD: what its next pass reads, compute dtype.
     loop: the loop of that pass.
     token: the token that was chosen, -1 until then.
-    guess: the likeliest token after the preceding loop, -1 if not asked for.
+    likeliest: token after the preceding loop, -1 if not asked for.
     done: all passes of its token are done, or it has left and nothing is
       left to do; it waits for the others, where the schedule says so.
   """
@@ -33,7 +33,7 @@ class Slots(NamedTuple):
   x_BD: jax.Array
   loop: jax.Array
   token: jax.Array
-  guess: jax.Array
+  likeliest: jax.Array
   done: jax.Array
 
 
@@ -99,7 +99,7 @@ def init(
   return State(
       kv_cache.init(cfg, R, length, run.dtype),
       Slots(row=full(B, R), x_BD=jnp.zeros((B, cfg.D), run.dtype),
-            loop=full(B, 0), token=full(B, -1), guess=full(B, -1),
+            loop=full(B, 0), token=full(B, -1), likeliest=full(B, -1),
             done=full(B, False, bool)),
       Rows(token=full(R, 0), position=full(R, 0), left=full(R, 0),
            eos=full(R, -1),

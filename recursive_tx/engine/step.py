@@ -19,7 +19,7 @@ from recursive_tx import exits, machine
 from recursive_tx.engine import sampling
 from recursive_tx.engine.state import Log, Queue, Slots, State
 from recursive_tx.model import Decoder, kv_cache, mixed_loops, normalize
-from recursive_tx.model.linear import join
+from recursive_tx.model.linear import fuse
 
 # static: requests start together, when every one before has ended.
 # csb: continuous sequence-wise; a request's end frees its slot, all slots are
@@ -159,23 +159,24 @@ def _decide(plan, variables, slots: Slots, rows, busy_B, cache, place):
     asked_B &= sure_B
 
   def choose(index_G, carry):
-    (token_B, guess_B, sure_B, log_p_B), cache = carry
+    (token_B, likeliest_B, sure_B, log_p_B), cache = carry
     (token_G, log_p_G, logits_GV), cache = _ask(
         plan, variables, slots, rows, index_G, cache, place)
-    guess_G, sure_G = jnp.full_like(token_G, -1), jnp.full(len(index_G), True)
+    likeliest_G = jnp.full_like(token_G, -1)
+    sure_G = jnp.full(len(index_G), True)
     if by_head:
-      guess_G = sampling.likeliest(logits_GV)
+      likeliest_G = sampling.likeliest(logits_GV)
       score_G = exits.score(rule, logits_BV=logits_GV,
-                            before_B=guess_B.at[index_G].get(mode='clip'))
+                            before_B=likeliest_B.at[index_G].get(mode='clip'))
       sure_G = score_G >= threshold_B.at[index_G].get(mode='clip')
-    new = (token_G, guess_G, sure_G, log_p_G)
+    new = (token_G, likeliest_G, sure_G, log_p_G)
     return tuple(
         old.at[index_G].set(values, mode='drop') for old, values in zip(
-            (token_B, guess_B, sure_B, log_p_B), new, strict=True)), cache
+            (token_B, likeliest_B, sure_B, log_p_B), new, strict=True)), cache
 
-  (token_B, guess_B, sure_B, log_p_B), cache = _grouped(
+  (token_B, likeliest_B, sure_B, log_p_B), cache = _grouped(
       plan.group, asked_B, choose,
-      ((slots.token, slots.guess, sure_B,
+      ((slots.token, slots.likeliest, sure_B,
         jnp.zeros(len(busy_B), jnp.float32)), cache))
   leaves_B = asked_B & sure_B
   if plan.fill == 'complete' and cfg.coda:
@@ -187,7 +188,7 @@ def _decide(plan, variables, slots: Slots, rows, busy_B, cache, place):
 
     cache = _grouped(plan.group, busy_B & last_B & ~leaves_B, close, cache)
   slots = slots._replace(
-      token=jnp.where(leaves_B, token_B, slots.token), guess=guess_B)
+      token=jnp.where(leaves_B, token_B, slots.token), likeliest=likeliest_B)
   return slots, cache, leaves_B, log_p_B
 
 
@@ -266,7 +267,7 @@ def _turn(plan, variables, state: State) -> State:
   slots = Slots(
       row=row_B, x_BD=x_BD, loop=jnp.where(starts_B, 0, slots.loop),
       token=jnp.where(starts_B, -1, slots.token),
-      guess=jnp.where(starts_B, -1, slots.guess),
+      likeliest=jnp.where(starts_B, -1, slots.likeliest),
       done=slots.done & ~goes_B)
   return State(cache, slots, rows, queue)
 
@@ -340,7 +341,7 @@ def serving(
   Layers apart, so that no step slices a stack; kernels in the compute dtype;
   the kernels that read the same side by side, unless `meshed`: a mesh cuts
   each by its own letters; the factors of all loops side by side (see
-  depths.py); the head's table turned where that is faster.
+  mixed_loops.py); the head's table transposed where that is faster.
   """
   params = dict(variables['params'])
 
@@ -360,7 +361,7 @@ def serving(
           for part, tree in params[stack].items()}
       if not meshed:
         params[stack]['layers'] = [
-            _joined(cfg, tree) for tree in params[stack]['layers']]
+            _fused(cfg, tree) for tree in params[stack]['layers']]
   if 'adapters' in params:
     rest = {name: leaves for name, leaves in params['adapters'].items()
             if name in ('head', 'exit')}
@@ -370,13 +371,13 @@ def serving(
     # There a few rows times [V, D] take several times as long as times [D, V].
     table = params['embed']['embedding'] if cfg.tied else params.pop(
         'head')['kernel']
-    params['turned'] = table.T
+    params['transposed'] = table.T
   return {'params': params}
 
 
-def _joined(cfg, tree: dict) -> dict:
+def _fused(cfg, tree: dict) -> dict:
   """A layer's kernels as one for what attention reads, one for the MLP."""
-  tree = {**tree, 'attn': join(tree['attn'], ('q', 'k', 'v'))}
+  tree = {**tree, 'attn': fuse(tree['attn'], ('q', 'k', 'v'))}
   if cfg.gated:
-    tree['mlp'] = join(tree['mlp'], ('gate', 'up'))
+    tree['mlp'] = fuse(tree['mlp'], ('gate', 'up'))
   return tree

@@ -159,7 +159,7 @@ def total(
     config: the weights.
     h_LBTD: the hidden states that the head multiplies, of every loop.
     batch: `target_BT` integers and `weight_BT` floats, 0 where there is
-      nothing to predict; where the teacher's best guesses were saved, also
+      nothing to predict; where the teacher's top-k logits were saved, also
       `teacher_id_BTC` and `teacher_log_p_BTC`, see `top_divergence`; where
       tokens left, `depth_BT`, the loops that each went through.
     head: the student's.
@@ -167,7 +167,7 @@ def total(
       global batch, of which this batch may be a part.
     teacher: the hidden states [B, T, D'] of the teacher's last loop and its
       head; needed where a weight of `distill` is above 0, unless the batch has
-      its guesses.
+      its top-k logits.
     gate_LBT: the exit gates' logits, of every loop but the final one, float32;
       needed where a weight of `gate` is above 0.
     chunk: positions of every sequence whose logits exist at one time, a

@@ -94,7 +94,7 @@ class Preemption:
     # lets no other thread set one.
     alone = not jax.distributed.is_initialized()
     if alone and threading.current_thread() is threading.main_thread():
-      self._former = signal.signal(signal.SIGTERM, self._tell)
+      self._former = signal.signal(signal.SIGTERM, self._on_sigterm)
     return self
 
   def __exit__(self, *unused) -> None:
@@ -107,7 +107,7 @@ class Preemption:
       return multihost_utils.reached_preemption_sync_point(step)
     return self._told
 
-  def _tell(self, number: int, frame: types.FrameType | None) -> None:
+  def _on_sigterm(self, number: int, frame: types.FrameType | None) -> None:
     del number, frame
     self._told = True
 

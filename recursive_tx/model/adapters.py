@@ -184,8 +184,8 @@ def adapter_table(cfg: config_lib.ModelConfig) -> Table:
 
 def overlay(*trees: dict[str, dict]) -> dict[str, dict]:
   """One dictionary of leaves per name, from several with disjoint leaves."""
-  joined = {}
+  merged = {}
   for tree in trees:
     for name, leaves in tree.items():
-      joined[name] = {**joined.get(name, {}), **leaves}
-  return joined
+      merged[name] = {**merged.get(name, {}), **leaves}
+  return merged

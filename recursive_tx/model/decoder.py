@@ -120,12 +120,13 @@ class Decoder(nn.Module):
     if h.ndim == 3:
       h = nn.with_logical_constraint(h, ('B_head', 'T', 'D'))
     h_TD = h.reshape(-1, h.shape[-1])
-    turned_DV = self.variables['params'].get('turned')  # By serving, for CPUs.
-    if turned_DV is None:
+    # Made by serving, for CPUs.
+    transposed_DV = self.variables['params'].get('transposed')
+    if transposed_DV is None:
       table = self.embed() if self.head is None else self.head()
       logits = project('TD,VD->TV', h_TD, table.astype(h.dtype), jnp.float32)
     else:
-      logits = project('TD,DV->TV', h_TD, turned_DV, jnp.float32)
+      logits = project('TD,DV->TV', h_TD, transposed_DV, jnp.float32)
     exits = self.cfg.loops - 1
     loop = exits if loop is None else loop
     is_exit = not isinstance(loop, int) or loop != exits
@@ -184,7 +185,7 @@ class Decoder(nn.Module):
       x_BTD: what goes in.
       loop: which loop it is, from 0: an int, or int32 [B, 1], one for each
         row; for 'fill' without adapters also [B, L], several.
-      cache, place: see cache.py; place.virtual_BT is not read.
+      cache, place: see kv_cache.py; place.virtual_BT is not read.
       method: of Layer; 'fill' leaves keys and values only.
     """
     cfg, params = self.cfg, self.variables['params']

@@ -60,8 +60,8 @@ def rotate(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
   pairs = cos.shape[-1]
   x = x_BTNH.astype(jnp.float32)
   one, two, rest = jnp.split(x, (pairs, 2 * pairs), axis=-1)
-  turned = [one * cos - two * sin, two * cos + one * sin, rest]
-  return jnp.concatenate(turned, axis=-1).astype(x_BTNH.dtype)
+  rotated = [one * cos - two * sin, two * cos + one * sin, rest]
+  return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
 
 
 class Attention(nn.Module):
@@ -111,7 +111,7 @@ class Attention(nn.Module):
   def _rotated(self, linears, x_BTD, adapter, context):
     """What some linears make, the last of them the values, which stay."""
     *turn, v_BTKH = products(
-        linears, self.get_variable('params', 'joined'), x_BTD, adapter)
+        linears, self.get_variable('params', 'fused'), x_BTD, adapter)
     return *(rotate(x_BTNH, context['rope']) for x_BTNH in turn), v_BTKH
 
 
@@ -125,7 +125,7 @@ class Mlp(nn.Module):
         Linear(self.cfg, name, name=name)
         for name in ('up', 'down', 'gate')[:2 + self.cfg.gated])
     first_BTF, *up_BTF = products(
-        (*gate, up), self.get_variable('params', 'joined'), x_BTD, adapter)
+        (*gate, up), self.get_variable('params', 'fused'), x_BTD, adapter)
     h_BTF = _ACTS[self.cfg.act](first_BTF)
     if up_BTF:
       h_BTF *= up_BTF[0]

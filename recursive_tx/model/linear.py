@@ -61,7 +61,7 @@ class Linear(nn.Module):
     return y + adapter['bias'].astype(x.dtype) if 'bias' in adapter else y
 
 
-def join(tree: dict, names: tuple[str, ...]) -> dict:
+def fuse(tree: dict, names: tuple[str, ...]) -> dict:
   """Kernels [D, ...] of one input side by side, so that it is read once.
 
   Args:
@@ -69,32 +69,32 @@ def join(tree: dict, names: tuple[str, ...]) -> dict:
     names: whose kernels, in the order of their columns.
 
   Returns:
-    The tree with 'joined', [D, columns], in their place; see `products`.
+    The tree with 'fused', [D, columns], in their place; see `products`.
   """
   kernels = [tree[name]['kernel'] for name in names]
   rest = {name: leaves for name, leaves in tree.items() if name not in names}
-  return {**rest, 'joined': jnp.concatenate(
+  return {**rest, 'fused': jnp.concatenate(
       [kernel.reshape(len(kernel), -1) for kernel in kernels], axis=1)}
 
 
 def products(
-    linears: tuple[Linear, ...], joined: jax.Array | None, x_BTD: jax.Array,
+    linears: tuple[Linear, ...], fused: jax.Array | None, x_BTD: jax.Array,
     adapter: dict
 ) -> list[jax.Array]:
   """Each linear's product with x_BTD.
 
   Args:
     linears: one, or several that read the same.
-    joined: None, or the kernels that `join` made; those of `linears` are the
+    fused: None, or the kernels that `fuse` made; those of `linears` are the
       last.
     x_BTD: what they read.
     adapter: what is added, by kernel.
   """
   base = [None] * len(linears)
-  if joined is not None:
+  if fused is not None:
     widths = [linear.cfg.in_out(linear.kernel)[1] for linear in linears]
     # All columns: to multiply with a part of them, XLA copies it every time.
-    y_BTY = project('BTX,XY->BTY', x_BTD, joined, x_BTD.dtype)
+    y_BTY = project('BTX,XY->BTY', x_BTD, fused, x_BTD.dtype)
     base = jnp.split(y_BTY[..., -sum(widths):],
                      list(itertools.accumulate(widths[:-1])), axis=-1)
   return [linear(x_BTD, adapter.get(linear.kernel, {}), base_BTY)

@@ -86,7 +86,7 @@ class Stack(nn.Module):
       x_BTD: what goes in; rows may be at different loops.
       adapters_N: a dictionary of values for every layer, as `depths.at` gives.
       context: of `Decoder._context`.
-      cache, place: see cache.py; `place` is that of the first layer.
+      cache, place: see kv_cache.py; `place` is that of the first layer.
       method: of Layer: what to do in each.
 
     Returns:

@@ -35,7 +35,7 @@ _SPARE = 0.97  # Of a chip's memory; the rest is the runtime's.
 
 def plan(
     config: Config, topology: str, *, search: bool = False,
-    tell: Callable[[str], Any] = print,
+    report: Callable[[str], Any] = print,
 ) -> dict[str, Any]:
   """Compiles a run's step for a topology.
 
@@ -44,7 +44,7 @@ def plan(
       model of the same shapes, in `run.dtype`.
     topology: such as 'v5e:4x4', or 'h100:8' for as many GPUs.
     search: also find the largest batch that fits.
-    tell: given a line at each step.
+    report: given a line at each step.
 
   Returns:
     Figures of one step, JSON values; bytes and FLOPs are those of one chip.
@@ -57,10 +57,10 @@ def plan(
     UserError: an unknown topology, or a mesh or batch that it does not fit.
   """
   devices, chip = devices_of(topology)
-  tell(f'plan: {len(devices)} x {chip.name} of {_gib(chip.hbm_bytes)} GiB')
-  found = _figures(config, devices, chip, tell)
+  report(f'plan: {len(devices)} x {chip.name} of {_gib(chip.hbm_bytes)} GiB')
+  found = _figures(config, devices, chip, report)
   if search:
-    found['largest_batch'] = _largest(config, devices, chip, found, tell)
+    found['largest_batch'] = _largest(config, devices, chip, found, report)
   return found
 
 
@@ -135,7 +135,7 @@ def devices_of(topology: str) -> tuple[list[Any], chips.Chip]:
   return devices, chips.find(devices[0])
 
 
-def _figures(config, devices, chip, tell) -> dict[str, Any]:
+def _figures(config, devices, chip, report) -> dict[str, Any]:
   """Everything of one batch."""
   mesh = _mesh(config, devices)
   teacher = None
@@ -165,7 +165,7 @@ def _figures(config, devices, chip, tell) -> dict[str, Any]:
     found['source'] = 'compiled'
     with jax.set_mesh(mesh):
       function = step_lib.jit_step(config, mesh, tx, state, teacher)
-      peak, counted = _compile(function.lower(*arguments), config, tell)
+      peak, counted = _compile(function.lower(*arguments), config, report)
     found |= counted
   found['bytes'] = {
       **parts, 'activations': max(0, int(peak - sum(parts.values())))}
@@ -174,9 +174,9 @@ def _figures(config, devices, chip, tell) -> dict[str, Any]:
   return found | _times(config, chip, found)
 
 
-def _compile(lowered, config, tell) -> tuple[float, dict[str, Any]]:
+def _compile(lowered, config, report) -> tuple[float, dict[str, Any]]:
   """Peak bytes of a chip, and what the program does."""
-  tell(f'plan: compiling a batch of {config.data.batch} sequences, which'
+  report(f'plan: compiling a batch of {config.data.batch} sequences, which'
        ' takes a minute or more')
   start = time.monotonic()
   try:
@@ -185,9 +185,9 @@ def _compile(lowered, config, tell) -> tuple[float, dict[str, Any]]:
     needed = needed_bytes(str(error))
     if needed is None:
       raise
-    tell('plan: the compiler ran out of the chip\'s memory')
+    report('plan: the compiler ran out of the chip\'s memory')
     return needed, {}
-  tell(f'plan: compiled in {time.monotonic() - start:.0f} s')
+  report(f'plan: compiled in {time.monotonic() - start:.0f} s')
   memory = compiled.memory_analysis()
   peak = (memory.argument_size_in_bytes + memory.temp_size_in_bytes
           + memory.output_size_in_bytes - memory.alias_size_in_bytes)
@@ -243,7 +243,7 @@ def _times(config, chip, found) -> dict[str, Any]:
   }
 
 
-def _largest(config, devices, chip, found, tell) -> int:
+def _largest(config, devices, chip, found, report) -> int:
   """The largest batch that fits, a multiple of what the mesh asks for.
 
   Memory grows nearly in proportion to the batch, so that a line through the
@@ -259,7 +259,7 @@ def _largest(config, devices, chip, found, tell) -> int:
     if units not in known:
       data = dataclasses.replace(config.data, batch=units * unit)
       known[units] = _figures(
-          dataclasses.replace(config, data=data), devices, chip, tell
+          dataclasses.replace(config, data=data), devices, chip, report
       )['peak_bytes_per_chip']
     return known[units]
 

@@ -141,7 +141,7 @@ class Worker:
 
   def _turn(self, orders: list[tuple[str, Ticket]]) -> None:
     """Carries orders out, and one burst."""
-    told: dict[Ticket, list[Event] | Exception] = {}
+    answers: dict[Ticket, list[Event] | Exception] = {}
     ended: list[Ticket] = []
     for what, ticket in orders:
       if what == 'submit':
@@ -149,7 +149,7 @@ class Worker:
           ticket.id = self._engine.submit(ticket.request)
           self._tickets[ticket.id] = ticket
         except UserError as error:
-          told[ticket] = error
+          answers[ticket] = error
           ended.append(ticket)
       elif self._tickets.pop(ticket.id, None):  # Else it ended meanwhile.
         self._engine.cancel(ticket.id)
@@ -157,11 +157,11 @@ class Worker:
     # Once more after a cancel, for it is a burst that frees the slot.
     for event in self._engine.poll():
       ticket = self._tickets[event.id]
-      told.setdefault(ticket, []).append(event)
+      answers.setdefault(ticket, []).append(event)
       if event.finish:
         ended.append(self._tickets.pop(event.id))
-    if told or ended:
-      self._call(self._tell, told, len(ended))
+    if answers or ended:
+      self._call(self._deliver, answers, len(ended))
 
   def _call(self, function: Callable[..., None], *arguments) -> None:
     try:
@@ -171,10 +171,10 @@ class Worker:
 
   # In the loop again.
 
-  def _tell(self, told: dict[Ticket, list[Event] | Exception],
+  def _deliver(self, answers: dict[Ticket, list[Event] | Exception],
             ended: int) -> None:
     self.live -= ended
-    for ticket, events in told.items():
+    for ticket, events in answers.items():
       if not ticket.gone:
         ticket.deliver(events)
 

@@ -62,7 +62,7 @@ def convert(
     with begun(
         cfg, rcfg, origin.read, init=init, lora=lora, seed=seed,
         energy=energy, token_NT=token_NT, scratch=new.parent,
-        tell=lambda share: progress(count + fitting, fitting * share),
+        report=lambda share: progress(count + fitting, fitting * share),
     ) as (rcfg, kept, parts):
       report = {
           'init': init, 'kept': kept, 'lora': lora, 'loops': loops,

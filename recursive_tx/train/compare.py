@@ -23,7 +23,7 @@ _COLUMNS = (
 
 def compare(
     config: train.Config, workdir: str, *,
-    tell: Callable[[str], Any] = print,
+    report: Callable[[str], Any] = print,
 ) -> list[dict[str, Any]]:
   """Makes, uptrains and scores the models.
 
@@ -32,7 +32,7 @@ def compare(
       vanilla model, and the other runs differ in `model` and `init` only.
     workdir: gets a directory for each run, table.json and curves.png. Runs
       that it holds are resumed.
-    tell: given a line at each step.
+    report: given a line at each step.
 
   Returns:
     A row for each of NAMES: 'model', 'loops', 'parameters' (unique),
@@ -48,14 +48,14 @@ def compare(
       config.data,
       opening.load_tokenizer(config.tokenizer or config.init_from),
       max_tokens=config.eval.max_tokens or None)
-  tell(f'original: {config.init_from}')
+  report(f'original: {config.init_from}')
   start = time.monotonic()
   score = evaluate.evaluate(cfg, variables, heldout, run=config.run)
   bits = score['loops'][-1]['bits_per_byte']
   rows = [_row('original', cfg, bits, bits, start, [])]
   for name, run in _runs(config, cfg, variables, folder).items():
     count = convert.parameters(run.model)['total']
-    tell(f'{name}: {run.model.loops} loops of {run.model.layers_per_loop} '
+    report(f'{name}: {run.model.loops} loops of {run.model.layers_per_loop} '
          f'layers, rank {run.model.rank}, {count:,} parameters')
     start = time.monotonic()
     train.train(run, str(folder / name))

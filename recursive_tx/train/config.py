@@ -45,7 +45,7 @@ class Config:
     lora: how the adapters start, 'svd' or 'zero'.
     tokenizer: directory of the tokenizer; '' is init_from's.
     teacher: directory, of the same kinds, of the model to distil from, or one
-      of the guesses that the verb `teach` saved of it.
+      of the top-k logits that the verb `teach` saved of it.
     mesh: devices along each axis.
     checkpoint: when to save.
     log: what to tell.

@@ -62,7 +62,7 @@ def train(config: Config, workdir: str) -> TrainState:
     tokenizer_lib.check_vocab(tokenizer, config.model.V)
     rows = machine.local_rows(mesh, config.data.batch)
     stream = data_lib.Stream(config.data, tokenizer, rows=rows)
-    add_guesses = teacher_lib.reader(
+    add_top_k = teacher_lib.reader(
         config.teacher, config.data, tokenizer, V=config.model.V, rows=rows,
         steps=range((done or 0) + 1, steps + 1),
     )
@@ -127,7 +127,7 @@ def train(config: Config, workdir: str) -> TrainState:
       checkpoints.mark_best(done, evaluate_at(done))
     for step in range(done + 1, steps + 1):
       with history.waiting():
-        local = add_guesses(step, next(stream))
+        local = add_top_k(step, next(stream))
       state, metrics = step_fn(
           state, machine.place_rows(local, mesh), teacher_variables
       )

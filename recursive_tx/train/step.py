@@ -93,7 +93,7 @@ def make_step(
   return step
 
 
-def make_guess(
+def make_top_k(
     config: Config, cfg: ModelConfig, mesh: Mesh, best: int
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
   """(variables, batch) -> a model's best ids, and their log-probabilities.
@@ -103,7 +103,7 @@ def make_guess(
   hidden = forward(config, cfg, mesh)
   size, parts = chunk(config, mesh), config.optim.accumulate
 
-  def guess(variables, batch):
+  def top_k(variables, batch):
     h_LBTD, _, head = hidden(variables, batch)
 
     def of_chunk(start):
@@ -117,7 +117,7 @@ def make_guess(
 
   def of_parts(variables, batch):
     found = lax.map(
-        lambda part: guess(variables, part), _split(batch, parts))
+        lambda part: top_k(variables, part), _split(batch, parts))
     return jax.tree.map(lambda x: _join(jnp.moveaxis(x, 0, 1), 0), found)
 
   return of_parts

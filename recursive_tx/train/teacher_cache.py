@@ -1,4 +1,4 @@
-"""A teacher's best guesses at every position of a run's batches, on disk.
+"""A teacher's top-k logits at every position of a run's batches, on disk.
 
 The stream is a function of config and step, so a teacher can run before its
 students, once for all of them, and they read what it said:
@@ -44,7 +44,7 @@ Batch = Mapping[str, np.ndarray]
 
 
 def is_saved(directory: str | os.PathLike) -> bool:
-  """Whether a directory holds guesses, rather than a model."""
+  """Whether a directory holds top-k logits, rather than a model."""
   path = pathlib.Path(directory, 'teacher.json')
   return path.is_file() and files.read_json(path).get('format') == _FORMAT
 
@@ -52,17 +52,17 @@ def is_saved(directory: str | os.PathLike) -> bool:
 def facts(
     data: DataConfig, tokenizer: Tokenizer, *, V: int, best: int, teacher: str
 ) -> dict[str, Any]:
-  """What guesses are of, as teacher.json has it.
+  """What top-k logits are of, as teacher.json has it.
 
   Args:
     data: of which stream.
     tokenizer: of the stream.
     V: the vocabulary.
-    best: guesses a position, C.
+    best: top-k logits a position, C.
     teacher: the model's directory.
 
   Raises:
-    UserError: no such number of guesses.
+    UserError: no such number of top-k logits.
   """
   if not 1 <= best <= V:
     raise UserError(f'best={best}; expected 1 to the vocabulary of {V}.')
@@ -80,20 +80,20 @@ def save(
     directory: str | os.PathLike,
     about: dict[str, Any],
     stream: Stream,
-    guess: Callable[[Batch], tuple[jax.Array, jax.Array]],
+    top_k: Callable[[Batch], tuple[jax.Array, jax.Array]],
     *,
     rows: Sequence[int],
     steps: range,
     progress: Callable[[int], Any] = lambda step: None,
 ) -> None:
-  """Writes the guesses of the steps that are not there yet.
+  """Writes the top-k logits of the steps that are not there yet.
 
   Args:
     directory: on disk, the same for all processes; what an earlier call left
       is kept.
     about: of `facts`.
     stream: at its start.
-    guess: the rows of this process of a batch -> ids and log-probabilities
+    top_k: the rows of this process of a batch -> ids and log-probabilities
       [B, T, C] of the global batch, cut along B.
     rows: this process's rows, of `machine.local_rows`.
     steps: consecutive, from 1.
@@ -121,12 +121,12 @@ def save(
     if is_last or step % _POSITION_EVERY == 0:
       position = np.frombuffer(stream.save(), np.uint8)
     # The device works on a step while the one before it is written.
-    now = step, batch, guess(batch), position
+    now = step, batch, top_k(batch), position
     for each in filter(None, (waiting, now if is_last else None)):
       _write(directory, rows, *each)
       progress(each[0])
     waiting = now
-  machine.wait('the guesses are saved')
+  machine.wait('the top-k logits are saved')
 
 
 def reader(
@@ -138,7 +138,7 @@ def reader(
     rows: Sequence[int],
     steps: range,
 ) -> Callable[[int, Batch], Batch]:
-  """What adds the teacher's guesses to the batch of a step.
+  """What adds the teacher's top-k logits to the batch of a step.
 
   Args:
     directory: of `save`; of anything else, batches stay as they are.
@@ -150,7 +150,7 @@ def reader(
     (step, batch) -> the batch, with `teacher_id_BTC` and `teacher_log_p_BTC`.
 
   Raises:
-    UserError: guesses of another data config, tokenizer or vocabulary, or
+    UserError: top-k logits of another data config, tokenizer or vocabulary, or
       not of all steps; from the function, where the text has changed since.
   """
   if not directory or not is_saved(directory):
@@ -163,7 +163,7 @@ def reader(
   for step in steps:
     if not _covers(directory, step, rows):
       raise UserError(
-          f'{directory} lacks guesses for step {step} of the steps'
+          f'{directory} lacks top-k logits for step {step} of the steps'
           f' {steps.start} to {steps.stop - 1}; write them with `teach'
           f' --last={steps.stop - 1}`.'
       )
@@ -213,7 +213,7 @@ def _check_same(where: pathlib.Path, key: str, found: Any, wanted: Any) -> None:
       _check_same(where, f'{key}.{part}', found.get(part), wanted.get(part))
   elif found != wanted:
     raise UserError(
-        f'{where} holds guesses for {key}={found!r}, not {wanted!r}; name'
+        f'{where} holds top-k logits for {key}={found!r}, not {wanted!r}; name'
         ' another directory, or make this one anew with `teach`.'
     )
 
@@ -232,9 +232,9 @@ def _rewind(directory: pathlib.Path, stream: Stream, step: int) -> int:
   return 0
 
 
-def _write(directory, rows, step, batch, guesses, position) -> None:
+def _write(directory, rows, step, batch, top_k, position) -> None:
   """This process's parts of a step, one for each run of rows."""
-  id_BTC, log_p_BTC = map(_local, guesses)
+  id_BTC, log_p_BTC = map(_local, top_k)
   tensors = {'id': id_BTC.astype(np.int32),
              'log_p': log_p_BTC.astype(np.float32),
              'check': _checks(batch['token_BT'])}

@@ -159,7 +159,7 @@ def begun(
     init: str, lora: str = 'svd', seed: int = 0,
     energy: dict | None = None, token_NT: np.ndarray | None = None,
     scratch: str | os.PathLike | None = None,
-    tell: Callable[[float], Any] = lambda share: None,
+    report: Callable[[float], Any] = lambda share: None,
 ) -> Iterator[tuple[config_lib.ModelConfig, str, Parts]]:
   """The relaxed config, the init that was kept, and `parts`, for a while.
 
@@ -169,7 +169,7 @@ def begun(
     token_NT: for 'fit', see `tokens`.
     scratch: where 'fit' has a directory of moments and starts for a while;
       None is the system's.
-    tell: told, for 'fit', the share of the work before the first part that
+    report: given, for 'fit', the share of the work before the first part that
       was done since.
   """
   if init != 'fit':
@@ -180,7 +180,7 @@ def begun(
                                     seed) for name in _RIVALS}
   with tempfile.TemporaryDirectory(prefix='.fit.', dir=scratch) as folder:
     start = fit.nearest(cfg, rcfg, read, rivals, token_NT,
-                        pathlib.Path(folder), seed=seed, tell=tell)
+                        pathlib.Path(folder), seed=seed, report=report)
     yield start.rcfg, start.init, _parts(
         cfg, start.rcfg, start.read, start.rule, start.kernel, seed, energy)
 

@@ -42,7 +42,7 @@ def main() -> None:
     found = plan.plan(dataclasses.replace(
         config, mesh=mesh, data=dataclasses.replace(
             config.data, batch=chips * sequences, shards=1)), topology,
-        tell=lambda line: None)
+        report=lambda line: None)
     rows.append({**found, 'topology': topology, 'bar': bar})
     print(f'{topology:11}{found["mesh"]:28}{sequences:6}'
           f'{found["peak_bytes_per_chip"] / 2**30:6.2f}{bar:6.1f}  '

@@ -7,7 +7,7 @@ own loop, and beside it the kernel itself:
 
 - gathered: each row's factors are copied out, then multiplied.
 - masked: the factors of all loops side by side, and a mask between A and B
-  (depths.py, what the product does).
+  (mixed_loops.py, what the product does).
 - grouped: rows sorted by loop, `jax.lax.ragged_dot`, and back.
 
 Ways run in turns; figures are medians over the rounds, in microseconds.

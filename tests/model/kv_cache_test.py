@@ -145,14 +145,14 @@ def test_a_pass_over_rows_at_different_loops(cfg):
     pytest.param(tiny.FAMILIES['llama'], marks=pytest.mark.slow)])
 def test_kernels_side_by_side_compute_what_they_do_apart(cfg):
   """Prompts, rows at different loops, and the keys of loops left out."""
-  apart, joined = (
+  apart, fused = (
       step.serving(cfg, 'float32', tiny.variables(cfg), meshed)['params']
       for meshed in (True, False))
-  for stack in {'prelude', 'block', 'coda'} & set(joined):
-    for layer in joined[stack]['layers']:
-      assert set(layer['attn']) == {'joined', 'o'}
+  for stack in {'prelude', 'block', 'coda'} & set(fused):
+    for layer in fused[stack]['layers']:
+      assert set(layer['attn']) == {'fused', 'o'}
       assert set(layer['mlp']) == (
-          {'joined', 'down'} if cfg.gated else {'up', 'down'})
+          {'fused', 'down'} if cfg.gated else {'up', 'down'})
   token_BT = tiny.tokens(cfg, B, T)
   position_BT = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
   x_B1D = np.random.default_rng(0).normal(size=(B, 1, cfg.D))
@@ -170,5 +170,5 @@ def test_kernels_side_by_side_compute_what_they_do_apart(cfg):
               method='loop') for method in ('__call__', 'fill'))]
 
   for one, other in zip(
-      jax.tree.leaves(go(joined)), jax.tree.leaves(go(apart)), strict=True):
+      jax.tree.leaves(go(fused)), jax.tree.leaves(go(apart)), strict=True):
     assert tiny.distance(one, other) < ROUNDING

@@ -43,7 +43,7 @@ def changed(config, **sections):
 
 @pytest.fixture(scope='module')
 def four():
-  return plan.plan(CONFIG, 'v5e:2x2', tell=quiet)
+  return plan.plan(CONFIG, 'v5e:2x2', report=quiet)
 
 
 def test_a_compiled_plan_agrees_with_arithmetic(four):
@@ -86,7 +86,7 @@ def test_the_table_tells_facts_from_estimates(four):
 @pytest.mark.slow
 @pytest.mark.parametrize('topology', ['v4:2x2x1', 'v5p:2x2x1', 'v6e:2x2'])
 def test_every_family_of_tpus_compiles(topology):
-  found = plan.plan(CONFIG, topology, tell=quiet)
+  found = plan.plan(CONFIG, topology, report=quiet)
   assert found['fits'] and found['source'] == 'compiled'
   assert found['attention'] == 'splash'
   assert found['compiled_flops'] > 0 and found['sent_bytes']
@@ -95,31 +95,31 @@ def test_every_family_of_tpus_compiles(topology):
 @pytest.mark.slow
 def test_a_mesh_of_all_axes_does_the_same_arithmetic(four):
   other = changed(CONFIG, mesh=dict(data=1, fsdp=2, tensor=2))
-  found = plan.plan(other, 'v5e:2x2', tell=quiet)
+  found = plan.plan(other, 'v5e:2x2', report=quiet)
   assert found['compiled_flops'] == pytest.approx(
       four['compiled_flops'], rel=0.1)
 
 
 def test_the_largest_batch_is_the_largest_that_fits():
-  found = plan.plan(CONFIG, 'h100:8', search=True, tell=quiet)
+  found = plan.plan(CONFIG, 'h100:8', search=True, report=quiet)
   largest = found['largest_batch']
   assert largest % 8 == 0
 
   def fits(batch):
     config = changed(CONFIG, data=dict(batch=batch))
-    return plan.plan(config, 'h100:8', tell=quiet)['fits']
+    return plan.plan(config, 'h100:8', report=quiet)['fits']
 
   assert fits(largest)
   assert not fits(largest + 8 * max(1, largest // 8 // 16))
 
 
 def test_gpus_are_planned_by_arithmetic():
-  found = plan.plan(CONFIG, 'h100:8', tell=quiet)
+  found = plan.plan(CONFIG, 'h100:8', report=quiet)
   assert found['source'] == 'estimated' and found['chips'] == 8
   assert 'compiled_flops' not in found
   assert '(estimated)' in plan.table(found)
   more = plan.plan(
-      changed(CONFIG, data=dict(batch=16)), 'h100:8', tell=quiet)
+      changed(CONFIG, data=dict(batch=16)), 'h100:8', report=quiet)
   assert more['peak_bytes_per_chip'] > found['peak_bytes_per_chip']
   assert more['bytes']['optimizer'] == found['bytes']['optimizer']
 
@@ -131,7 +131,7 @@ def test_gpus_are_planned_by_arithmetic():
      ('h100:3', 'does not divide')])
 def test_bad_topologies_are_refused(topology, said):
   with pytest.raises(UserError, match=said) as error:
-    plan.plan(CONFIG, topology, tell=quiet)
+    plan.plan(CONFIG, topology, report=quiet)
   assert '\n' not in str(error.value)
 
 

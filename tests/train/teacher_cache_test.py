@@ -1,4 +1,5 @@
-"""Saved guesses teach as their teacher does, are whole, and fit or are refused.
+"""Saved top-k logits: they teach as their teacher does, are whole, and fit or
+are refused.
 """
 
 import dataclasses
@@ -56,7 +57,7 @@ def facts(config, ids, best=4, **changes):
       'V': V, 'best': best, 'teacher': 'there', **changes})
 
 
-def guess(batch):
+def top_k(batch):
   """Of a teacher who knows nothing but the token: its next four ids."""
   id_BTC = (batch['token_BT'][..., None] + jnp.arange(4)) % V
   return id_BTC, jnp.log(jnp.broadcast_to(
@@ -72,9 +73,9 @@ class Counted(Stream):
     return super().__next__()
 
 
-def save(directory, config, ids, steps=4, guess=guess, rows=range(B)):
+def save(directory, config, ids, steps=4, top_k=top_k, rows=range(B)):
   stream = Counted(config.data, ids, rows=rows)
-  teacher_cache.save(directory, facts(config, ids), stream, guess,
+  teacher_cache.save(directory, facts(config, ids), stream, top_k,
                rows=list(rows), steps=range(1, steps + 1))
   return stream.drawn
 
@@ -86,7 +87,7 @@ def reader(directory, config, ids, steps=4, rows=range(B), V=V):
 
 @pytest.fixture(scope='module')
 def saved(config, ids, tmp_path_factory) -> pathlib.Path:
-  """The guesses of four steps."""
+  """The top-k logits of four steps."""
   directory = tmp_path_factory.mktemp('saved')
   assert save(directory, config, ids) == 4
   return directory
@@ -116,7 +117,7 @@ def test_a_step_is_as_with_the_teacher_itself(config, ids):
     tx, abstract = train.abstract_state(config, mesh)
     first = train.first_state(config, tx, abstract)
     cfg, variables = state.load_teacher(config, mesh)
-    best = jax.jit(step.make_guess(config, cfg, mesh, V))(variables, batch)
+    best = jax.jit(step.make_top_k(config, cfg, mesh, V))(variables, batch)
     _, expected = jax.jit(train.make_step(config, mesh, tx, cfg))(
         first, batch, variables)
     _, found = jax.jit(train.make_step(config, mesh, tx))(
@@ -130,27 +131,27 @@ def test_all_ids_saved_train_as_the_teacher_itself(config, ids, tmp_path):
   mesh = machine.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     cfg, variables = state.load_teacher(config, mesh)
-    best = jax.jit(step.make_guess(config, cfg, mesh, V),
+    best = jax.jit(step.make_top_k(config, cfg, mesh, V),
                    out_shardings=machine.rows(mesh))
     teacher_cache.save(
-        tmp_path / 'guesses', facts(config, ids, best=V),
+        tmp_path / 'top_k', facts(config, ids, best=V),
         Stream(config.data, ids),
         lambda batch: best(variables, machine.place_rows(batch, mesh)),
         rows=list(range(B)), steps=range(1, 4))
     assert state.load_teacher(dataclasses.replace(
-        config, teacher=str(tmp_path / 'guesses')), mesh) == (None, None)
+        config, teacher=str(tmp_path / 'top_k')), mesh) == (None, None)
   found = {}
-  for name in ('guesses', 'teacher'):
+  for name in ('top_k', 'teacher'):
     run = config if name == 'teacher' else dataclasses.replace(
         config, teacher=str(tmp_path / name))
     last = train.train(run, str(tmp_path / f'run-{name}'))
     rows = log_lib.read_metrics(tmp_path / f'run-{name}')
     found[name] = last.params, [row[f'train/distill/loop{loop}'] for row in
                                 rows if 'train/loss' in row for loop in (1, 2)]
-  np.testing.assert_allclose(found['guesses'][1], found['teacher'][1], 1e-4)
+  np.testing.assert_allclose(found['top_k'][1], found['teacher'][1], 1e-4)
   # What little AdamW makes of gradients that are rounding is in the bound.
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-3),
-               found['guesses'][0], found['teacher'][0])
+               found['top_k'][0], found['teacher'][0])
 
 
 def test_guesses_are_the_best_and_their_log_probabilities(config):
@@ -161,7 +162,7 @@ def test_guesses_are_the_best_and_their_log_probabilities(config):
            'position_BT': np.tile(np.arange(token_BT.shape[1]), (B, 1))}
   with jax.set_mesh(mesh):
     id_BTC, log_p_BTC = jax.jit(
-        step.make_guess(config, cfg, mesh, 5))(variables, batch)
+        step.make_top_k(config, cfg, mesh, 5))(variables, batch)
   expected = jax.nn.log_softmax(tiny.decoder(cfg)(variables, token_BT))
   np.testing.assert_allclose(
       log_p_BTC, -np.sort(-np.asarray(expected))[..., :5], atol=1e-5)
@@ -179,7 +180,7 @@ def test_what_is_read_is_what_was_said(config, ids, saved):
     batch = next(stream)
     found = add(at, batch)
     assert set(found) == {*batch, *losses.SAVED}
-    for name, expected in zip(losses.SAVED, guess(batch), strict=True):
+    for name, expected in zip(losses.SAVED, top_k(batch), strict=True):
       np.testing.assert_array_equal(found[name], expected)
 
 
@@ -190,7 +191,7 @@ def test_rows_may_be_cut_in_another_way(config, ids, saved, tmp_path):
   rows = [6, 7, 2, 3]
   batch = next(Stream(config.data, ids, rows=rows))
   found = reader(tmp_path, config, ids, 1, rows)(1, batch)
-  for name, expected in zip(losses.SAVED, guess(batch), strict=True):
+  for name, expected in zip(losses.SAVED, top_k(batch), strict=True):
     np.testing.assert_array_equal(found[name], expected)
   # Some rows of larger parts.
   assert_same(found, reader(saved, config, ids, 1, rows)(1, batch))
@@ -206,17 +207,17 @@ def test_interrupted_it_goes_on_where_it_was(
     calls.append(batch)
     if len(calls) == 5:
       raise KeyboardInterrupt
-    return guess(batch)
+    return top_k(batch)
 
   with pytest.raises(KeyboardInterrupt):
-    save(tmp_path, config, ids, steps=6, guess=dies)
+    save(tmp_path, config, ids, steps=6, top_k=dies)
   there = tensors(tmp_path)
   assert sorted(there) == [f'steps/{at:08}/00000-00008' for at in (1, 2, 3)]
   # As a process leaves it that is killed while it writes the next.
   half = tmp_path / 'steps' / '00000004' / '.00000-00008.x' / 'new'
   half.mkdir(parents=True)
   (half / 'model.safetensors').write_bytes(b'half')
-  with tiny.refused('lacks guesses for step 4', '--last=4'):
+  with tiny.refused('lacks top-k logits for step 4', '--last=4'):
     reader(tmp_path, config, ids)
   assert save(tmp_path, config, ids) == drawn
   assert_same(tensors(tmp_path), tensors(saved))
@@ -249,7 +250,7 @@ def test_guesses_of_another_run_are_refused(config, ids, saved, change, said):
   with tiny.refused(said, saved):
     reader(saved, *other)
   with tiny.refused(said, saved):
-    teacher_cache.save(saved, facts(*other), None, guess, rows=list(range(B)),
+    teacher_cache.save(saved, facts(*other), None, top_k, rows=list(range(B)),
                  steps=range(1, 5))
 
 
@@ -260,7 +261,7 @@ def test_another_vocabulary_number_or_teacher_is_refused(config, ids, saved):
       (dict(best=5), 'best=4, not 5'), (dict(V=33), 'V=32, not 33'),
       (dict(teacher='here'), "teacher='there', not 'here'")):
     with tiny.refused(said):
-      teacher_cache.save(saved, facts(config, ids, **change), None, guess,
+      teacher_cache.save(saved, facts(config, ids, **change), None, top_k,
                    rows=list(range(B)), steps=range(1, 5))
   for best in (0, V + 1):
     with tiny.refused(f'best={best}', '1 to the vocabulary of 32'):
@@ -268,11 +269,12 @@ def test_another_vocabulary_number_or_teacher_is_refused(config, ids, saved):
 
 
 def test_steps_that_were_not_saved_are_refused(config, ids, saved, tmp_path):
-  with tiny.refused('lacks guesses for step 5', 'steps 1 to 6', '--last=6'):
+  with tiny.refused(
+      'lacks top-k logits for step 5', 'steps 1 to 6', '--last=6'):
     reader(saved, config, ids, 6)
   longer = dataclasses.replace(
       config, teacher=str(saved), optim=OptimConfig(steps=6, lr=0.01))
-  with tiny.refused('lacks guesses for step 5'):
+  with tiny.refused('lacks top-k logits for step 5'):
     train.train(longer, str(tmp_path / 'run'))
   assert not (tmp_path / 'run').exists()
 
@@ -311,19 +313,19 @@ def test_the_verbs(tmp_path):
         cwd=tiny.ROOT, capture_output=True,
         text=True, env={**os.environ, 'JAX_PLATFORMS': 'cpu'})
 
-  output = f'--output={tmp_path}/guesses'
+  output = f'--output={tmp_path}/top_k'
   done = run('teach', output, '--best=8', '--last=2')
   assert done.returncode == 0, done.stderr
-  guesses = f'--config.teacher={tmp_path}/guesses'
-  assert f'train with {guesses}' in done.stdout
-  done = run('train', guesses, f'--workdir={tmp_path}/run')
+  top_k = f'--config.teacher={tmp_path}/top_k'
+  assert f'train with {top_k}' in done.stdout
+  done = run('train', top_k, f'--workdir={tmp_path}/run')
   assert done.returncode == 1
-  assert 'lacks guesses for step 3' in done.stderr.splitlines()[-1]
-  done = run('teach', guesses, f'--output={tmp_path}/other')
+  assert 'lacks top-k logits for step 3' in done.stderr.splitlines()[-1]
+  done = run('teach', top_k, f'--output={tmp_path}/other')
   assert done.returncode == 1
-  assert 'holds guesses; expected a model' in done.stderr.splitlines()[-1]
+  assert 'holds top-k logits; expected a model' in done.stderr.splitlines()[-1]
   assert run('teach', output, '--best=8').returncode == 0
-  done = run('train', guesses, f'--workdir={tmp_path}/run')
+  done = run('train', top_k, f'--workdir={tmp_path}/run')
   assert done.returncode == 0, done.stderr
   rows = log_lib.read_metrics(tmp_path / 'run')
   assert all(0 < row['train/distill/loop2'] < 20 for row in rows

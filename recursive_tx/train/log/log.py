@@ -231,12 +231,12 @@ class History:
       self._sessions.skipped += 1
     elif seconds is not None:
       self._sessions.useful += seconds
-    self._tell(step, values['loss'], now)
+    self._report(step, values['loss'], now)
     self._trace.after(step)
     if step % self._every == 0 or step == self._steps:
       self._summarize(step, now)
 
-  def _tell(self, step: int, loss: float, now: float) -> None:
+  def _report(self, step: int, loss: float, now: float) -> None:
     """The progress line."""
     told, speeds = [f'loss {loss:.3f}'], self._window.speeds()
     if speeds:

@@ -62,7 +62,7 @@ class Moments:
 def measure(
     cfg: config_lib.ModelConfig, read: layers.Read, token_NT: np.ndarray,
     directory: pathlib.Path, *, seed: int,
-    tell: Callable[[float], Any] = lambda share: None,
+    report: Callable[[float], Any] = lambda share: None,
 ) -> Moments:
   """Runs the vanilla model over the tokens and back.
 
@@ -75,14 +75,14 @@ def measure(
     token_NT: int32 token ids, sequences of one length.
     directory: for what `Moments` has; holds nothing else.
     seed: of the drawn tokens.
-    tell: told the share of the work done since it was last told.
+    report: given the share of the work done since it was last told.
   """
   variables, moments = layers.ends(cfg, read), Moments(directory)
   for layer, x_NTD in enumerate(
       layers.stream(cfg, read, variables, token_NT)):
     if layer < cfg.num_layers:
       moments.put_stream(layer, x_NTD)
-    tell(0.25 / (cfg.num_layers + 1))
+    report(0.25 / (cfg.num_layers + 1))
   d_NTD = _drawn(cfg, variables, token_NT, x_NTD, seed)
   for layer in reversed(range(cfg.num_layers)):
     values = jax.device_put(layers.read_layer(cfg, read, layer))
@@ -99,7 +99,7 @@ def measure(
               np.asarray(x))
     for (name, side), total in sums.items():
       moments.put(name, layer, side, total / token_NT.size)
-    tell(0.75 / cfg.num_layers)
+    report(0.75 / cfg.num_layers)
   return moments
 
 

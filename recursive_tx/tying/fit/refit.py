@@ -53,7 +53,7 @@ def fits_bias(rcfg: config_lib.ModelConfig, name: str) -> bool:
 def refit(
     cfg: config_lib.ModelConfig, rcfg: config_lib.ModelConfig,
     original: align.Aligned, converted: layers.Read, store: kernels.Store,
-    tell: Callable[[float], Any] = lambda share: None,
+    report: Callable[[float], Any] = lambda share: None,
 ) -> dict[tuple[str, int], np.ndarray]:
   """Puts factors into `store`, of the kernels that `refitted` names.
 
@@ -62,7 +62,7 @@ def refit(
     rcfg: the recursive model.
     converted: its layers, unrolled.
     store: its kernels.
-    tell: told the share of the work done since it was last told.
+    report: given the share of the work done since it was last told.
 
   Returns:
     The loops' norms and biases, if they have their own, by path and layer.
@@ -82,7 +82,7 @@ def refit(
     ours = jax.device_put(ours)
     for rows in layers.batches(y_NTD[..., 0]) if layer < last else ():
       y_NTD[rows] = layers.forward(cfg, ours, y_NTD[rows])
-    tell(1 / rcfg.loops / rcfg.layers_per_loop)
+    report(1 / rcfg.loops / rcfg.layers_per_loop)
   return vectors
 
 

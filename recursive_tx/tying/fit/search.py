@@ -44,7 +44,7 @@ class Start:
 def nearest(
     cfg: config_lib.ModelConfig, rcfg: config_lib.ModelConfig, read: Read,
     rivals: dict[str, kernels.Kernel], token_NT: np.ndarray,
-    folder: pathlib.Path, *, seed: int, tell: Callable[[float], Any],
+    folder: pathlib.Path, *, seed: int, report: Callable[[float], Any],
 ) -> Start:
   """Makes every start, and keeps the one that is nearest to the original.
 
@@ -56,13 +56,13 @@ def nearest(
     token_NT: calibration tokens; an eighth is kept apart, to choose by.
     folder: empty, and left with what the start reads.
     seed: of what is drawn.
-    tell: told the share of the work done since it was last told.
+    report: given the share of the work done since it was last told.
   """
   kept = max(1, len(token_NT) // 8)
   (folder / 'moments').mkdir()
   measured = moments.measure(
       cfg, read, token_NT[:-kept], folder / 'moments', seed=seed,
-      tell=lambda share: tell(share / 4))
+      report=lambda share: report(share / 4))
   final_NTD = distance.final(cfg, read, token_NT[-kept:])
 
   def nearer(best, start, store, where):
@@ -85,7 +85,7 @@ def nearest(
     where = folder / f'fit{earlier:g}'
     store = kernels.Store(where, rcfg.loops)
     start = _fitted(cfg, rcfg, aligned, store, earlier,
-                    lambda share: tell(share * 9 / 16 / len(weights)))
+                    lambda share: report(share * 9 / 16 / len(weights)))
     best = nearer(best, start, store, where)
   shutil.rmtree(folder / 'moments')
   for init, rival in rivals.items():
@@ -93,13 +93,13 @@ def nearest(
     for name in rcfg.kernels:
       for place in range(rcfg.layers_per_loop):
         store.put(name, place, *rival(name, place))
-    tell(3 / 16 / len(rivals))
+    report(3 / 16 / len(rivals))
     best = nearer(best, Start(init, rcfg, read, init, store.kernel), store,
                   folder / init)
   return best[1]
 
 
-def _fitted(cfg, rcfg, aligned, store, earlier, tell) -> Start:
+def _fitted(cfg, rcfg, aligned, store, earlier, report) -> Start:
   """What is best by the moments, and then for the inputs it really gets."""
   exact = ranks.is_full(rcfg)  # The original itself, as it is.
   if ranks.may_differ(rcfg):
@@ -115,15 +115,15 @@ def _fitted(cfg, rcfg, aligned, store, earlier, tell) -> Start:
       store.put(name, place, *_shared(
           rcfg, _tied(rcfg, aligned, earlier, name, place), name,
           name not in later))
-      tell(0.5 * sizes[name] / sum(sizes.values()) / rcfg.layers_per_loop)
+      report(0.5 * sizes[name] / sum(sizes.values()) / rcfg.layers_per_loop)
   norms = {}
   if later or fits_norms(rcfg) and not exact:
     norms = refit(
         cfg, rcfg, aligned,
         kernels.unrolled(rcfg, aligned.read, 'average', store), store,
-        lambda x: tell(x / 2))
+        lambda x: report(x / 2))
   else:
-    tell(0.5)
+    report(0.5)
 
   def fitted(path, layer):
     return norms[path, layer] if (path, layer) in norms else aligned.read(
