@@ -1,8 +1,8 @@
 """Thresholds of exits, chosen so that full depth is agreed with.
 
 Held-out sequences are read with exits as they would happen (see forward.py),
-and each has a share of tokens whose likeliest next one is not the full depth's. Learn then
-Test (Angelopoulos et al., arxiv.org/abs/2110.01052; for exits CALM,
+and each has a share of tokens whose likeliest next token is not the full
+depth's. Learn then Test (Angelopoulos et al., arxiv.org/abs/2110.01052; for exits CALM,
 arxiv.org/abs/2207.07061): a part of the sequences tells which thresholds are
 worth trying (see thresholds.py). They are tried on the others from the most
 careful ones on, each by a p-value for "the mean share is above delta", and the
