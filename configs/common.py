@@ -28,7 +28,7 @@ TABLE = (
     ('embed/.*', 1.0, 0.0),
     ('.*/kernel', 1.0, 1.0),
 )
-# The paper does not tell factors from kernels.
+# The paper decays factors like kernels.
 PAPER_TABLE = (TABLE[0], ('adapters/.*/[ab]', 1.0, 1.0), *TABLE[2:])
 
 # What `data=` chooses: one task each, the files to be named on the command
@@ -63,7 +63,7 @@ def parse(
     **defaults: every known name and its value where it is not given.
 
   Raises:
-    UserError: an unknown name (says the nearest), a value of another type, a
+    UserError: an unknown name (names the nearest), a value of another type, a
       name given twice.
   """
   values, given = dict(defaults), set()
@@ -131,8 +131,8 @@ def uptrain(
 ) -> ConfigDict:
   """The paper's recipe (its appendix E) for a pretrained vanilla model.
 
-  What is not said of the model is that of --config.init_from=, else that of
-  `published` at 2 loops and rank 0.
+  Fields of the model that no argument sets are those of --config.init_from=,
+  else those of `published` at 2 loops and rank 0.
 
   Args:
     arg: see `parse`; `loops` and `rank` of the recursive model, `init` of its
@@ -194,7 +194,7 @@ def uptrain(
 def _given(
     args: ConfigDict, published: dict[str, Any] | None
 ) -> tuple[dict[str, Any], int]:
-  """The model's fields that the arguments say, and its loops (0: unknown)."""
+  """The model's fields that the arguments set, and its loops (0: unknown)."""
   given = {}
   loops = args.loops
   if loops == _UNSAID:
@@ -250,14 +250,14 @@ def exit_losses(exits: str, loops: int) -> dict[str, tuple[float, ...]]:
 
   A number c is Aggressive(c): 1 for the final loop and c for each earlier
   one; 'weighted' is i / (1 + ... + loops) for loop i. Earlier loops also
-  learn, with the same weight, the final loop's distribution, of which the
-  paper says no weight; --config.losses.self_distill="()" leaves that out.
+  learn, with the same weight, the final loop's distribution, for which the
+  paper gives no weight; --config.losses.self_distill="()" leaves that out.
   """
   if not exits:
     return {}
   if not loops:
     raise UserError(
-        f'exits={exits} has a weight for every loop; say loops=N as well.')
+        f'exits={exits} has a weight for every loop; give loops=N as well.')
   if loops < 2:
     raise UserError(
         f'exits={exits} with a model of one loop, which has no earlier exit;'

@@ -19,8 +19,9 @@ class Task:
   Attributes:
     name: letters, digits, `_`, `.`; unique among a config's tasks.
     kind: 'text', 'jsonl' or 'tfds'.
-    train: globs (`**` included) of the files to train on; for 'tfds' one
-      split, 'train[1%:]'.
+    train: globs (`**` included) of the files to train on; a path that exists
+      is that path, also with '[' in its name. For 'tfds' one split,
+      'train[1%:]'.
     heldout: likewise, held out and taken off `train` where both match a
       file. Empty holds out `DataConfig.heldout_fraction` of the documents, by
       a hash of their text, so that a repeated document stays on one side.

@@ -63,11 +63,20 @@ def _expand(task: Task, patterns: tuple[str, ...]) -> list[str]:
 
 
 def _glob(pattern: str) -> list[str]:
+  """The files that a pattern matches; a path that exists is that path."""
   if '://' in pattern:
     import tensorflow as tf
 
+    if glob.has_magic(pattern) and tf.io.gfile.exists(pattern):
+      return [pattern]
     return tf.io.gfile.glob(pattern)
-  found = glob.glob(pattern, recursive=True)
+  # Folders too: in 'data[1]/*.txt' there may be a folder of that name.
+  parts = pattern.split('/')
+  count = len(parts)
+  while count and not os.path.exists('/'.join(parts[:count]) or '/'):
+    count -= 1
+  parts[:count] = map(glob.escape, parts[:count])
+  found = glob.glob('/'.join(parts), recursive=True)
   return [path for path in found if os.path.isfile(path)]
 
 

@@ -30,7 +30,7 @@ class Skips:
   """
 
   def __init__(self, most: int, decode: Callable[[Any], str], workdir: str):
-    """Starts at none.
+    """Starts with no skipped step.
 
     Args:
       most: so many in a row end the run; 0 never does.
