@@ -208,7 +208,7 @@ def test_the_expected_ratio_is_that_of_full_slots():
 ])
 def test_what_cannot_be_scheduled_is_refused(samples, change, error):
   options = {'rule': 'cdb', 'capacity': 32, 'loops': 3, **change}
-  with pytest.raises(UserError, match=error):
+  with pytest.raises(ValueError, match=error):
     schedulers.schedule(samples, options.pop('rule'), **options)
 
 
@@ -219,7 +219,7 @@ def test_what_cannot_be_scheduled_is_refused(samples, change, error):
     ([3, 2], [1, 1], [1, 1], 'never fall'),
 ])
 def test_what_is_no_workload_is_refused(arrival, tokens, depths, error):
-  with pytest.raises(UserError, match=error):
+  with pytest.raises(ValueError, match=error):
     schedulers.Workload(*map(np.array, (arrival, tokens, depths)))
 
 
