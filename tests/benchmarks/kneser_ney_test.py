@@ -8,8 +8,6 @@ from benchmarks import kneser_ney
 import numpy as np
 import pytest
 
-from recursive_tx.errors import UserError
-
 UNK, BOS, EOS, A, B = range(5)
 
 

@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import tiny
 
-from recursive_tx.errors import UserError
-
 SCRIPT = tiny.TESTS / 'benchmarks' / 'throughput.py'
 SEEDS = range(60)
 
