@@ -8,6 +8,7 @@ import sys
 from absl import flags
 
 from recursive_tx.errors import UserError, one_of
+from recursive_tx.machine import libtpu
 
 VERBS = {
     'convert': 'make a pretrained model recursive, or relaxed recursive',
@@ -32,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     for verb, what in VERBS.items():
       print(f'  {verb:10}{what}')
     return 0 if argv else 1
-  # TensorFlow only feeds text here; what it says at start-up is noise.
+  libtpu.leave_out()
+  # TensorFlow only feeds text here; its messages at start-up are noise.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
   debug = '--debug' in argv
