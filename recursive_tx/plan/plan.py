@@ -129,7 +129,7 @@ def devices_of(topology: str) -> tuple[list[Any], chips.Chip]:
   except Exception as error:  # Several kinds, the text says which.
     reason = str(error).strip().splitlines()[0]
     if 'libtpu' in reason.lower():
-      reason += '; install it with `pip install libtpu`'
+      reason += '; install it with `pip install "jax[tpu]"`'
     raise UserError(f'topology {topology!r}: {reason}') from None
   devices = description.devices
   return devices, chips.find(devices[0])
