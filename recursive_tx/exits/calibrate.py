@@ -2,12 +2,13 @@
 
 Held-out sequences are read with exits as they would happen (see forward.py),
 and each has a share of tokens whose likeliest next token is not the full
-depth's. Learn then Test (Angelopoulos et al., arxiv.org/abs/2110.01052; for exits CALM,
-arxiv.org/abs/2207.07061): a part of the sequences tells which thresholds are
-worth trying (see thresholds.py). They are tried on the others from the most
-careful ones on, each by a p-value for "the mean share is above delta", and the
-last before the first that fails are taken. With at least the stated confidence
-over the draw of the sequences, their true mean share is then at most delta.
+depth's. Learn then Test (Angelopoulos et al., arxiv.org/abs/2110.01052; for
+exits CALM, arxiv.org/abs/2207.07061): a part of the sequences tells which
+thresholds are worth trying (see thresholds.py). They are tried on the others
+from the most careful ones on, each by a p-value for "the mean share is above
+delta", and the last before the first that fails are taken. With at least the
+stated confidence over the draw of the sequences, their true mean share is then
+at most delta.
 
 What is promised: on text like that given, read token by token, the next token
 chosen is the full depth's at least so often. Of texts that the model goes on
