@@ -23,9 +23,9 @@ class Task:
       is that path, also with '[' in its name. For 'tfds' one split,
       'train[1%:]'.
     heldout: likewise, held out and taken off `train` where both match a
-      file. Empty holds out `DataConfig.heldout_fraction` of the documents, by
-      a hash of their text, so that a repeated document stays on one side.
-      'tfds' must name a split.
+      file, under whatever path. Empty holds out `DataConfig.heldout_fraction`
+      of the documents, by a hash of their text, so that a repeated document
+      stays on one side. 'tfds' must name a split.
     document: what a document is. 'file', 'record', or for 'text' the line
       that separates documents, such as '<|endoftext|>'. Empty: a file of
       'text', a record of the others.

@@ -41,6 +41,13 @@ _CHECKED_UNITS = 32
 FAULTS = ('not_utf8', 'not_json', 'no_text', 'empty', 'long')
 
 
+# The first bytes of files that are often named like text.
+_FORMATS = {
+    b'\x1f\x8b': 'gzip', b'\x28\xb5\x2f\xfd': 'zstd', b'\xfd7zXZ': 'xz',
+    b'BZh': 'bzip2', b'PK\x03\x04': 'zip', b'PAR1': 'Parquet',
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Fault:
   """A document, or a whole file, that cannot be used.
@@ -233,7 +240,7 @@ def _record(line: bytes, key: str) -> bytes | tuple[str, str]:
   except UnicodeDecodeError as error:
     return 'not_utf8', (
         f'not UTF-8 ({error.reason} at byte {error.start} of the line); '
-        'convert the file to UTF-8'
+        f'{_conversion(line)}'
     )
   except (ValueError, RecursionError) as error:
     return 'not_json', (
@@ -328,9 +335,17 @@ def _checked(text: bytes, path: str) -> bytes | Fault:
   except UnicodeDecodeError as error:
     return Fault('not_utf8', path, (
         f'is not UTF-8 text ({error.reason}: byte 0x{text[error.start]:02x}); '
-        'convert it to UTF-8'
+        f'{_conversion(text)}'
     ))
   return text
+
+
+def _conversion(text: bytes) -> str:
+  """The way out for bytes that are not UTF-8."""
+  for first, name in _FORMATS.items():
+    if text.startswith(first):
+      return f'it begins as {name} does; unpack the file first'
+  return 'convert the file to UTF-8'
 
 
 def _hash(text: bytes) -> float:

@@ -19,7 +19,11 @@ def find(task: Task, split: str) -> list[str]:
   held = _expand(task, task.heldout)
   if split == 'heldout' and held:
     return held
-  paths = [path for path in _expand(task, task.train) if path not in set(held)]
+  # By their real paths: ./a.txt and a link to it are a.txt.
+  real = set(map(_real, held))
+  paths = [
+      path for path in _expand(task, task.train) if _real(path) not in real
+  ]
   if not paths:
     raise UserError(
         f'data task {task.name!r}: every file of train={task.train} is held '
@@ -80,12 +84,18 @@ def _glob(pattern: str) -> list[str]:
   return [path for path in found if os.path.isfile(path)]
 
 
+def _real(path: str) -> str:
+  return path if '://' in path else os.path.realpath(path)
+
+
 def _nearest(pattern: str) -> str:
   """Where on disk a pattern stops being true, for an error."""
   if '://' in pattern:
     return '; check the bucket and the pattern'
   if os.path.isdir(pattern):
     return f', a directory; write {os.path.join(pattern, "*")!r}'
+  if os.path.exists(pattern):
+    return ', which is no file; write what a pipe gives to a file'
   path = os.path.abspath(pattern)
   while not os.path.exists(path):
     path = os.path.dirname(path)

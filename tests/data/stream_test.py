@@ -1016,3 +1016,36 @@ def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch, block):
   assert read('text', f'{tmp_path}/b.txt', document=SEPARATOR) == (
       [b'a', mark + b'b'], [])
   assert read('text', f'{tmp_path}/c.txt') == ([], ['empty'])
+
+
+def test_a_heldout_file_under_another_path_is_not_trained_on(
+    tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  for name in 'abcd':
+    (tmp_path / name).write_text(name)
+  (tmp_path / 'link').symlink_to(tmp_path / 'd')
+  task = data.Task('t', 'text', '?', heldout=(
+      './a', f'{tmp_path}/b', 'link'))
+  assert files.find(task, 'train') == ['c']
+  assert len(files.find(task, 'heldout')) == 3
+
+
+@pytest.mark.parametrize('kind', ['text', 'jsonl'])
+def test_compressed_files_are_named_as_such(tmp_path, kind):
+  import bz2
+  import gzip
+  import lzma
+
+  for name, module in (('gzip', gzip), ('bzip2', bz2), ('xz', lzma)):
+    path = tmp_path / name
+    path.write_bytes(module.compress(b'{"text": "a"}\n' * 9))
+    with pytest.raises(UserError, match=f'begins as {name} does; unpack'):
+      documents.Documents(
+          data.Task('t', kind, str(path)), 'train', fraction=0.0).check()
+
+
+def test_a_pipe_is_refused(tmp_path):
+  os.mkfifo(tmp_path / 'pipe')
+  with pytest.raises(UserError, match='is no file; write what a pipe gives'):
+    files.find(data.Task('t', 'text', f'{tmp_path}/pipe'), 'train')
