@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from recursive_tx import train
 from recursive_tx.config import ModelConfig
 from recursive_tx.data import DataConfig
-from recursive_tx.errors import UserError, one_of
+from recursive_tx.errors import UserError, in_range, one_of
 from recursive_tx.train.optim import OptimConfig
 
 # (pattern, learning rate, weight decay) by parameter. Decaying the adapters'
@@ -49,7 +49,7 @@ TASKS = {
     ),
 }
 BASELINES = ('full', 'reduced', 'random')
-_UNSAID = -1  # Loops that no argument names.
+_UNSET = -(1 << 31)  # Loops that no argument names.
 
 
 def parse(
@@ -137,11 +137,12 @@ def uptrain(
   Args:
     arg: see `parse`; `loops` and `rank` of the recursive model, `init` of its
       shared layers ('' takes 'stepwise' at rank 0, else 'average', the
-      paper's best), `tokens` in billions, `data` of TASKS, and
+      paper's best), `tokens` in billions, in (0, inf), `data` of TASKS, and
       `teacher`: distil the final loop from the full-size model, which
       --config.teacher= names where init_from is not that model.
       `exits`: losses on the earlier loops, see `exit_losses`.
-      `gate`: hidden width of an exit gate, trained along (0: none). With
+      `gate`: hidden width, in [0, inf), of an exit gate that is trained too
+      (0: none). With
       --config.optim.table='(("adapters/exit/.*", 1, 0), (".*", 0, 0))' it is
       trained alone.
       `paper`: tie norms and decay factors as the paper does.
@@ -156,11 +157,13 @@ def uptrain(
     UserError: a bad argument, or loops that do not divide the layers.
   """
   args = parse(
-      arg, alone={'exits': '0.1'}, loops=_UNSAID, rank='', init='', tokens=15.0,
+      arg, alone={'exits': '0.1'}, loops=_UNSET, rank='', init='', tokens=15.0,
       data=data, teacher=False, exits='', gate=0, paper=False,
       baseline='',
   )
   one_of('data', args.data, TASKS)
+  in_range('Config argument tokens', args.tokens, '(0, inf)')
+  in_range('Config argument gate', args.gate, '[0, inf)', int)
   given, loops = _given(args, published)
   config = base({}, gaps=True)
   config.model.update(given)
@@ -197,7 +200,7 @@ def _given(
   """The model's fields that the arguments set, and its loops (0: unknown)."""
   given = {}
   loops = args.loops
-  if loops == _UNSAID:
+  if loops == _UNSET:
     loops = 2 if published else 0
   else:
     given['loops'] = loops

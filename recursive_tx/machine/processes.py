@@ -39,7 +39,9 @@ def initialize(
   """
   given = [bool(coordinator), processes > 0, process >= 0]
   if any(given):
-    if not all(given) or process >= processes or ':' not in coordinator:
+    host, _, port = coordinator.rpartition(':')
+    if not all(given) or process >= processes or not host or not (
+        port.isdecimal() and 0 < int(port) < 1 << 16):
       raise UserError(
           f'coordinator {coordinator!r}, processes {processes}, process'
           f' {process}; expected HOST:PORT, a number of processes, and which'
