@@ -49,7 +49,7 @@ def evaluate(
     `bits_per_byte`.
 
   Raises:
-    UserError: nothing to predict, or a loop's loss is not finite.
+    UserError: nothing to predict, or a loss that is not finite.
   """
   nats_fn = _nats_fn(cfg, run, mesh)
   nats_L, tokens = np.zeros(cfg.loops, np.float64), 0.0
@@ -65,8 +65,9 @@ def evaluate(
   for loop, nats in enumerate(nats_L.tolist(), 1):
     if not math.isfinite(nats):
       raise UserError(
-          f'The held-out loss of loop {loop} is {nats}, which is no result: the'
-          " model's activations are not finite; take an earlier checkpoint.")
+          f'the held-out loss of loop {loop} is {nats}, expected a finite'
+          f' number: parameters are not finite, or overflow in {run.dtype};'
+          ' take an earlier checkpoint, or dtype float32')
   return {
       'documents': heldout.num_documents,
       'bytes': heldout.num_bytes,
