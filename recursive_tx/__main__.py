@@ -7,7 +7,7 @@ import sys
 
 from absl import flags
 
-from recursive_tx.errors import one_of
+from recursive_tx.errors import UserError, one_of
 from recursive_tx.machine import libtpu
 
 VERBS = {
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
             f'{flags.FLAGS.module_help(module)}')
       return 0
     module.main(flags.FLAGS([verb, *words]))
-  except (ValueError, flags.Error) as error:
+  except (UserError, flags.Error) as error:
     if debug:
       raise
     print(f'{verb}: {error}', file=sys.stderr)

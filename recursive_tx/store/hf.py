@@ -11,6 +11,7 @@ from typing import Any
 
 import einops
 import numpy as np
+from numpy.typing import DTypeLike
 
 from recursive_tx import config as config_lib
 from recursive_tx import files, model, tying
@@ -162,7 +163,8 @@ def load_hf(
 
 def save_hf(
     directory: str | os.PathLike, cfg: config_lib.ModelConfig,
-    variables: dict, *, hf: dict[str, Any] | None = None, dtype=None,
+    variables: dict, *, hf: dict[str, Any] | None = None,
+    dtype: DTypeLike | None = None,
     companions: str | os.PathLike | None = None,
 ) -> None:
   """Writes a stock Hugging Face model: loops unrolled, adapters merged.
