@@ -7,7 +7,8 @@ import sys
 
 from absl import flags
 
-from recursive_tx.errors import one_of
+from recursive_tx.errors import UserError, one_of
+from recursive_tx.machine import libtpu
 
 VERBS = {
     'convert': 'make a pretrained model recursive, or relaxed recursive',
@@ -32,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     for verb, what in VERBS.items():
       print(f'  {verb:10}{what}')
     return 0 if argv else 1
-  # TensorFlow only feeds text here; what it says at start-up is noise.
+  libtpu.leave_out()
+  # TensorFlow only feeds text here; its messages at start-up are noise.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
   debug = '--debug' in argv
@@ -45,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
             f'{flags.FLAGS.module_help(module)}')
       return 0
     module.main(flags.FLAGS([verb, *words]))
-  except (ValueError, flags.Error) as error:
+  except (UserError, flags.Error) as error:
     if debug:
       raise
     print(f'{verb}: {error}', file=sys.stderr)

@@ -49,7 +49,7 @@ def evaluate(
     `bits_per_byte`.
 
   Raises:
-    UserError: nothing to predict.
+    UserError: nothing to predict, or a loop's loss is not finite.
   """
   nats_fn = _nats_fn(cfg, run, mesh)
   nats_L, tokens = np.zeros(cfg.loops, np.float64), 0.0
@@ -62,6 +62,11 @@ def evaluate(
     nats_L += nats_LBT.sum(axis=(1, 2), dtype=np.float64)
   if not tokens or not heldout.num_bytes:
     raise UserError('The held-out set is empty: no token to predict.')
+  for loop, nats in enumerate(nats_L.tolist(), 1):
+    if not math.isfinite(nats):
+      raise UserError(
+          f'The held-out loss of loop {loop} is {nats}, which is no result: the'
+          " model's activations are not finite; take an earlier checkpoint.")
   return {
       'documents': heldout.num_documents,
       'bytes': heldout.num_bytes,

@@ -25,7 +25,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from recursive_tx.errors import UserError, one_of
+from recursive_tx.errors import UserError, check_ranges, one_of
 from recursive_tx.losses import chunks
 
 TERMS = ('next_token', 'distill', 'self_distill', 'gate')
@@ -56,7 +56,8 @@ class LossConfig:
 
   A term's weights are aligned to the right: the last one is for the final
   loop, and the loops a shorter tuple does not reach weigh 0. A loop of weight
-  0 is left out of the computation, not multiplied by 0.
+  0 is left out of the computation, not multiplied by 0. Every weight is in
+  [0, inf).
 
   Attributes:
     next_token: weights of the cross-entropy with the next token.
@@ -72,10 +73,10 @@ class LossConfig:
     gate: weights of the cross-entropy of the exit gate with what it is to
       foresee: 1 where the loop's best token is the final loop's, else 0. Its
       gradient reaches the gate only; the final loop's weight is 0.
-    early: share of the sequences whose tokens leave after loops drawn at
-      random, so that those that go on learn to read the keys and values of
-      tokens that left. A token that left has no final output to compare with:
-      `self_distill` and `gate` pass it over.
+    early: share of the sequences, in [0, 1], whose tokens exit after loops
+      drawn at random, so that those that continue learn to read the keys and
+      values of tokens that exited. A token that exited has no final output to
+      compare with: `self_distill` and `gate` skip it.
   """
 
   next_token: tuple[float, ...] = (1.0,)
@@ -85,13 +86,11 @@ class LossConfig:
   gate: tuple[float, ...] = ()
   early: float = 0.0
 
+  RANGES = dict(dict.fromkeys(TERMS, '[0, inf)'), early='[0, 1]')
+
   def __post_init__(self):
     one_of('losses.divergence', self.divergence, DIVERGENCES)
-    for term in TERMS:
-      if any(weight < 0 for weight in getattr(self, term)):
-        raise UserError(
-            f'losses.{term} is {getattr(self, term)}; weights are 0 or more.'
-        )
+    check_ranges('losses', self)
     if any(self.self_distill[-1:]):
       raise UserError(
           f'losses.self_distill is {self.self_distill}; its last weight is the'
@@ -101,10 +100,6 @@ class LossConfig:
       raise UserError(
           f'losses.gate is {self.gate}; its last weight is the final loop\'s,'
           ' which has no gate: make it 0.'
-      )
-    if not 0 <= self.early <= 1:
-      raise UserError(
-          f'losses.early is {self.early}; it is a share, from 0 to 1.'
       )
 
   def weights(self, loops: int) -> dict[str, tuple[float, ...]]:

@@ -20,7 +20,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from recursive_tx.errors import UserError
+from recursive_tx.errors import UserError, check_ranges
 
 AXES = ('data', 'fsdp', 'tensor')
 
@@ -49,6 +49,8 @@ Rules = tuple[tuple[str, tuple[str, ...] | None], ...]
 class MeshConfig:
   """Devices along each axis of the mesh; one of them may be -1, the rest.
 
+  Each is in [-1, inf), and not 0.
+
   Attributes:
     data: copies of the model, each on its part of the batch.
     fsdp: parts of the batch over which parameters are cut as well.
@@ -58,6 +60,11 @@ class MeshConfig:
   data: int = 1
   fsdp: int = -1
   tensor: int = 1
+
+  RANGES = dict.fromkeys(AXES, '[-1, inf)')
+
+  def __post_init__(self):
+    check_ranges('mesh', self)
 
 
 def make_mesh(

@@ -54,7 +54,7 @@ def convert(
       cfg, loops=loops, rank=rank, init=init, lora=lora,
       loop_norms=loop_norms, prelude=prelude, coda=coda)
   token_NT = tokens(
-      cfg, init, calibration, lambda: opening.open(source).variables, seed)
+      cfg, init, calibration, lambda: opening.load(source)[1], seed)
   energy = {}
   count = parameters(rcfg)['total']
   fitting = _FIT_WORK * count if init == 'fit' else 0
@@ -108,7 +108,7 @@ def difference(
     KL(source || converted) in nats a token.
   """
   both = []
-  for cfg, variables in (opening.open(source)[:2], native.restore(output)):
+  for cfg, variables in (opening.load(source), native.restore(output)):
     token_BT = np.random.default_rng(0).integers(0, cfg.V, (1, length))
     apply = jax.jit(model.Decoder(cfg).apply)
     both.append(apply(variables, jnp.asarray(token_BT, jnp.int32)))

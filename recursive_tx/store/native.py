@@ -56,6 +56,9 @@ def describe(
   if companions is None:
     return
   companions = pathlib.Path(companions)
+  if not companions.is_dir():
+    raise UserError(f'companions={str(companions)!r} is no directory; expected'
+                    ' one with the tokenizer that goes with the model')
   source = read_source(companions)
   if source is not None:
     files.write_json(new / 'source.json', source)

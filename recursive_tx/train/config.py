@@ -5,7 +5,7 @@ import dataclasses
 from recursive_tx import losses
 from recursive_tx.config import ModelConfig, Run
 from recursive_tx.data import DataConfig
-from recursive_tx.errors import UserError
+from recursive_tx.errors import UserError, check_ranges, in_range
 from recursive_tx.losses.terms import LossConfig
 from recursive_tx.machine.mesh import MeshConfig
 from recursive_tx.store.checkpoint import CheckpointConfig
@@ -18,14 +18,21 @@ class EvalConfig:
   """When to score the held-out set, and how much of it.
 
   Attributes:
-    every: steps between evaluations; 0 evaluates at the start and the end.
-    max_tokens: size of the fixed set; 0 is all there is.
+    every: steps between evaluations, in [0, inf); 0 evaluates at the start
+      and the end.
+    max_tokens: size of the fixed set, in [0, inf), see `data.heldout`; 0 is
+      all there is.
     prompts: texts that the model continues, greedily, at each evaluation.
   """
 
   every: int = 0
   max_tokens: int = 0
   prompts: tuple[str, ...] = ()
+
+  RANGES = dict(every='[0, inf)', max_tokens='[0, inf)')
+
+  def __post_init__(self):
+    check_ranges('eval', self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +44,8 @@ class Config:
     data: the text and the shape of its batches.
     optim: the optimizer and the number of steps.
     losses: terms and their weights per loop.
-    seed: of fresh parameters and of what relaxing draws.
+    seed: of fresh parameters and of what relaxing draws, in
+      [0, 4294967296).
     init_from: directory of the first weights: a Hugging Face one, one of
       ours, or another run's workdir. Where `model` is recursive and the source
       is not, it is relaxed on the way in. '' starts from random weights.
@@ -68,6 +76,11 @@ class Config:
   log: LogConfig = LogConfig()
   eval: EvalConfig = EvalConfig()
   run: Run = Run()
+
+  RANGES = dict(seed='[0, 4294967296)')
+
+  def __post_init__(self):
+    in_range('seed', self.seed, self.RANGES['seed'], int)
 
 
 def check(config: Config) -> None:

@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import tiny
 
 from recursive_tx import __main__ as cli
+from recursive_tx.errors import UserError
 
 ROOT = tiny.ROOT
 
@@ -66,3 +68,18 @@ def test_help_is_complete_and_light(verb):
     # Every flag says what it is.
     if line.strip().startswith('--') and ':' in line:
       assert line.split(':', 1)[1].strip(), line
+
+
+def test_only_what_a_person_can_mend_loses_its_traceback(monkeypatch, capsys):
+  """A ValueError of JAX or of ours is a fault of the program."""
+  def raises(error):
+    def main(argv):
+      raise error
+    monkeypatch.setattr(cli.importlib, 'import_module',
+                        lambda name: types.SimpleNamespace(main=main))
+    return cli.main(['convert'])
+
+  assert raises(UserError('loops=4 does not divide 6')) == 1
+  assert capsys.readouterr().err == 'convert: loops=4 does not divide 6\n'
+  with pytest.raises(ValueError, match='incompatible shapes'):
+    raises(ValueError('incompatible shapes for broadcasting'))

@@ -821,9 +821,9 @@ def test_a_file_that_disappears_stops_the_run_in_one_line(tok, tmp_path):
         ({'kind': 'jsonl', 'document': 'file'}, "others document='record'"),
         ({'document': 'a\nb'}, 'is more than one line'),
         ({'document': None}, 'document is None, expected a string'),
-        ({'weight': 0.0}, 'weight is 0.0, expected a number above 0'),
-        ({'weight': float('nan')}, 'weight is nan, expected a number'),
-        ({'weight': '1'}, "weight is '1', expected a number"),
+        ({'weight': 0.0}, 'weight is 0.0, expected a finite number above 0'),
+        ({'weight': float('nan')}, 'weight is nan, expected a finite'),
+        ({'weight': '1'}, "weight is '1', expected a finite"),
         ({'dataset': 'c4'}, "kind 'tfds' needs the dataset's name"),
         ({'kind': 'tfds'}, "kind 'tfds' needs the dataset's name"),
         ({'kind': 'tfds', 'dataset': 'c4'}, 'one split to train on and one'),
@@ -845,7 +845,7 @@ def test_bad_tasks(fields, message):
         ({'batch': 4.0}, 'data.batch is 4.0, expected a whole number'),
         ({'shards': True}, 'data.shards is True, expected a whole number'),
         ({'seed': -1}, 'data.seed is -1'),
-        ({'heldout_fraction': 0.6}, 'above 0.0 and at most 0.5'),
+        ({'heldout_fraction': 0.6}, 'above 0 and at most 0.5'),
     ],
 )
 def test_bad_configs(fields, message):

@@ -185,7 +185,7 @@ def test_add_bos_token_without_a_token(byte_level_dir, tmp_path):
 
 def test_imports_no_tensorflow():
   program = (
-      'import sys, recursive_tx.tokenizer, recursive_tx.data\n'
+      'import sys, recursive_tx.text.tokenizer, recursive_tx.data\n'
       'bad = {"tensorflow", "seqio", "sentencepiece"} & set(sys.modules)\n'
       'assert not bad, bad'
   )

@@ -15,7 +15,7 @@ from etils import epath
 import jax
 import tqdm
 
-from recursive_tx.errors import UserError
+from recursive_tx.errors import check_ranges
 from recursive_tx.train.log.goodput import Sessions
 from recursive_tx.train.log.rows import Rows, read_metrics
 from recursive_tx.train.log.trace import Trace
@@ -27,13 +27,14 @@ class LogConfig:
   """What a run tells.
 
   Attributes:
-    every: steps between rows of metrics; a row is the mean over them.
+    every: steps between rows of metrics, in [1, inf); a row is the mean over
+      them.
     progress: a line with the loss, tokens/s, MFU and the time left.
     tensorboard: event files in the workdir.
-    profile_step: the step at which a profile starts; 0 is none. A file
-      `profile` in the workdir (`touch WORKDIR/profile`) starts one after the
-      next row.
-    profile_steps: how many steps a profile takes.
+    profile_step: the step at which a profile starts, in [0, inf); 0 is none.
+      A file `profile` in the workdir (`touch WORKDIR/profile`) starts one
+      after the next row.
+    profile_steps: how many steps a profile takes, in [1, inf).
   """
 
   every: int = 10
@@ -42,11 +43,11 @@ class LogConfig:
   profile_step: int = 0
   profile_steps: int = 3
 
+  RANGES = dict(
+      every='[1, inf)', profile_step='[0, inf)', profile_steps='[1, inf)')
+
   def __post_init__(self):
-    for name in ('every', 'profile_steps'):
-      if getattr(self, name) < 1:
-        raise UserError(
-            f'log.{name} is {getattr(self, name)}; expected at least 1 step.')
+    check_ranges('log', self)
 
 
 class History:
