@@ -228,7 +228,7 @@ MUTANTS = {
         ('tying/fit/search_test.py::'
          'test_norms_do_what_kernels_without_factors_cannot',)),
     'biases_of_what_should_come_in': Mutant(
-        'tying/fit/refit.py', '(sums.mean + sums.gone) @', 'sums.mean @',
+        'tying/fit/refit.py', '(sums.mean + sums.shift) @', 'sums.mean @',
         ('tying/fit/search_test.py::test_a_loops_biases_keep_the_means',)),
     'the_start_that_is_farthest': Mutant(
         'tying/fit/search.py',

@@ -18,6 +18,7 @@ from recursive_tx.cli import arguments, configs
 from recursive_tx.data import cache_writer
 from recursive_tx.errors import UserError, in_range
 from recursive_tx.store import opening
+from recursive_tx.text.columns import columns
 
 _CONFIG = configs.define()
 _OUTPUT = flags.DEFINE_string(
@@ -50,10 +51,11 @@ def main(argv: list[str]) -> None:
         opening.companions(source), _OUTPUT.value,
         processes=_PROCESSES.value or len(os.sched_getaffinity(0)),
         overwrite=_OVERWRITE.value, progress=progress)
-  print('task              split      documents         tokens'
-        '          bytes  left out')
+  lines = [('task', 'split', 'left out', 'documents', 'tokens', 'bytes')]
   for row in rows:
     faults = ', '.join(f'{n} {kind}' for kind, n in row['faults'].items())
-    print(f'{row["task"]:18}{row["split"]:8}{row["documents"]:12,}'
-          f'{row["tokens"]:15,}{row["bytes"]:15,}  {faults or "none"}')
+    lines.append((
+        row['task'], row['split'], faults or 'none', f'{row["documents"]:,}',
+        f'{row["tokens"]:,}', f'{row["bytes"]:,}'))
+  print(columns(lines, left=3))
   print(f'{_OUTPUT.value}; train with --config.data.cache={_OUTPUT.value}')

@@ -15,6 +15,7 @@ import numpy as np
 from recursive_tx import config as config_lib
 from recursive_tx import files, model
 from recursive_tx.store import native, opening
+from recursive_tx.text.columns import columns
 from recursive_tx.tying.relax import begun, target, tokens
 
 # Fitting takes about so many times as long as all else.
@@ -128,18 +129,16 @@ def table(report: dict[str, Any]) -> str:
               f'than {report["init"]}']
   if report['rank'] != '0':
     lines += [f'rank: {report["rank"]}']
-  lines += ['parameters'.ljust(16) + 'original'.rjust(16) + 'new'.rjust(16)]
-  for part in {**old, **new}:
-    lines.append(part.ljust(16) + f'{old.get(part, 0):16,}'
-                 + f'{new.get(part, 0):16,}')
+  lines += [columns([('parameters', 'original', 'new'), *(
+      (part, f'{old.get(part, 0):,}', f'{new.get(part, 0):,}')
+      for part in {**old, **new})])]
   if report['energy_kept']:
     loops = [f'loop {loop + 1}' for loop in range(report['loops'])]
     lines += ['', "share of each residual's energy kept (1 where none was)",
-              'kernel'.ljust(10) + 'rank'.rjust(8)
-              + ''.join(name.rjust(10) for name in loops)]
-    for kernel, row in report['energy_kept'].items():
-      lines.append(kernel.ljust(10) + f'{row["rank"]:8}'
-                   + ''.join(f'{share:10.4f}' for share in row['share']))
+              columns([('kernel', 'rank', *loops), *(
+                  (kernel, str(row['rank']),
+                   *(f'{share:.4f}' for share in row['share']))
+                  for kernel, row in report['energy_kept'].items())])]
   for name, value in report.get('check', {}).items():
     lines.append(f'{name}: {value:.3g}')
   return '\n'.join(lines)
