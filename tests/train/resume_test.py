@@ -415,7 +415,7 @@ def test_parameters_that_are_not_finite_are_not_saved(short, files, tmp_path):
     train.train(config, workdir)
   said = str(error.value)
   assert re.search(r"After step 1 parameter '\S+' is not finite", said)
-  assert 'lower optim.lr' in said and '\n' not in said
+  assert 'Lower optim.lr' in said and '\n' not in said
   assert checkpoint.latest_step(workdir) is None
   assert not (tmp_path / 'model').exists()
 
