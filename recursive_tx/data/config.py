@@ -159,7 +159,8 @@ class DataConfig:
     if not isinstance(self.cache, str):
       raise UserError(f'data.cache is {self.cache!r}, expected a directory')
     if self.batch % self.shards:
-      fits = [n for n in range(1, self.batch + 1) if not self.batch % n]
+      most = min(self.batch, 4096)
+      fits = [n for n in range(1, most + 1) if not self.batch % n]
       raise UserError(
           f'data.batch {self.batch} is not a multiple of data.shards '
           f'{self.shards}; choose shards among {fits}, or another batch'

@@ -236,7 +236,8 @@ def _records(
 def _record(line: bytes, key: str) -> bytes | tuple[str, str]:
   """A record's text, or the kind of its fault and the reason."""
   try:
-    record = json.loads(line.decode('utf-8'))
+    # As floats, since Python refuses integers of more than 4300 digits.
+    record = json.loads(line.decode('utf-8'), parse_int=float)
   except UnicodeDecodeError as error:
     return 'not_utf8', (
         f'not UTF-8 ({error.reason} at byte {error.start} of the line); '

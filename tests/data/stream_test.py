@@ -1049,3 +1049,14 @@ def test_a_pipe_is_refused(tmp_path):
   os.mkfifo(tmp_path / 'pipe')
   with pytest.raises(UserError, match='is no file; write what a pipe gives'):
     files.find(data.Task('t', 'text', f'{tmp_path}/pipe'), 'train')
+
+
+def test_a_record_may_hold_any_number_beside_its_text(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  path.write_text('{"text": "a", "n": %s}\n{"text": "b", "n": NaN}\n'
+                  '{"text": 5}\n' % ('9' * 5000))
+  found = documents.Documents(
+      data.Task('t', 'jsonl', str(path)), 'train', fraction=0.0)
+  texts, faults = found.unit(0)
+  assert texts == [b'a', b'b']
+  assert [fault.kind for fault in faults] == ['no_text']
