@@ -77,8 +77,9 @@ def _glob(pattern: str) -> list[str]:
   # Folders too: in 'data[1]/*.txt' there may be a folder of that name.
   parts = pattern.split('/')
   count = len(parts)
-  while count and not os.path.exists('/'.join(parts[:count]) or '/'):
-    count -= 1
+  if not os.path.exists(pattern):
+    while count and not os.path.isdir('/'.join(parts[:count]) or '/'):
+      count -= 1
   parts[:count] = map(glob.escape, parts[:count])
   found = glob.glob('/'.join(parts), recursive=True)
   return [path for path in found if os.path.isfile(path)]
