@@ -114,6 +114,16 @@ def test_the_code_that_runs_is_the_wheels(installed, empty):
     assert pathlib.Path(path).is_relative_to(installed.parent), path
 
 
+@pytest.mark.slow
+def test_a_type_checker_reads_the_wheel(installed, empty):
+  """By py.typed: without it every mistake in this file passes."""
+  user = (ROOT / 'tests' / 'typing' / 'user.py').read_text()
+  (empty / 'user.py').write_text(user)
+  checked([sys.executable, '-m', 'mypy', '--ignore-missing-imports',
+           '--warn-unused-ignores', f'--python-executable={installed}/python',
+           'user.py'])
+
+
 def test_both_commands_run_from_an_empty_directory(installed, empty):
   text = empty / 'runs' / 'text'
   text.mkdir(parents=True)

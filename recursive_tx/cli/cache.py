@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from recursive_tx.cli import arguments, configs
 from recursive_tx.data import cache_writer
-from recursive_tx.errors import UserError
+from recursive_tx.errors import UserError, in_range
 from recursive_tx.store import opening
 from recursive_tx.text.columns import columns
 
@@ -27,12 +27,13 @@ _OUTPUT = flags.DEFINE_string(
 _OVERWRITE = flags.DEFINE_bool(
     'overwrite', False, 'Replace --output where it exists.')
 _PROCESSES = flags.DEFINE_integer(
-    'processes', 0, 'How many tokenise at a time; 0: one a core.')
+    'processes', 0, 'How many tokenise at a time, in [0, inf); 0: one a core.')
 
 
 def main(argv: list[str]) -> None:
   """Runs the verb."""
   arguments.check(argv, config=_CONFIG.value, output=_OUTPUT.value)
+  in_range('--processes', _PROCESSES.value, '[0, inf)', int)
   config = configs.typed(_CONFIG.value)
   source = config.tokenizer or config.init_from
   if not source:

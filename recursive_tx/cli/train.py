@@ -6,7 +6,7 @@
 
 The same command on every host of a TPU pod, and in every task that Slurm or
 Open MPI starts, is one run. Elsewhere --coordinator, --processes and --process
-say who takes part. SIGTERM saves the run and ends it with status 0.
+name the processes. SIGTERM saves the run and ends it with status 0.
 """
 
 from absl import flags

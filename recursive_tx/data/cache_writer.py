@@ -51,7 +51,7 @@ def write(
     output: directory to make, on disk; it appears whole or not at all.
     processes: how many tokenise at a time.
     overwrite: replace `output`.
-    progress: told parts done, and all.
+    progress: called with the number of parts done, and of all.
 
   Returns:
     For each task and split 'task', 'split', 'documents', 'tokens' (EOS not

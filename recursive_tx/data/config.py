@@ -19,19 +19,21 @@ class Task:
   Attributes:
     name: letters, digits, `_`, `.`; unique among a config's tasks.
     kind: 'text', 'jsonl' or 'tfds'.
-    train: globs (`**` included) of the files to train on; for 'tfds' one
-      split, 'train[1%:]'.
+    train: globs (`**` included) of the files to train on; a path that exists
+      is that path, also with '[' in its name. For 'tfds' one split,
+      'train[1%:]'.
     heldout: likewise, held out and taken off `train` where both match a
-      file. Empty holds out `DataConfig.heldout_fraction` of the documents, by
-      a hash of their text, so that a repeated document stays on one side.
-      'tfds' must name a split.
+      file, under whatever path. Empty holds out `DataConfig.heldout_fraction`
+      of the documents, by a hash of their text, so that a repeated document
+      stays on one side. 'tfds' must name a split.
     document: what a document is. 'file', 'record', or for 'text' the line
       that separates documents, such as '<|endoftext|>'. Empty: a file of
       'text', a record of the others.
     key: the field that holds a record's text.
     dataset: for 'tfds' the dataset's name, 'c4/en:3.1.0', already prepared.
-    weight: relative rate in the mixture, in (0, inf). As everywhere in SeqIO the rate is
-      of examples: documents, or pieces of `seq_len` tokens of longer ones.
+    weight: relative rate in the mixture, in (0, inf). As everywhere in SeqIO
+      the rate is of examples: documents, or pieces of `seq_len` tokens of
+      longer ones.
   """
 
   name: str
@@ -108,14 +110,15 @@ class DataConfig:
     seq_len: T, tokens in a row, in [1, inf).
     batch: B, rows in the global batch, of all processes together, in
       [1, inf); a multiple of `shards`.
-    shards: independent pipelines, in [1, inf); row i comes from shard i % shards. Part of
-      what the stream is: another number is another stream. A process runs
-      every shard it has a row of, so with many processes shards = batch
-      makes no row twice.
+    shards: independent pipelines, in [1, inf); row i comes from shard
+      i % shards. Part of what the stream is: another number is another
+      stream. A process runs every shard it has a row of, so with many
+      processes shards = batch makes no row twice.
     seed: of all shuffling and mixing of the training stream, in
       [0, 4294967296).
     shuffle: pieces in each shard's shuffle buffer, in [1, inf), saved with
-      every position; what comes first is shuffled already, in blocks of documents.
+      every position; what comes first is shuffled already, in blocks of
+      documents.
     heldout_fraction: of the documents, in (0, 0.5], for tasks that name no
       held-out files.
     cache: directory that the verb `cache` made of these tasks with this

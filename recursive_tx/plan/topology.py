@@ -77,7 +77,7 @@ def devices_of(topology: str) -> tuple[list[Any], chips.Chip]:
   except Exception as error:  # Several kinds, the text says which.
     reason = str(error).strip().splitlines()[0]
     if 'libtpu' in reason.lower():
-      reason += '; install it with `pip install libtpu`'
+      reason += '; install it with `pip install "jax[tpu]"`'
     raise UserError(f'topology {topology!r}: {reason}') from None
   devices = description.devices
   assert len(devices) * devices[0].num_cores == math.prod(sizes) * chip.cores

@@ -1,4 +1,4 @@
-"""One model made smaller in three ways, all uptrained alike, in one table.
+"""One model made smaller in three ways, with the same uptraining, in a table.
 
 The original; its stepwise layers once, without looping; looped; looped and
 relaxed. This is the paper's question (tables 3 and I.2) in one command.
@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 from recursive_tx import data, evaluate, files, train
+from recursive_tx.errors import UserError
 from recursive_tx.store import convert, native, opening
 from recursive_tx.text.columns import columns
 from recursive_tx.train import log as log_lib
@@ -32,7 +33,7 @@ def compare(
       vanilla model, and the other runs differ in `model` and `init` only.
     workdir: gets a directory for each run, table.json and curves.png. Runs
       that it holds are resumed.
-    report: given a line at each step.
+    report: called with a line before each model.
 
   Returns:
     A row for each of NAMES: 'model', 'loops', 'parameters' (unique),
@@ -40,8 +41,11 @@ def compare(
     'seconds' (compilation included) and 'curve', rows of metrics.
 
   Raises:
-    UserError: as `train`, or an original that is not vanilla.
+    UserError: as `train`, an original that is not vanilla, or a workdir that
+      is not on disk.
   """
+  if '://' in workdir:
+    raise UserError(f'--workdir={workdir} is not on disk; name a directory')
   folder = pathlib.Path(workdir)
   cfg, variables, *_ = opening.open(config.init_from)
   heldout = data.heldout(

@@ -87,7 +87,7 @@ def read(
     UserError: there is no such text, or less than a sequence of it.
   """
   try:
-    text = pathlib.Path(path).read_text('utf-8')
+    text = pathlib.Path(path).read_text('utf-8-sig')
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f'{path} is no text that can be read ({error}); name a '
                      f'UTF-8 file') from None
