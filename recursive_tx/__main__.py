@@ -44,14 +44,20 @@ def main(argv: list[str] | None = None) -> int:
     module = importlib.import_module(f'recursive_tx.cli.{verb}')
     if '--help' in words or '-h' in words:
       print(f'{module.__doc__}\n\nflags (and --debug, for a traceback):\n'
-            f'{flags.FLAGS.module_help(module)}')
+            f'{flags.FLAGS.module_help(module)}', flush=True)
       return 0
     module.main(flags.FLAGS([verb, *words]))
+    sys.stdout.flush()
   except (UserError, flags.Error) as error:
     if debug:
       raise
     print(f'{verb}: {error}', file=sys.stderr)
     return 1
+  except BrokenPipeError:
+    # The reader of the output has ended, as `head` does; nobody else shall
+    # write to it at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return 128 + signal.SIGPIPE
   except KeyboardInterrupt:
     print(f'{verb}: interrupted', file=sys.stderr)
     return 130

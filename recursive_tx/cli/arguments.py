@@ -1,5 +1,10 @@
 """What the verbs' command lines share."""
 
+from collections.abc import Iterator
+import contextlib
+
+import jax
+
 from recursive_tx.errors import UserError
 from recursive_tx.store import opening
 
@@ -23,3 +28,20 @@ def opened(directory: str) -> opening.Opened:
   if found.tokenizer is None:
     opening.load_tokenizer(directory)  # Says what is missing.
   return found
+
+
+@contextlib.contextmanager
+def enough_memory() -> Iterator[None]:
+  """For the verbs that run batches: too large ones are a person's to mend.
+
+  Raises:
+    UserError: the device's memory was too small for the block's work.
+  """
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    line = str(error).strip().splitlines()[0]
+    if 'RESOURCE_EXHAUSTED' not in line:
+      raise
+    raise UserError(
+        f'{line.rstrip(".")}; give a smaller --seq_len or --batch') from error

@@ -29,10 +29,11 @@ def main(argv: list[str]) -> None:
   arguments.check(argv, checkpoint=_CHECKPOINT.value)
   run = config_lib.Run(dtype=_DTYPE.value)
   model = arguments.opened(_CHECKPOINT.value)
-  result = evaluate.evaluate(
-      model.config, model.variables, _HELDOUT(model.tokenizer), run=run,
-      progress=functools.partial(
-          tqdm, desc='evaluate', unit=' batches', delay=0.5))
+  with arguments.enough_memory():
+    result = evaluate.evaluate(
+        model.config, model.variables, _HELDOUT(model.tokenizer), run=run,
+        progress=functools.partial(
+            tqdm, desc='evaluate', unit=' batches', delay=0.5))
   print(evaluate.table(result))
   if _OUTPUT.value:
     path = pathlib.Path(_OUTPUT.value)

@@ -54,6 +54,18 @@ def test_errors_are_one_line_with_the_way_out(tmp_path):
   assert sorted(p.name for p in tmp_path.iterdir()) == ['source']
 
 
+def test_output_that_nobody_reads_is_no_traceback():
+  """As in `... | head`; the status is a shell's for SIGPIPE."""
+  read, write = os.pipe()
+  os.close(read)
+  with os.fdopen(write, 'w') as closed:
+    done = subprocess.run(
+        [sys.executable, '-m', 'recursive_tx', 'plan', '--help'], cwd=ROOT,
+        env={**os.environ, 'JAX_PLATFORMS': 'cpu'}, stdout=closed,
+        stderr=subprocess.PIPE, text=True)
+  assert (done.returncode, done.stderr) == (141, '')
+
+
 def test_debug_shows_the_traceback():
   done = _run('convert', '--source=/nowhere', '--output=/nowhere/x', '--debug')
   assert done.returncode == 1 and 'Traceback' in done.stderr
