@@ -1,5 +1,10 @@
 """What the verbs' command lines share."""
 
+import math
+
+from absl import flags, logging
+
+from recursive_tx import files
 from recursive_tx.errors import UserError
 from recursive_tx.store import opening
 
@@ -23,3 +28,29 @@ def opened(directory: str) -> opening.Opened:
   if found.tokenizer is None:
     opening.load_tokenizer(directory)  # Says what is missing.
   return found
+
+
+def at_least(least: float, *several: flags.FlagHolder) -> None:
+  """Raises UserError for a flag below `least`, infinite or NaN."""
+  for flag in several:
+    if not least <= flag.value < math.inf:
+      raise UserError(f'--{flag.name}={flag.value}; expected at least {least}')
+
+
+def context(model: opening.Opened) -> int | None:
+  """Positions that a model's source was trained with, None if unknown."""
+  for name in ('source.json', 'config.json'):
+    path = model.companions / name
+    if path.is_file():
+      found = files.read_json(path).get('max_position_embeddings')
+      return found if type(found) is int and found > 0 else None
+  return None
+
+
+def warn_beyond(length: int, trained: int | None, what: str) -> None:
+  """Logs one line where a model is to read further than it learnt to."""
+  if trained is not None and length > trained:
+    logging.warning(
+        '%s are more than the %d that the model was trained with'
+        ' (max_position_embeddings); what it makes of later ones is undefined.',
+        what, trained)
