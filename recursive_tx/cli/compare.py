@@ -34,6 +34,7 @@ def main(argv: list[str]) -> None:
       model.config, model.variables, [tokenizer.opening + prompt],
       max_new_tokens=150,
       sampler=sampling.Sampler(temperature=0.7, top_p=0.95),
-      eos_id=tokenizer.eos_id)
+      eos_id=tokenizer.end_ids,
+      known_V=tokenizer.known(model.config.V))
   print(f'\nThe relaxed model continues {_PROMPT.value!r}:\n')
   print(tokenizer.decode(prompt + new))
