@@ -43,11 +43,12 @@ def main(argv: list[str]) -> None:
   model = arguments.opened(_CHECKPOINT.value)
   directory = model.companions
   native.read_config(directory)  # exit.json goes with saved weights only.
-  result = calibrate.calibrate(
-      model.config, model.variables, _HELDOUT(model.tokenizer),
-      rule=_RULE.value, delta=_DELTA.value,
-      confidence=_CONFIDENCE.value, run=run,
-      progress=lambda items, phase: tqdm(items, desc=phase, delay=0.5))
+  with arguments.enough_memory():
+    result = calibrate.calibrate(
+        model.config, model.variables, _HELDOUT(model.tokenizer),
+        rule=_RULE.value, delta=_DELTA.value,
+        confidence=_CONFIDENCE.value, run=run,
+        progress=lambda items, phase: tqdm(items, desc=phase, delay=0.5))
   print(table(result))
   if result.chosen is None:
     raise UserError(

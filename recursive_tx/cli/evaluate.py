@@ -4,14 +4,12 @@
 """
 
 import functools
-import json
-import pathlib
 
 from absl import flags
 from tqdm import tqdm
 
 from recursive_tx import config as config_lib
-from recursive_tx import evaluate
+from recursive_tx import evaluate, files
 from recursive_tx.cli import arguments, heldout
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -27,13 +25,16 @@ _OUTPUT = flags.DEFINE_string('output', '', 'JSON file for the result.')
 def main(argv: list[str]) -> None:
   """Runs the verb."""
   arguments.check(argv, checkpoint=_CHECKPOINT.value)
+  if _OUTPUT.value:
+    files.check_file(_OUTPUT.value)
   run = config_lib.Run(dtype=_DTYPE.value)
   model = arguments.opened(_CHECKPOINT.value)
-  result = evaluate.evaluate(
-      model.config, model.variables, _HELDOUT(model.tokenizer), run=run,
-      progress=functools.partial(
-          tqdm, desc='evaluate', unit=' batches', delay=0.5))
+  with arguments.enough_memory():
+    result = evaluate.evaluate(
+        model.config, model.variables, _HELDOUT(model.tokenizer), run=run,
+        progress=functools.partial(
+            tqdm, desc='evaluate', unit=' batches', delay=0.5))
   print(evaluate.table(result))
   if _OUTPUT.value:
-    path = pathlib.Path(_OUTPUT.value)
-    path.write_text(json.dumps(result, indent=2) + '\n')
+    with files.new_file(_OUTPUT.value) as new:
+      files.write_json(new, result)

@@ -17,7 +17,7 @@ from absl import flags
 import jax
 from tqdm import tqdm
 
-from recursive_tx import data, machine
+from recursive_tx import data, files, machine
 from recursive_tx.cli import arguments, configs, processes
 from recursive_tx.errors import UserError, in_range
 from recursive_tx.store import opening
@@ -44,6 +44,7 @@ def main(argv: list[str]) -> None:
   if '://' in _OUTPUT.value:
     raise UserError(f'--output={_OUTPUT.value} is not on disk; save the top-k'
                     ' logits on a disk that all processes share')
+  output = files.check_workdir(_OUTPUT.value)
   config = configs.typed(_CONFIG.value)
   _JOIN()
   source = config.tokenizer or config.init_from
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> None:
         step.make_top_k(config, cfg, mesh, _BEST.value),
         out_shardings=machine.rows(mesh))
     teacher_cache.save(
-        _OUTPUT.value, about, data.Stream(config.data, ids, rows=rows),
+        output, about, data.Stream(config.data, ids, rows=rows),
         lambda batch: top_k(variables, machine.place_rows(batch, mesh)),
         rows=rows, steps=steps, progress=lambda at: bar.update(at - bar.n))
   if machine.is_main():

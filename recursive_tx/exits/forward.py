@@ -74,7 +74,7 @@ def forward(cfg: ModelConfig, run: Run, rule: str, *, every: bool = False):
     for loop in range(cfg.loops):
       x_BTD, keys_N = _loop(
           cfg, run, variables, x_BTD, keys_N,
-          {**context, 'first': loop == 0, 'left_BT': depth_BT <= loop}, loop)
+          {**context, 'first': loop == 0, 'exited_BT': depth_BT <= loop}, loop)
       if loop == cfg.loops - 1:
         break
       # An exit here: the gate and the head read this, without a coda.

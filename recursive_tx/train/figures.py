@@ -44,7 +44,8 @@ def samples(
       config.model, variables,
       [tokenizer.opening + tokenizer.encode(prompt)
        for prompt in config.eval.prompts],
-      eos_id=tokenizer.eos_id, run=config.run,
+      eos_id=tokenizer.end_ids, known_V=tokenizer.known(config.model.V),
+      run=config.run,
   )
   return {
       prompt: tokenizer.decode(new)

@@ -1,10 +1,10 @@
 """One kernel for several layers, and a layer's factors, by weighted error.
 
-The error of a kernel M in place of W is, to second order, what it adds to the
-model's loss: ||C^(1/2) (M - W) S^(1/2)||^2, where C is the
-second moment of the kernel's input x and S that of the gradient of the
-model's loss in the kernel's output (the two Kronecker factors of the Fisher
-matrix; Martens and Grosse, 2015). Arrays in, arrays out.
+The error of a kernel M in place of W is ||C^(1/2) (M - W) S^(1/2)||^2, where C
+is the second moment of the kernel's input x and S that of the gradient of the
+model's loss in the kernel's output: the two Kronecker factors of the Fisher
+matrix (Martens and Grosse, 2015), by which it estimates twice the KL divergence
+a token. Arrays in, arrays out.
 """
 
 from collections.abc import Sequence

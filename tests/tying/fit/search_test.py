@@ -21,7 +21,7 @@ from recursive_tx.tying.fit import (
   refit,
 )
 from recursive_tx.tying.fit import search as search_lib
-from recursive_tx.tying.relax import begun, parts, target
+from recursive_tx.tying.relax import initialised, parts, target
 
 LLAMA = tiny.FAMILIES['llama']
 N, T = 16, 12
@@ -153,7 +153,7 @@ def test_energy_is_of_the_residual_that_is_left():
   values, energy = tiny.variables(LLAMA), {}
   rcfg = target(LLAMA, loops=2, rank='attn3+mlp3', init='fit', lora='svd',
                 prelude=0, coda=0, loop_norms=True)
-  with begun(LLAMA, rcfg, _read(values), init='fit', energy=energy,
+  with initialised(LLAMA, rcfg, _read(values), init='fit', energy=energy,
              token_NT=tiny.tokens(LLAMA, N, T)) as (kept, init, found):
     held = {(path, at): array for path, at, array in found}
   assert (kept, init) == (rcfg, 'fit')
