@@ -34,20 +34,14 @@ def byte_level_dir(tmp_path_factory) -> pathlib.Path:
   return directory
 
 
-def train(directory: pathlib.Path, **ids: int) -> pathlib.Path:
+def train(directory: pathlib.Path, **how) -> pathlib.Path:
   text = directory / 'text'
   text.write_text('the cat sat on the mat\n  and the dog ate it\n' * 9)
-  sentencepiece.SentencePieceTrainer.train(
-      input=str(text),
-      model_prefix=str(directory / 'tokenizer'),
-      vocab_size=290,
-      model_type='bpe',
-      byte_fallback=True,
-      normalization_rule_name='identity',
-      remove_extra_whitespaces=False,
-      minloglevel=2,
-      **ids,
-  )
+  sentencepiece.SentencePieceTrainer.train(**{
+      'input': str(text), 'model_prefix': str(directory / 'tokenizer'),
+      'vocab_size': 290, 'model_type': 'bpe', 'byte_fallback': True,
+      'normalization_rule_name': 'identity',
+      'remove_extra_whitespaces': False, 'minloglevel': 2, **how})
   return directory
 
 

@@ -1,6 +1,13 @@
 """What the verbs' command lines share."""
 
-from recursive_tx.errors import UserError
+from collections.abc import Iterator
+import contextlib
+
+from absl import flags, logging
+import jax
+
+from recursive_tx import files
+from recursive_tx.errors import UserError, in_range
 from recursive_tx.store import opening
 
 
@@ -23,3 +30,45 @@ def opened(directory: str) -> opening.Opened:
   if found.tokenizer is None:
     opening.load_tokenizer(directory)  # Says what is missing.
   return found
+
+
+@contextlib.contextmanager
+def enough_memory() -> Iterator[None]:
+  """For the verbs that run batches: too large ones are a person's to mend.
+
+  Raises:
+    UserError: the device's memory was too small for the block's work.
+  """
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    line = str(error).strip().splitlines()[0]
+    if 'RESOURCE_EXHAUSTED' not in line:
+      raise
+    raise UserError(
+        f'{line.rstrip(".")}; give a smaller --seq_len or --batch') from error
+
+
+def at_least(least: int, *several: flags.FlagHolder) -> None:
+  """Raises UserError for a flag below `least`, infinite or NaN."""
+  for flag in several:
+    in_range(f'--{flag.name}', flag.value, f'[{least}, inf)')
+
+
+def context(model: opening.Opened) -> int | None:
+  """Positions that a model's source was trained with, None if unknown."""
+  for name in ('source.json', 'config.json'):
+    path = model.companions / name
+    if path.is_file():
+      found = files.read_json(path).get('max_position_embeddings')
+      return found if type(found) is int and found > 0 else None
+  return None
+
+
+def warn_beyond(length: int, trained: int | None, what: str) -> None:
+  """Logs one line where a model is to read further than it learnt to."""
+  if trained is not None and length > trained:
+    logging.warning(
+        '%s are more than the %d that the model was trained with'
+        ' (max_position_embeddings); what it makes of later ones is undefined.',
+        what, trained)

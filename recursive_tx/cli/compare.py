@@ -7,7 +7,7 @@ import pathlib
 
 from absl import flags
 
-from recursive_tx import engine
+from recursive_tx import engine, files
 from recursive_tx.cli import arguments, configs
 from recursive_tx.engine import sampling
 from recursive_tx.train import compare
@@ -22,8 +22,8 @@ _PROMPT = flags.DEFINE_string(
 def main(argv: list[str]) -> None:
   """Runs the verb."""
   arguments.check(argv, config=_CONFIG.value, workdir=_WORKDIR.value)
+  folder = pathlib.Path(files.check_workdir(_WORKDIR.value))
   config = configs.typed(_CONFIG.value)
-  folder = pathlib.Path(_WORKDIR.value)
   rows = compare.compare(config, str(folder))
   print('\n' + compare.table(rows))
   print(f'\n{folder}/table.json, {folder}/curves.png')
@@ -34,6 +34,7 @@ def main(argv: list[str]) -> None:
       model.config, model.variables, [tokenizer.opening + prompt],
       max_new_tokens=150,
       sampler=sampling.Sampler(temperature=0.7, top_p=0.95),
-      eos_id=tokenizer.eos_id)
+      eos_id=tokenizer.end_ids,
+      known_V=tokenizer.known(model.config.V))
   print(f'\nThe relaxed model continues {_PROMPT.value!r}:\n')
   print(tokenizer.decode(prompt + new))

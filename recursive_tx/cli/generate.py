@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import dataclasses
 import json
 import os
+import pathlib
 import sys
 
 from absl import flags
@@ -28,21 +29,25 @@ _CHECKPOINT = flags.DEFINE_string(
 _PROMPT = flags.DEFINE_multi_string(
     'prompt', [], 'Text to continue; give it again for several at once.')
 _PROMPTS = flags.DEFINE_string(
-    'prompts', '', 'File of prompts, one a line, or (.jsonl) in the field'
-    ' "prompt" or "text" of each line; - reads lines from standard input.')
+    'prompts', '', 'File of prompts in UTF-8, one a line, or (.jsonl) in the'
+    ' field "prompt" or "text" of each line; - reads lines from standard'
+    ' input. Lines end at a line feed and nowhere else.')
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
-    'max_new_tokens', 64, 'Most tokens to add.')
+    'max_new_tokens', 64, 'Most tokens to add; at least 1.')
 _TEMPERATURE = flags.DEFINE_float(
-    'temperature', 0.0, 'Divides the logits; 0 takes the likeliest token.')
+    'temperature', 0.0, 'Divides the logits; at least 0. 0 takes the likeliest'
+    ' token.')
 _TOP_K = flags.DEFINE_integer(
     'top_k', 0, 'Draw among this many likeliest tokens; 0 among all.')
 _TOP_P = flags.DEFINE_float(
-    'top_p', 1.0, 'Draw among the fewest tokens of this probability.')
+    'top_p', 1.0, 'Draw among the fewest tokens of this probability; above 0,'
+    ' at most 1.')
 _SEED = flags.DEFINE_integer(
     'seed', 0, 'Of the draws; plus the number of the prompt.')
 _STOP = flags.DEFINE_multi_string(
     'stop', [], 'Text that ends a continuation, and is not shown.')
-_SLOTS = flags.DEFINE_integer('slots', 32, 'Prompts continued at once.')
+_SLOTS = flags.DEFINE_integer(
+    'slots', 32, 'Prompts continued at once; at least 1.')
 _SHOW_DEPTH = flags.DEFINE_bool(
     'show_depth', False, 'Colour each token by the loop that it left at.')
 flags.DEFINE_alias('show-depth', 'show_depth')
@@ -58,6 +63,7 @@ _COLORS = (24, 30, 64, 136, 130, 124)
 def main(argv: list[str]) -> None:
   """Runs the verb."""
   arguments.check(argv, checkpoint=_CHECKPOINT.value)
+  arguments.at_least(1, _MAX_NEW_TOKENS, _SLOTS)
   count = _REPLICAS()
   sampler = sampling.Sampler(
       temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value,
@@ -70,12 +76,15 @@ def main(argv: list[str]) -> None:
   exit, fill = _EXIT(model)
   ids = [tokenizer.encode(text) for text in texts]
   longest = len(tokenizer.opening) + max(map(len, ids)) + _MAX_NEW_TOKENS.value
+  arguments.warn_beyond(
+      longest, arguments.context(model), f'{longest} tokens of the longest'
+      ' prompt and --max_new_tokens')
   served = replicas.make(
       count, min(_SLOTS.value, len(ids)), lambda slots, device: engine.Engine(
           cfg, model.variables, slots=slots, exit=exit, fill=fill,
-          device=device,
+          device=device, known_V=tokenizer.known(cfg.V),
           # Compiled once for each multiple of 64, not for each length.
-          max_len=-(-longest // 64) * 64, eos_id=tokenizer.eos_id))
+          max_len=-(-longest // 64) * 64, eos_id=tokenizer.end_ids))
   requests = [
       engine.Request(tokenizer.opening + prompt, _MAX_NEW_TOKENS.value,
                      dataclasses.replace(sampler, seed=sampler.seed + i))
@@ -99,11 +108,11 @@ def prompts() -> list[str]:
   path, texts = _PROMPTS.value, list(_PROMPT.value)
   if path:
     try:
-      if path == '-':
-        lines = sys.stdin.read().splitlines()
-      else:
-        with open(path, encoding='utf-8') as f:
-          lines = f.read().splitlines()
+      content = (sys.stdin.buffer.read() if path == '-' else
+                 pathlib.Path(path).read_bytes())
+      # Without a byte order mark. Python's own lines end at a form feed, too.
+      lines = [line.removesuffix('\r')
+               for line in content.decode('utf-8-sig').split('\n')]
     except (OSError, UnicodeDecodeError) as error:
       raise UserError(f'--prompts={path} cannot be read ({error})') from None
     records = path.endswith('.jsonl')

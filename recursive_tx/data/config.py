@@ -19,12 +19,13 @@ class Task:
   Attributes:
     name: letters, digits, `_`, `.`; unique among a config's tasks.
     kind: 'text', 'jsonl' or 'tfds'.
-    train: globs (`**` included) of the files to train on; for 'tfds' one
-      split, 'train[1%:]'.
+    train: globs (`**` included) of the files to train on; a path that exists
+      is that path, also with '[' in its name. For 'tfds' one split,
+      'train[1%:]'.
     heldout: likewise, held out and taken off `train` where both match a
-      file. Empty holds out `DataConfig.heldout_fraction` of the documents, by
-      a hash of their text, so that a repeated document stays on one side.
-      'tfds' must name a split.
+      file, under whatever path. Empty holds out `DataConfig.heldout_fraction`
+      of the documents, by a hash of their text, so that a repeated document
+      stays on one side. 'tfds' must name a split.
     document: what a document is. 'file', 'record', or for 'text' the line
       that separates documents, such as '<|endoftext|>'. Empty: a file of
       'text', a record of the others.
@@ -158,7 +159,8 @@ class DataConfig:
     if not isinstance(self.cache, str):
       raise UserError(f'data.cache is {self.cache!r}, expected a directory')
     if self.batch % self.shards:
-      fits = [n for n in range(1, self.batch + 1) if not self.batch % n]
+      most = min(self.batch, 4096)
+      fits = [n for n in range(1, most + 1) if not self.batch % n]
       raise UserError(
           f'data.batch {self.batch} is not a multiple of data.shards '
           f'{self.shards}; choose shards among {fits}, or another batch'

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import itertools
+import numbers
 from typing import NamedTuple
 
 from flax import linen as nn
@@ -34,14 +35,15 @@ _BETWEEN = 8 * _CHUNK
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """What is asked for.
+  """A prompt to continue. `Engine.submit` checks it.
 
   Attributes:
-    prompt: token ids, at least one.
-    max_new_tokens: most tokens to add.
+    prompt: token ids, integers from 0 to V - 1, at least one.
+    max_new_tokens: most tokens to add, at least 1; with the prompt at most
+      the engine's `max_len`.
     sampler: how they are drawn.
-    ignore_eos: go on after the end-of-text token.
-    script: of an engine whose exit is `oracle`: the tokens to give, and how
+    ignore_eos: continue after an end-of-text token.
+    script: for an engine whose exit is `oracle`: the tokens to give, and how
       many loops each takes.
   """
   prompt: Sequence[int]
@@ -56,7 +58,7 @@ class Event(NamedTuple):
 
   Attributes:
     id: the request's.
-    token: token id; the end-of-text token too.
+    token: token id; an end-of-text token too.
     depth: how many loops it took.
     log_p: natural logarithm of its probability at temperature 1.
     finish: None, or why it is the last: 'stop' (end of text) or 'length'.
@@ -69,7 +71,7 @@ class Event(NamedTuple):
 
 
 class Engine:
-  """Answers requests; every slot is at its own token and loop.
+  """Continues prompts; every slot is at its own token and loop.
 
   `submit` and `poll` until nothing is `pending`. One thread at a time.
   """
@@ -79,22 +81,26 @@ class Engine:
       self, cfg: ModelConfig, variables: dict, *, slots: int = 32,
       max_len: int = 2048, exit: exits.Exit = exits.Exit(),
       fill: str = 'propagate', schedule: str = 'cdb',
-      eos_id: int | None = None, steps: int = 16, run: Run = Run(),
+      eos_id: int | Sequence[int] | None = None,
+      known_V: np.ndarray | None = None, steps: int = 16, run: Run = Run(),
       mesh: Mesh | None = None, device: jax.Device | None = None,
   ):
     """Allocates the cache.
 
     Args:
       cfg, variables: any model of this library.
-      slots: tokens that a step computes.
-      max_len: most tokens of a prompt and its continuation.
+      slots: tokens that a step computes, at least 1.
+      max_len: most tokens of a prompt and its continuation, at least 1.
       exit: when a token leaves the loops.
       fill: keys and values of the loops that it skips: 'propagate' (made of
         the hidden state that it left with) or 'complete' (of those loops,
         which it goes through though it is out).
       schedule: 'cdb', 'csb' or 'static', see step.py.
-      eos_id: ends a continuation; None is none.
-      steps: passes of the block in one dispatch.
+      eos_id: the token that ends a continuation, or several of which each
+        does (`Tokenizer.end_ids`); None is none.
+      known_V: tokens that may be generated, bool [V] (`Tokenizer.known`);
+        None is all of them.
+      steps: passes of the block in one dispatch, at least 1.
       run: how the model is executed.
       mesh: of `machine.make_mesh`, to cut the model along 'tensor'; None is
         one device.
@@ -102,21 +108,22 @@ class Engine:
 
     Raises:
       UserError: a size below 1, an unknown fill or schedule, an exit that is
-        not this model's, or a mesh that is cut along another axis.
+        not this model's, ends that are no token ids, no known token, or a mesh
+        that is cut along another axis.
     """
     for name, value in (
         ('slots', slots), ('max_len', max_len), ('steps', steps)):
-      if value < 1:
-        raise UserError(f'{name}={value}; expected at least 1')
+      _check_count(name, value)
     one_of('fill', fill, step.FILLS)
     one_of('schedule', schedule, step.SCHEDULES)
     exit.check(cfg)
     self.cfg, self.max_len, self.slots = cfg, max_len, slots
-    self._eos = -1 if eos_id is None else eos_id
+    self._ends = _ends(eos_id)
+    known_V = _known(known_V, cfg.V)
     self._mesh, self._device = mesh, device
     rules = _rules(cfg, mesh) if mesh else ()
-    # Half: whole groups where all leave together, and little that is not asked
-    # for where a third do. A few rows take as long as one.
+    # Half: whole groups where all exit together, and little that is not needed
+    # where a third do. A few rows take as long as one.
     self._plan = step.Plan(
         cfg, run, exit, fill, schedule, max(_FEW, -(-slots // 2)), rules)
     self._steps, self._scripted = steps, exit.rule == 'oracle'
@@ -126,11 +133,12 @@ class Engine:
     elif device:
       variables = jax.device_put(variables, device)
     self._variables = self._call(
-        _serving, cfg, run.dtype, variables, bool(mesh))
+        _serving, cfg, run.dtype, bool(mesh), variables, known_V)
     # Half as many again wait with their prompts read.
     self._rows = slots + -(-slots // 2)
     self._state = self._call(
-        _init, self._plan, slots, self._rows, max_len, self._scripted)
+        _init, self._plan, slots, self._rows, max_len, len(self._ends),
+        self._scripted)
     self._ids = itertools.count()
     self._waiting: dict[int, Request] = {}  # In the order of arrival.
     self._owner: dict[int, tuple[int, Request]] = {}  # Of a row.
@@ -155,12 +163,14 @@ class Engine:
       UserError: an empty prompt, one that leaves no room for
         `max_new_tokens`, or ids outside the vocabulary.
     """
-    prompt = np.asarray(request.prompt, np.int64)
-    most = request.max_new_tokens
-    if not len(prompt):
+    prompt, most = np.asarray(request.prompt), request.max_new_tokens
+    if not prompt.size:
       raise UserError('there is an empty prompt; give at least one token')
-    if most < 1:
-      raise UserError(f'max_new_tokens={most}; expected at least 1')
+    if prompt.ndim != 1 or prompt.dtype.kind not in 'iu':
+      raise UserError(
+          f'a prompt is {prompt.dtype} of shape {prompt.shape}; expected one'
+          ' list of token ids')
+    _check_count('max_new_tokens', most)
     if len(prompt) + most > self.max_len:
       raise UserError(
           f'a prompt of {len(prompt)} tokens and max_new_tokens={most} exceed '
@@ -178,12 +188,12 @@ class Engine:
     return new
 
   def cancel(self, id: int) -> None:
-    """Ends a request; no more of its tokens are told. Unknown ids pass."""
+    """Ends a request: it has no more events. Unknown ids are ignored."""
     if self._waiting.pop(id, None) is None and id in self._left:
       self._cancelled.add(id)
 
   def poll(self) -> list[Event]:
-    """Admits what waits, runs a burst, and tells the tokens it gave."""
+    """Admits waiting requests, runs a burst, and returns its tokens."""
     return self.collect(self.dispatch())
 
   def dispatch(self) -> state_lib.Log | None:
@@ -239,7 +249,8 @@ class Engine:
   def _insert(self, batch) -> None:
     size = self.slots
     row_P = np.full(size, self._rows, np.int32)
-    token_P, position_P, left_P, eos_P = np.zeros((4, size), np.int32)
+    token_P, position_P, left_P = np.zeros((3, size), np.int32)
+    eos_PE = np.full((size, len(self._ends)), -1, np.int32)
     samplers = [sampling.Sampler()] * size
     script = None
     if self._scripted:
@@ -249,7 +260,8 @@ class Engine:
       row_P[i], token_P[i] = row, request.prompt[-1]
       position_P[i] = len(request.prompt) - 1
       left_P[i] = request.max_new_tokens
-      eos_P[i] = -1 if request.ignore_eos else self._eos
+      if not request.ignore_eos:
+        eos_PE[i] = self._ends
       samplers[i] = request.sampler
       if script is not None:
         tokens, depths = request.script
@@ -259,7 +271,7 @@ class Engine:
       self._left[id] = request.max_new_tokens
     self._state = self._call(
         _insert, self._plan, self._state, row_P, state_lib.Rows(
-            token_P, position_P, left_P, eos_P, sampling.stack(samplers),
+            token_P, position_P, left_P, eos_PE, sampling.stack(samplers),
             script))
 
   def _stop_cancelled(self) -> None:
@@ -272,7 +284,7 @@ class Engine:
       self._state = self._call(_stop, self._plan, self._state, row_P)
 
   def collect(self, log: state_lib.Log | None) -> list[Event]:
-    """The second half: the tokens of what `dispatch` gave."""
+    """The second half of `poll`: the tokens of a dispatched burst."""
     if log is None:
       return []
     log, events = jax.device_get(log), []
@@ -282,7 +294,7 @@ class Engine:
       id, request = self._owner[row]
       self._left[id] -= 1
       finish = None if self._left[id] else 'length'
-      if token == self._eos and not request.ignore_eos:
+      if token in self._ends and not request.ignore_eos:
         finish = 'stop'
       if id in self._cancelled:
         self._cancelled.remove(id)
@@ -309,10 +321,36 @@ def _rules(cfg: ModelConfig, mesh: Mesh) -> machine.Rules:
   return machine.make_rules(mesh, {**sizes, 'R': 1, 'B': 1})
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _init(plan, slots, rows, length, script):
+def _check_count(name: str, value: object) -> None:
+  if not isinstance(value, numbers.Integral) or value < 1:
+    raise UserError(f'{name}={value}; expected at least 1')
+
+
+def _ends(eos_id: int | Sequence[int] | None) -> tuple[int, ...]:
+  """At least one id; -1 is none."""
+  several = eos_id if isinstance(eos_id, Sequence) else [
+      -1 if eos_id is None else eos_id]
+  ids = [int(id) for id in several if isinstance(id, numbers.Integral)]
+  if len(ids) < len(several) or max([0, *ids]) >= 2**31:
+    raise UserError(f'eos_id={eos_id}; expected a token id, or several')
+  return tuple(ids) or (-1,)
+
+
+def _known(known_V: np.ndarray | None, V: int) -> np.ndarray | None:
+  """None where all tokens may be generated, which then costs nothing."""
+  if known_V is None or np.all(known_V):
+    assert known_V is None or len(known_V) == V, len(known_V)
+    return None
+  if not np.any(known_V):
+    raise UserError('no token may be generated; the tokenizer knows none of'
+                    " the model's ids")
+  return np.asarray(known_V, bool)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+def _init(plan, slots, rows, length, ends, script):
   return _settle(plan, state_lib.init(
-      plan.cfg, plan.run, slots=slots, rows=rows, length=length,
+      plan.cfg, plan.run, slots=slots, rows=rows, length=length, ends=ends,
       script=script))
 
 
@@ -339,9 +377,9 @@ def _stop(plan, state, row_P):
   return _settle(plan, state._replace(rows=state.rows._replace(left=left)))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 3))
-def _serving(cfg, dtype, variables, meshed):
-  return step.serving(cfg, dtype, variables, meshed)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _serving(cfg, dtype, meshed, variables, known_V):
+  return step.serving(cfg, dtype, variables, meshed, known_V)
 
 
 def _settle(plan, state):

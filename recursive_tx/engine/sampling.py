@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 import dataclasses
+import math
+import numbers
 from typing import NamedTuple
 
 import jax
@@ -17,11 +19,13 @@ class Sampler:
   """How the next token is drawn.
 
   Attributes:
-    temperature: divides the logits; 0 takes the likeliest token.
-    top_k: keeps this many of the likeliest tokens; 0 keeps all.
-    top_p: keeps the fewest likeliest tokens whose probability reaches this.
-    seed: of the draws. The same seed and text give the same next token,
-      whatever else is in the batch.
+    temperature: divides the logits; finite, at least 0. 0 takes the likeliest
+      token, the first of several, and the smallest values do as well.
+    top_k: keeps this many of the likeliest tokens; 0 keeps all; below 2^31.
+    top_p: keeps the fewest likeliest tokens whose probability reaches this;
+      above 0, at most 1. The smallest values keep the likeliest alone.
+    seed: of the draws, any integer, modulo 2^32. The same seed and text give
+      the same next token, whatever else is in the batch.
   """
   temperature: float = 0.0
   top_k: int = 0
@@ -29,10 +33,16 @@ class Sampler:
   seed: int = 0
 
   def __post_init__(self):
-    if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+    # NaN is in no range.
+    if not (_is(numbers.Real, self.temperature)
+            and 0 <= self.temperature < math.inf
+            and _is(numbers.Integral, self.top_k) and 0 <= self.top_k < 2**31
+            and _is(numbers.Real, self.top_p) and 0 < self.top_p <= 1
+            and _is(numbers.Integral, self.seed)):
       raise UserError(
-          f'{self} is no sampler; temperature and top_k are at least 0, '
-          f'top_p is above 0 and at most 1')
+          f'{self} is no sampler; temperature is a finite number of at least '
+          '0, top_k an integer from 0 to 2^31 - 1, top_p above 0 and at most '
+          '1, seed an integer')
 
 
 class Samplers(NamedTuple):
@@ -44,11 +54,18 @@ class Samplers(NamedTuple):
 
 
 def stack(samplers: Sequence[Sampler]) -> Samplers:
-  """Float32 and (the seeds modulo 2^32) unsigned int32 arrays."""
+  """Float32 and (the seeds modulo 2^32) unsigned int32 arrays.
+
+  Temperatures by which devices do not divide are their limit: 0 below
+  float32's smallest normal number, and 1e30, at which all tokens are equally
+  likely, above that.
+  """
   def column(field, dtype):
     return np.array([getattr(s, field) for s in samplers], dtype)
+  temperature = np.minimum(column('temperature', np.float64), 1e30)
+  temperature[temperature < np.finfo(np.float32).tiny] = 0
   return Samplers(
-      column('temperature', np.float32), column('top_k', np.int32),
+      temperature.astype(np.float32), column('top_k', np.int32),
       column('top_p', np.float32),
       np.array([s.seed % 2**32 for s in samplers], np.uint32))
 
@@ -60,14 +77,16 @@ def sample(
 
   Args:
     samplers: of each row.
-    logits_BV: fp32.
+    logits_BV: fp32; minus infinity is never drawn.
     position_B: place of each row's token, so that no two draw alike.
   """
   likeliest_B = likeliest(logits_BV)
   hot_B = samplers.temperature > 0
 
   def draw():
-    scaled_BV = logits_BV / jnp.where(hot_B, samplers.temperature, 1)[:, None]
+    # The largest is 0, and stays so at any temperature.
+    scaled_BV = (logits_BV - logits_BV.max(axis=-1, keepdims=True)
+                 ) / jnp.where(hot_B, samplers.temperature, 1)[:, None]
     cut = hot_B & ((samplers.top_k > 0) | (samplers.top_p < 1))
     kept_BV = lax.cond(
         cut.any(), lambda: _cut(samplers, scaled_BV), lambda: scaled_BV)
@@ -92,9 +111,11 @@ def _cut(samplers, logits_BV):
   k_B1 = jnp.where(samplers.top_k > 0, samplers.top_k, V)[:, None]
   falling_BV = jnp.where(jnp.arange(V) < k_B1, falling_BV, -jnp.inf)
   share_BV = jax.nn.softmax(falling_BV, axis=-1)
-  # A token stays while those likelier than it do not reach top_p.
+  # A token stays while those likelier than it do not reach top_p; the
+  # likeliest always, though a device may take the smallest top_p for 0.
   before_BV = jnp.cumsum(share_BV, axis=-1) - share_BV
   stays_BV = (before_BV < samplers.top_p[:, None]) & (falling_BV > -jnp.inf)
+  stays_BV |= jnp.arange(V) == 0
   least_B1 = jnp.min(
       jnp.where(stays_BV, falling_BV, jnp.inf), axis=-1, keepdims=True)
   return jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
@@ -103,3 +124,8 @@ def _cut(samplers, logits_BV):
 def _draw(seed, position, logits_V):
   key = jax.random.fold_in(jax.random.key(seed), position)
   return jax.random.categorical(key, logits_V).astype(jnp.int32)
+
+
+def _is(kind, value) -> bool:
+  """Whether a value is a number of a kind; True and False are none."""
+  return isinstance(value, kind) and not isinstance(value, bool)

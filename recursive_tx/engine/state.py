@@ -44,7 +44,7 @@ class Rows(NamedTuple):
     token: its newest token, the one to be read at `position`.
     position: int32.
     left: how many tokens it may still get.
-    eos: the token that ends it; -1 is none.
+    eos: the tokens that end it, [R, E]; -1 is none.
     samplers: how its tokens are drawn.
     script: of `rule='oracle'`, else None: the tokens that it gets [R, S] and
       the loops, from 0, that they leave at [R, S], by the position they are
@@ -90,9 +90,17 @@ class Log(NamedTuple):
 
 def init(
     cfg: ModelConfig, run: Run, *, slots: int, rows: int, length: int,
-    script: bool
+    ends: int, script: bool
 ) -> State:
-  """Nothing in any slot."""
+  """Nothing in any slot.
+
+  Args:
+    cfg, run: the model, and how it is executed.
+    slots, rows: how many.
+    length: tokens of a row, at most.
+    ends: tokens that may end a row.
+    script: rows have scripts.
+  """
   def full(size, value, dtype=jnp.int32):
     return jnp.full(size, value, dtype)
   B, R = slots, rows
@@ -102,7 +110,7 @@ def init(
             loop=full(B, 0), token=full(B, -1), likeliest=full(B, -1),
             done=full(B, False, bool)),
       Rows(token=full(R, 0), position=full(R, 0), left=full(R, 0),
-           eos=full(R, -1),
+           eos=full((R, ends), -1),
            samplers=sampling.Samplers(
                full(R, 0, jnp.float32), full(R, 0), full(R, 1, jnp.float32),
                full(R, 0, jnp.uint32)),

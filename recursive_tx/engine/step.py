@@ -119,7 +119,7 @@ def _step(plan, variables, state: State) -> tuple[State, Log]:
               log_p_B)
   # The host may give the row to another as soon as it sees the token.
   ends_B = leaves_B & (
-      (slots.token == rows.eos.at[row_B].get(mode='clip'))
+      (slots.token[:, None] == rows.eos.at[row_B].get(mode='clip')).any(-1)
       | (rows.left.at[row_B].get(mode='clip') <= 0))
   finished_B = busy_B & (slots.loop == plan.cfg.loops - 1)
   if plan.fill == 'propagate':
@@ -207,7 +207,10 @@ def _ask(plan, variables, slots: Slots, rows, index_G, cache, place):
       method='logits')
   samplers = jax.tree.map(
       lambda leaf: leaf.at[row_G].get(mode='clip'), rows.samplers)
-  token_G = sampling.sample(samplers, logits_GV, position_G)
+  allowed_GV = logits_GV
+  if 'known' in variables:
+    allowed_GV = jnp.where(variables['known']['V'], logits_GV, -jnp.inf)
+  token_G = sampling.sample(samplers, allowed_GV, position_G)
   if rows.script is not None:
     token_G = rows.script[0].at[row_G, position_G].get(mode='clip')
   chosen_G1 = jnp.take_along_axis(logits_GV, token_G[:, None], axis=1)
@@ -334,9 +337,13 @@ def _take(place, index_G, R: int) -> kv_cache.Place:
 
 
 def serving(
-    cfg: config_lib.ModelConfig, dtype: str, variables: dict, meshed: bool
+    cfg: config_lib.ModelConfig, dtype: str, variables: dict, meshed: bool,
+    known_V: jax.Array | None = None,
 ) -> dict:
   """The model's variables as a burst reads them fastest.
+
+  Beside 'params' there is {'known': {'V': known_V}}, the tokens that may be
+  generated, unless that is None: all of them.
 
   Layers apart, so that no step slices a stack; kernels in the compute dtype;
   the kernels that read the same side by side, unless `meshed`: a mesh cuts
@@ -372,7 +379,8 @@ def serving(
     table = params['embed']['embedding'] if cfg.tied else params.pop(
         'head')['kernel']
     params['transposed'] = table.T
-  return {'params': params}
+  known = {} if known_V is None else {'known': {'V': known_V}}
+  return {'params': params, **known}
 
 
 def _fused(cfg, tree: dict) -> dict:

@@ -1,8 +1,8 @@
 """The mesh, and where the letters of the alphabet go on it.
 
 Parameters and activations carry the letters of their dimensions as logical
-axis names. One table says which axes of the mesh a letter is cut along, so a
-tensor's sharding follows from its name. XLA derives the collectives.
+axis names. One table has the axes of the mesh that each letter is cut along,
+so a tensor's sharding follows from its name. XLA derives the collectives.
 
 Knows letters and sizes. Does not know layers, losses or files.
 """
@@ -107,9 +107,9 @@ def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
   if sizes.count(-1) == 1 and known > 0 and devices % known == 0:
     sizes[sizes.index(-1)] = devices // known
   if min(sizes) < 1 or math.prod(sizes) != devices:
-    asked = ', '.join(f'{a}={getattr(config, a)}' for a in AXES)
+    given = ', '.join(f'{a}={getattr(config, a)}' for a in AXES)
     raise UserError(
-        f'mesh {asked} does not multiply to the {devices} device(s) here; set'
+        f'mesh {given} does not multiply to the {devices} device(s) here; set'
         ' one axis to -1 to let it take the rest.'
     )
   return tuple(sizes)

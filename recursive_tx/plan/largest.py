@@ -7,7 +7,7 @@ from typing import Any
 
 from recursive_tx import machine
 from recursive_tx.machine import chips
-from recursive_tx.plan import figures
+from recursive_tx.plan import costs
 from recursive_tx.train.config import Config
 
 
@@ -21,13 +21,13 @@ def largest(
   last two batches gives the next to try.
 
   Args:
-    config, devices, chip, report: as for `figures.figures`.
+    config, devices, chip, report: as for `costs.costs`.
     peak_bytes: of `config.data.batch`, which is known.
 
   Returns:
     Sequences; 0 where not even the smallest batch fits.
   """
-  mesh = figures.mesh_of(config, devices)
+  mesh = costs.mesh_of(config, devices)
   unit = math.lcm(
       math.prod(mesh.shape[axis] for axis in machine.LETTERS['B']),
       config.data.shards) * config.optim.accumulate
@@ -36,12 +36,12 @@ def largest(
   def peak(units):
     if units not in known:
       data = dataclasses.replace(config.data, batch=units * unit)
-      known[units] = figures.figures(
+      known[units] = costs.costs(
           dataclasses.replace(config, data=data), devices, chip, report
       )['peak_bytes_per_chip']
     return known[units]
 
-  room = figures.SPARE * chip.hbm_bytes
+  room = costs.SPARE * chip.hbm_bytes
   low, high = 0, None  # The largest that fits, the smallest that does not.
   units = next(iter(known))
   while True:

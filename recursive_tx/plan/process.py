@@ -17,9 +17,8 @@ import tempfile
 import threading
 from typing import Any
 
-import recursive_tx
 from recursive_tx.errors import UserError
-from recursive_tx.plan.figures import figures
+from recursive_tx.plan.costs import costs
 from recursive_tx.plan.largest import largest
 from recursive_tx.plan.report import gib
 from recursive_tx.plan.topology import devices_of, is_tpu
@@ -60,7 +59,7 @@ def plan(
 def _here(config, topology, search, report) -> dict[str, Any]:
   devices, chip = devices_of(topology)
   report(f'plan: {len(devices)} x {chip.name} of {gib(chip.hbm_bytes)} GiB')
-  found = figures(config, devices, chip, report)
+  found = costs(config, devices, chip, report)
   if search:
     found['largest_batch'] = largest(
         config, devices, chip, found['peak_bytes_per_chip'], report)
@@ -69,7 +68,7 @@ def _here(config, topology, search, report) -> dict[str, Any]:
 
 def _elsewhere(config, topology, search, report) -> dict[str, Any]:
   """The same by a child, which sends lines of JSON: [kind, value]."""
-  package = str(pathlib.Path(recursive_tx.__file__).parents[1])
+  package = str(pathlib.Path(__file__).parents[2])
   # The child's files go with this folder, however the child ends.
   with tempfile.TemporaryDirectory() as folder, open(
       f'{folder}/stderr', 'w+', errors='replace') as stderr:
@@ -90,6 +89,7 @@ def _elsewhere(config, topology, search, report) -> dict[str, Any]:
             raise UserError(value)
           else:
             return value
+        child.wait()  # It has closed its end, and may still be ending.
       finally:
         child.kill()
     stderr.seek(0)

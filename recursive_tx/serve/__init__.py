@@ -2,7 +2,6 @@
 
 from recursive_tx.serve.app import Limits as Limits
 from recursive_tx.serve.app import Service as Service
-from recursive_tx.serve.chat import Chat as Chat
 from recursive_tx.serve.server import bind as bind
 from recursive_tx.serve.server import run as run
 from recursive_tx.serve.worker import Worker as Worker

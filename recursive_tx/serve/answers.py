@@ -86,7 +86,7 @@ class Chats:
   def _logprobs(self, tokens: list[Token]) -> dict[str, Any]:
     return {'refusal': None, 'content': [{
         'token': token.text, 'logprob': token.log_p,
-        'bytes': list(token.text.encode()), 'top_logprobs': []}
+        'bytes': list(token.bytes), 'top_logprobs': []}
                                          for token in tokens]}
 
 

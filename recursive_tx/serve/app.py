@@ -22,11 +22,12 @@ from starlette.routing import Route
 
 from recursive_tx.engine import Request
 from recursive_tx.engine.sampling import Sampler
+from recursive_tx.errors import UserError
 from recursive_tx.serve import answers, fields, metrics
-from recursive_tx.serve.chat import Chat
 from recursive_tx.serve.fields import Asked, Refused
 from recursive_tx.serve.live import Live
 from recursive_tx.serve.worker import Worker
+from recursive_tx.text.chat import Chat
 from recursive_tx.text.tokenizer import Tokenizer
 
 _PAGE = pathlib.Path(__file__).with_name('page.html')
@@ -156,7 +157,10 @@ class Service:
   def _ids(self, asked: Asked, form) -> list[list[int]]:
     """Token ids of the prompts."""
     if isinstance(form, answers.Chats):
-      return [self.chat.encode(asked.prompts[0])]
+      try:
+        return [self.chat.encode(asked.prompts[0])]
+      except UserError as error:
+        raise Refused(str(error), 'messages', 'invalid_value') from None
     return [self.tokenizer.opening + self.tokenizer.encode(prompt)
             if isinstance(prompt, str) else prompt for prompt in asked.prompts]
 
@@ -165,6 +169,9 @@ class Service:
     most, requests = self.limits.max_len, []
     seed = secrets.randbits(32) if asked.seed is None else asked.seed
     for i, prompt in enumerate(prompts):
+      if not prompt and isinstance(form, answers.Chats):
+        raise Refused("the model's chat template makes no text of the"
+                      ' messages', 'messages', 'invalid_value')
       if not prompt:
         raise Refused("'prompt' is empty, and this model has no token that"
                       ' opens a text; send some text', 'prompt')

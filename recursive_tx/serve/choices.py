@@ -12,14 +12,16 @@ from recursive_tx.text.tokenizer import Tokenizer
 
 
 class Token(NamedTuple):
-  """A token as logprobs tell it.
+  """A token as logprobs report it.
 
   Attributes:
-    text: it alone; U+FFFD for a part of a character.
+    text: what it adds to the answer; U+FFFD for a part of a character.
+    bytes: what it adds, also where that is a part of a character.
     log_p: natural logarithm of its probability.
     offset: characters of the answer that are certain before it.
   """
   text: str
+  bytes: bytes
   log_p: float
   offset: int
 
@@ -49,7 +51,7 @@ class Choices:
       stops: Sequence[str]):
     """Submits them."""
     self._worker, self._tokenizer = worker, tokenizer
-    self._told: asyncio.Queue[tuple[int, list[Event] | Exception]] = (
+    self._arrived: asyncio.Queue[tuple[int, list[Event] | Exception]] = (
         asyncio.Queue())
     self._streams, self._before = [], []
     for request in requests:
@@ -76,15 +78,15 @@ class Choices:
     """
     left = len(self._tickets)
     while left:
-      index, told = await self._told.get()
-      if isinstance(told, Exception):
-        raise told
-      pieces = list(self._pieces(index, told))
+      index, arrived = await self._arrived.get()
+      if isinstance(arrived, Exception):
+        raise arrived
+      pieces = list(self._pieces(index, arrived))
       left -= any(piece.finish for piece in pieces)
-      yield told, pieces
+      yield arrived, pieces
 
-  def _deliver(self, index: int, told: list[Event] | Exception) -> None:
-    self._told.put_nowait((index, told))
+  def _deliver(self, index: int, arrived: list[Event] | Exception) -> None:
+    self._arrived.put_nowait((index, arrived))
 
   def _pieces(self, index: int, events: list[Event]):
     stream, (depths, tokens) = self._streams[index], self._parts[index]
@@ -110,8 +112,16 @@ class Choices:
 
   def _token(self, index: int, event: Event) -> Token:
     decode = self._tokenizer.decode
-    before = self._before[index]
-    base, both = decode(before), decode([*before, event.token])
-    text = both[len(base):] if both.startswith(base) else decode([event.token])
-    self._before[index] = [event.token]
-    return Token(text, max(event.log_p, -9999.0), self._streams[index].length)
+    before, self._before[index] = self._before[index], [event.token]
+    own = self._tokenizer.token_bytes(event.token)
+    try:
+      own.decode()
+    except UnicodeDecodeError:
+      text = own.decode(errors='replace')
+    else:  # Whole characters, but for a space that opens a text.
+      base, both = decode(before), decode([*before, event.token])
+      text = (both[len(base):] if both.startswith(base) else
+              decode([event.token]))
+      own = text.encode()
+    return Token(text, own, max(event.log_p, -9999.0),
+                 self._streams[index].length)

@@ -1,16 +1,25 @@
 """A directory's tokenizer: text to token ids and back.
 
-Reads `tokenizer.model` (SentencePiece) or `tokenizer.json` (the `tokenizers`
-library) and the special ids that the files beside it name. It knows nothing
-of documents or batches, and does not import TensorFlow.
+Where `tokenizer.json` is, the `tokenizers` library reads it; else
+`tokenizer.model` is read by SentencePiece. Special tokens are those of the
+files beside it. It knows nothing of documents or batches, and does not import
+TensorFlow.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import hashlib
-import json
 import pathlib
 
+import numpy as np
+
 from recursive_tx.errors import UserError
+from recursive_tx.text.sentencepiece_model import SentencePieceModel
+from recursive_tx.text.special import Added, Files
+from recursive_tx.text.tokenizers_file import TokenizersFile
+
+# The first of these that a directory has is its tokenizer.
+_KINDS = {'tokenizer.json': TokenizersFile,
+          'tokenizer.model': SentencePieceModel}
 
 
 class Tokenizer:
@@ -24,7 +33,12 @@ class Tokenizer:
     bos_id: the id that opens a document, None where the family adds none.
     opening: the ids that open a document: `bos_id`, or none.
     eos_id: the id that ends a document.
-    digest: hexadecimal digest of the tokenizer's file.
+    end_ids: the ids that end a generated text, `eos_token_id` of
+      generation_config.json or else of config.json; often `eos_id` alone.
+    pad_id: the id of `pad_token`, None where there is none.
+    names: the text of special tokens by name: {'bos_token': '<s>', ...}.
+    digest: hexadecimal digest of the tokenizer's file, and of added tokens
+      that change the ids of plain text.
   """
 
   def __init__(
@@ -36,26 +50,78 @@ class Tokenizer:
       bos_id: int | None,
       eos_id: int,
       digest: str,
+      end_ids: Sequence[int] = (),
+      pad_id: int | None = None,
+      names: Mapping[str, str] | None = None,
+      holes: frozenset[int] = frozenset(),
+      encode_special: Callable[[str], list[int]] | None = None,
+      token_bytes: Callable[[int], bytes] | None = None,
   ):
+    """Of functions.
+
+    Args:
+      encode_batch, decode: of plain texts, and of known ids.
+      vocab_size, bos_id, eos_id, digest, pad_id: the attributes.
+      end_ids: the attribute; `eos_id` where it is empty.
+      names: the attribute; None is {}.
+      holes: ids below `vocab_size` that stand for nothing.
+      encode_special: as `encode_batch`, of one text with special tokens; None
+        where there are none.
+      token_bytes: of a known id; None decodes it alone.
+    """
     self._encode_batch = encode_batch
-    self._decode = decode
+    self._encode_special = encode_special or self.encode
+    self._decode, self._holes = decode, holes
+    self._token_bytes = token_bytes or (lambda id: decode([id]).encode())
     self.vocab_size = vocab_size
     self.bos_id = bos_id
     self.opening = [] if bos_id is None else [bos_id]
     self.eos_id = eos_id
+    self.end_ids = tuple(end_ids) or (eos_id,)
+    self.pad_id = pad_id
+    self.names = dict(names or {})
     self.digest = digest
 
-  def encode(self, text: str) -> list[int]:
-    """The ids of `text`; no special token is added."""
+  def encode(self, text: str, *, special: bool = False) -> list[int]:
+    """The ids of `text`; no special token is added.
+
+    Args:
+      text: any.
+      special: special tokens in the text stand for themselves, as in a
+        rendered chat. Otherwise they are plain text, but for those that
+        tokenizer.json itself adds.
+    """
+    if special:
+      return self._encode_special(text)
     return self._encode_batch([text])[0]
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of each text; no special token is added."""
+    """The ids of each plain text; no special token is added."""
     return self._encode_batch(texts)
 
   def decode(self, ids: Sequence[int]) -> str:
-    """The text of `ids`."""
-    return self._decode([int(i) for i in ids])
+    """The text of `ids`; '' for those that the tokenizer does not know."""
+    return self._decode([int(i) for i in ids if self._knows(i)])
+
+  def token_bytes(self, id: int) -> bytes:
+    """What a token adds to a text: UTF-8, or a part of a character's.
+
+    A space that opens a word is included; b'' for an unknown id.
+    """
+    return self._token_bytes(int(id)) if self._knows(id) else b''
+
+  def known(self, V: int) -> np.ndarray:
+    """Whether the tokenizer knows an id, bool [V].
+
+    Models have larger vocabularies than their tokenizers where they are padded
+    to a round number.
+    """
+    known_V = np.arange(V) < self.vocab_size
+    known_V[[id for id in self._holes if id < V]] = False
+    return known_V
+
+  def _knows(self, id: int) -> bool:
+    return 0 <= id < self.vocab_size and id not in self._holes
 
 
 def load(directory: str | pathlib.Path) -> Tokenizer:
@@ -66,14 +132,14 @@ def load(directory: str | pathlib.Path) -> Tokenizer:
       cannot be found or lies outside its vocabulary.
   """
   directory = pathlib.Path(directory)
-  facts = _Facts(directory)
-  for name, read in _KINDS.items():
+  files = Files(directory)
+  for name, kind in _KINDS.items():
     path = directory / name
     if path.is_file():
-      return read(path, facts)
+      return _made(path, kind(path, files), files)
   raise UserError(
-      f'{directory} holds no tokenizer: expected tokenizer.model '
-      '(SentencePiece) or tokenizer.json; copy it there from the model '
+      f'{directory} holds no tokenizer: expected tokenizer.json or '
+      'tokenizer.model (SentencePiece); copy it there from the model '
       'the weights came with'
   )
 
@@ -84,172 +150,49 @@ def has_tokenizer(directory: str | pathlib.Path) -> bool:
 
 
 def check_vocab(tokenizer: Tokenizer, V: int) -> None:
-  """Raises UserError where the tokenizer has ids that the model lacks."""
-  if tokenizer.vocab_size > V:
+  """Raises UserError where the tokenizer has ids that the model lacks.
+
+  But for a padding token that was added last: nothing is padded with it here.
+  """
+  unused = tokenizer.pad_id == tokenizer.vocab_size - 1
+  if tokenizer.vocab_size - unused > V:
     raise UserError(
         f'the tokenizer has {tokenizer.vocab_size} ids but the model embeds '
         f'only {V}: use the tokenizer that belongs to this model'
     )
 
 
-class _Facts:
-  """What the JSON files beside a tokenizer say about its special ids."""
+def _made(
+    path: pathlib.Path, model: SentencePieceModel | TokenizersFile,
+    files: Files
+) -> Tokenizer:
+  """A tokenizer of what a library read, with the ids of special tokens."""
+  def own(name):
+    piece = model.own.get(f'{name}_token')
+    return None if piece is None else model.to_id(piece)
 
-  def __init__(self, directory: pathlib.Path):
-    self.directory = directory
-    self._tokenizer = _read_json(directory / 'tokenizer_config.json')
-    self._model = {}
-    # A directory saved here keeps the source's config.json in source.json,
-    # and its own config.json says nothing of token ids.
-    for name in ('config.json', 'source.json'):
-      top = _read_json(directory / name)
-      for part in (top, top.get('hf_config'), top.get('config')):
-        if isinstance(part, dict):
-          keys = {'bos_token_id', 'eos_token_id'} & part.keys()
-          self._model |= {key: part[key] for key in keys}
-
-  def adds_bos(self) -> bool | None:
-    """Whether the tokenizer adds BOS, None where the files do not say."""
-    return self._tokenizer.get('add_bos_token')
-
-  def special_id(
-      self, name: str, to_id: Callable[[str], int | None], default: int | None
-  ) -> int | None:
-    """The id of 'bos' or 'eos': the tokenizer's piece, the model's, default.
-
-    A model's explicit null means that there is none.
-    """
-    piece = self._tokenizer.get(f'{name}_token')
-    if isinstance(piece, dict):
-      piece = piece.get('content')
-    if isinstance(piece, str) and to_id(piece) is not None:
-      return to_id(piece)
-    key = f'{name}_token_id'
-    if key not in self._model:
-      return default
-    value = self._model[key]
-    # Models with several ends name the document's end first.
-    if isinstance(value, list) and value:
-      value = value[0]
-    if value is not None and (type(value) is not int or value < 0):
+  bos_id = own('bos')
+  if model.opens and not isinstance(model, TokenizersFile):
+    bos_id = files.special_id('bos', model.to_id, bos_id)
+    if bos_id is None and files.adds_bos():
       raise UserError(
-          f'{self.directory}: {key} is {self._model[key]!r}, expected a '
-          'token id or null; correct config.json'
-      )
-    return value
-
-  def check(self, bos_id: int | None, eos_id: int | None, V: int) -> None:
-    """Raises UserError where an id that is needed is missing or absurd."""
-    if bos_id is None and self.adds_bos():
-      raise UserError(
-          f'{self.directory}: tokenizer_config.json has add_bos_token but '
-          'nothing names the token; add bos_token_id to config.json'
-      )
-    if eos_id is None:
-      raise UserError(
-          f'{self.directory}: nothing names the token that ends a document; '
-          'add eos_token_id to config.json'
-      )
-    for name, value in (('bos', bos_id), ('eos', eos_id)):
-      if value is not None and value >= V:
-        raise UserError(
-            f'{self.directory}: {name}_token_id {value} is outside the '
-            f'{V} ids of the tokenizer; the files do not belong together'
-        )
-
-
-def _sentencepiece(path: pathlib.Path, facts: _Facts) -> Tokenizer:
-  import sentencepiece
-
-  try:
-    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-  except (OSError, RuntimeError) as error:
-    raise _unreadable(path, error) from None
-
-  def to_id(piece: str) -> int | None:
-    i = model.piece_to_id(piece)
-    return i if model.id_to_piece(i) == piece else None
-
-  # SentencePiece writes -1 where it has no such piece.
-  own_bos, own_eos = (
-      i if i >= 0 else None for i in (model.bos_id(), model.eos_id())
-  )
-  bos_id = facts.special_id('bos', to_id, own_bos)
-  if facts.adds_bos() is False or (
-      facts.adds_bos() is None and own_bos is None
-  ):
-    bos_id = None
-  eos_id = facts.special_id('eos', to_id, own_eos)
-  facts.check(bos_id, eos_id, model.vocab_size())
+          f'{files.directory}: tokenizer_config.json has add_bos_token but '
+          'nothing names the token; add bos_token_id to config.json')
+  bos_id = bos_id if model.opens else None
+  eos_id = files.special_id('eos', model.to_id, own('eos'))
+  files.check(bos_id, eos_id, model.vocab_size)
+  names = {**model.own, **files.named}
   return Tokenizer(
-      lambda texts: model.encode(list(texts)),
-      model.decode,
-      vocab_size=model.vocab_size(),
-      bos_id=bos_id,
-      eos_id=eos_id,
-      digest=_digest(path),
-  )
+      model.encode_batch, model.decode, vocab_size=model.vocab_size,
+      bos_id=bos_id, eos_id=eos_id, digest=_digest(path, model.plain),
+      end_ids=files.end_ids(eos_id, model.to_id),
+      pad_id=model.to_id(names.get('pad_token', '')), names=names,
+      holes=model.holes, encode_special=model.encode_special,
+      token_bytes=model.token_bytes)
 
 
-def _tokenizers(path: pathlib.Path, facts: _Facts) -> Tokenizer:
-  import tokenizers
-
-  try:
-    model = tokenizers.Tokenizer.from_file(str(path))
-  except Exception as error:  # The library raises bare Exception.
-    raise _unreadable(path, error) from None
-  model.no_padding()
-  model.no_truncation()
-
-  # Whether the family adds BOS is what its post-processor does to a text.
-  plain = model.encode('a', add_special_tokens=False).ids
-  special = model.encode('a').ids
-  bos_id = special[0] if special[:1] != plain[:1] else None
-  if facts.adds_bos() is not None:
-    bos_id = (
-        facts.special_id('bos', model.token_to_id, bos_id)
-        if facts.adds_bos()
-        else None
-    )
-  eos_id = facts.special_id('eos', model.token_to_id, None)
-  vocab_size = 1 + max(model.get_vocab(with_added_tokens=True).values())
-  facts.check(bos_id, eos_id, vocab_size)
-  return Tokenizer(
-      lambda texts: [
-          encoding.ids
-          for encoding in model.encode_batch_fast(
-              list(texts), add_special_tokens=False
-          )
-      ],
-      lambda ids: model.decode(ids, skip_special_tokens=False),
-      vocab_size=vocab_size,
-      bos_id=bos_id,
-      eos_id=eos_id,
-      digest=_digest(path),
-  )
-
-
-_KINDS = {'tokenizer.model': _sentencepiece, 'tokenizer.json': _tokenizers}
-
-
-def _read_json(path: pathlib.Path) -> dict:
-  if not path.is_file():
-    return {}
-  try:
-    value = json.loads(path.read_text('utf-8'))
-  except ValueError as error:
-    raise _unreadable(path, error) from None
-  if not isinstance(value, dict):
-    raise _unreadable(path, 'expected a JSON object')
-  return value
-
-
-def _unreadable(path: pathlib.Path, error: object) -> UserError:
-  reason = ' '.join(str(error).split())
-  return UserError(
-      f'{path} cannot be read ({reason}); copy the file again from its source'
-  )
-
-
-def _digest(path: pathlib.Path) -> str:
-  return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+def _digest(path: pathlib.Path, added: Sequence[Added]) -> str:
+  digest = hashlib.blake2b(path.read_bytes(), digest_size=16)
+  for token in added:
+    digest.update(repr(token).encode())
+  return digest.hexdigest()

@@ -13,13 +13,13 @@ from typing import Any
 from recursive_tx import data, evaluate, files, train
 from recursive_tx.errors import UserError
 from recursive_tx.store import convert, native, opening
+from recursive_tx.text.columns import columns
 from recursive_tx.train import log as log_lib
 from recursive_tx.tying.relax import reduce
 
 NAMES = ('original', 'reduced', 'recursive', 'relaxed')
-_COLUMNS = (
-    ('model', 10), ('loops', 6), ('unique parameters', 18),
-    ('bits/byte before', 17), ('after', 8), ('seconds', 9))
+_HEADINGS = ('model', 'loops', 'unique parameters', 'bits/byte before', 'after',
+             'seconds')
 
 
 def compare(
@@ -75,14 +75,10 @@ def compare(
 
 def table(rows: list[dict[str, Any]]) -> str:
   """The rows as text."""
-  lines = [''.join(name.rjust(width) for name, width in _COLUMNS)]
-  for row in rows:
-    cells = (row['model'], str(row['loops']), f'{row["parameters"]:,}',
-             f'{row["before"]:.4f}', f'{row["after"]:.4f}',
-             f'{row["seconds"]:.0f}')
-    lines.append(''.join(cell.rjust(width) for cell, (_, width)
-                         in zip(cells, _COLUMNS, strict=True)))
-  return '\n'.join(lines)
+  return columns([_HEADINGS, *(
+      (row['model'], str(row['loops']), f'{row["parameters"]:,}',
+       f'{row["before"]:.4f}', f'{row["after"]:.4f}', f'{row["seconds"]:.0f}')
+      for row in rows)])
 
 
 def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:

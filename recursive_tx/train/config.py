@@ -1,4 +1,4 @@
-"""A training run as one value, and what no part of it can check alone."""
+"""A training run as one value, and the checks across its sections."""
 
 import dataclasses
 
@@ -48,15 +48,15 @@ class Config:
       [0, 4294967296).
     init_from: directory of the first weights: a Hugging Face one, one of
       ours, or another run's workdir. Where `model` is recursive and the source
-      is not, it is relaxed on the way in. '' starts from random weights.
+      is not, it is relaxed on the way in. '' is random weights.
     init: how the block is then made of the source's layers.
-    lora: how the adapters start, 'svd' or 'zero'.
+    lora: initialisation of the adapters, 'svd' or 'zero'.
     tokenizer: directory of the tokenizer; '' is init_from's.
     teacher: directory, of the same kinds, of the model to distil from, or one
       of the top-k logits that the verb `teach` saved of it.
     mesh: devices along each axis.
     checkpoint: when to save.
-    log: what to tell.
+    log: what to log.
     eval: when to evaluate.
     run: how the models are executed. The teacher is held in its dtype.
   """
@@ -84,7 +84,7 @@ class Config:
 
 
 def check(config: Config) -> None:
-  """Raises UserError for what no part of the config can see alone."""
+  """Raises UserError where sections of the config contradict each other."""
   config.losses.weights(config.model.loops)
   if losses.uses_teacher(config.losses) and not config.teacher:
     raise UserError(

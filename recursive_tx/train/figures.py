@@ -1,4 +1,4 @@
-"""What a run tells besides its training loss."""
+"""What a run logs besides its training loss."""
 
 from typing import Any
 
@@ -39,12 +39,13 @@ def peak() -> float | None:
 def samples(
     config: Config, variables: Any, tokenizer: Any
 ) -> dict[str, str]:
-  """How the model goes on from each of eval.prompts, greedily."""
+  """Greedy continuations of eval.prompts: {prompt: continuation}."""
   news = engine.generate(
       config.model, variables,
       [tokenizer.opening + tokenizer.encode(prompt)
        for prompt in config.eval.prompts],
-      eos_id=tokenizer.eos_id, run=config.run,
+      eos_id=tokenizer.end_ids, known_V=tokenizer.known(config.model.V),
+      run=config.run,
   )
   return {
       prompt: tokenizer.decode(new)

@@ -77,7 +77,8 @@ def train(config: Config, workdir: str) -> TrainState:
     logging.info('Model: %s.', config.model)
     tx, abstract = step_lib.abstract_state(config, mesh)
     checkpoint.check_writable(workdir, state_lib.num_bytes(abstract))
-    teacher, teacher_variables = state_lib.load_teacher(config, mesh)
+    teacher, teacher_variables = state_lib.load_teacher(
+        config, mesh, tokenizer)
     step_fn = step_lib.jit_step(config, mesh, tx, abstract, teacher)
 
     logging.info('State: from the workdir, else init_from, else fresh.')

@@ -30,7 +30,7 @@ class Skips:
   """
 
   def __init__(self, most: int, decode: Callable[[Any], str], workdir: str):
-    """Starts at none.
+    """Starts with no skipped step.
 
     Args:
       most: so many in a row end the run; 0 never does.
@@ -84,8 +84,8 @@ class Skips:
     logging.warning('%s.', what)
     if self._most and self._in_row >= self._most:
       raise UserError(
-          f'{what}. optim.max_skips={self._most} ends the run'
-          f'{_way_out(self._workdir)}')
+          f'{what}. optim.max_skips={self._most} ends the run;'
+          f' {_way_out(self._workdir)}')
 
   def _describe(self, batch: Mapping[str, np.ndarray]) -> str:
     """A batch, as far as it helps to find its documents."""
@@ -117,14 +117,14 @@ def check_state(state: Any, *, step: int, steps: int, workdir: str) -> None:
   odd = [path for path, is_finite in paths.items(finite) if not is_finite]
   if odd:
     raise UserError(
-        f'After step {step} parameter {odd[0]!r} is not finite, nor are'
-        f' {len(odd) - 1} others, which ends the run{_way_out(workdir)}')
+        f'After step {step} parameter {odd[0]!r} is not finite ({len(odd)} of'
+        f' {len(paths.items(finite))} are not), so the run ends;'
+        f' {_way_out(workdir)}')
   counts = optax.tree.get_all_with_path(state.opt_state, 'count')
   if step == steps and not any(int(count) for _, count in counts):
     raise UserError(
         f'All {steps} steps were skipped, because the loss or the gradient was'
-        f' not finite; nothing was learned, which ends the run'
-        f'{_way_out(workdir)}')
+        f' not finite, so the run ends; {_way_out(workdir)}')
 
 
 @jax.jit
@@ -136,8 +136,8 @@ def _finite(params: Any) -> Any:
 def _way_out(workdir: str) -> str:
   last = checkpoint.latest_step(workdir)
   if last is None:
-    return (', which has no checkpoint yet; lower optim.lr, or leave out those'
+    return ('it has no checkpoint yet. Lower optim.lr, or leave out those'
             ' documents.')
-  return (f'; its last good checkpoint is {workdir}/checkpoints/{last}. Start'
+  return (f'its last good checkpoint is {workdir}/checkpoints/{last}. Start'
           f' another from there with --config.init_from={workdir} and a lower'
           ' optim.lr, or without those documents.')

@@ -378,3 +378,63 @@ def test_long_prompts_are_read_in_chunks(monkeypatch):
              for n in (3, 9, 10, 25, 30)]
   events = _run(MIXED, [engine.Request(prompt, 3) for prompt in prompts])
   assert _tokens(events) == [_solo(MIXED, prompt, 3) for prompt in prompts]
+
+
+# Ends, and tokens that a tokenizer does not know.
+
+
+def test_any_of_several_ends_ends_a_request():
+  prompt = _prompts(TIED, 1)[0]
+  whole = _solo(TIED, prompt, 8)
+  for ends in ([whole[3]], (whole[5], whole[2]), [TIED.V + 9, whole[1]]):
+    row, = _run(TIED, [engine.Request(prompt, 8)], eos_id=ends).values()
+    first = min(whole.index(end) for end in ends if end in whole)
+    assert [event.token for event in row] == whole[:first + 1]
+    assert row[-1].finish == 'stop'
+    assert [event.finish for event in row[:-1]] == [None] * first
+    new, = rtx.generate(TIED, _variables(TIED), [prompt], max_new_tokens=8,
+                        eos_id=ends)
+    assert new == whole[:first]
+  row, = _run(TIED, [engine.Request(prompt, 8, ignore_eos=True)],
+              eos_id=whole).values()
+  assert [event.token for event in row] == whole
+
+
+@pytest.mark.parametrize('temperature', [0.0, 1.0, 1e30])
+def test_unknown_tokens_are_never_generated(temperature):
+  """And the known ones as by the logits of these alone."""
+  prompt = _prompts(TIED, 1)[0]
+  known_V = np.arange(TIED.V) % 3 == 0
+  new, = rtx.generate(
+      TIED, _variables(TIED), [prompt], max_new_tokens=24, known_V=known_V,
+      sampler=rtx.Sampler(temperature=temperature))
+  assert known_V[new].all()
+  if not temperature:
+    tokens = list(prompt)
+    for token in new:
+      logits_V = _full(TIED, tokens)[-1, -1]
+      assert token == np.where(known_V, logits_V, -np.inf).argmax()
+      tokens.append(token)
+
+
+@pytest.mark.parametrize('request_, says', [
+    (dict(prompt=[]), 'empty prompt'), (dict(prompt=[1.5]), 'float64'),
+    (dict(prompt=[[1]]), '(1, 1)'), (dict(prompt=[-1]), '-1..-1'),
+    (dict(prompt=[TIED.V]), 'outside'), (dict(prompt=[True]), 'bool'),
+    (dict(prompt=[1], max_new_tokens=0), 'max_new_tokens=0'),
+    (dict(prompt=[1], max_new_tokens=1.5), 'max_new_tokens=1.5'),
+    (dict(prompt=[1], max_new_tokens=LENGTH), 'exceed max_len')])
+def test_a_bad_request_is_refused(request_, says):
+  served = rtx.Engine(TIED, _variables(TIED), slots=1, max_len=LENGTH)
+  with tiny.refused(says):
+    served.submit(engine.Request(**request_))
+
+
+@pytest.mark.parametrize('arguments', [
+    dict(slots=0), dict(slots=1.5), dict(max_len=float('nan')),
+    dict(steps=-1), dict(eos_id='2'), dict(eos_id=[1.0]),
+    dict(known_V=np.zeros(TIED.V, bool))])
+def test_a_bad_engine_is_refused(arguments):
+  name, = arguments
+  with tiny.refused('no token' if name == 'known_V' else name):
+    rtx.Engine(TIED, _variables(TIED), **arguments)

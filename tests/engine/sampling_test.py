@@ -74,8 +74,36 @@ def test_draws_differ_by_seed_and_by_position():
   assert len(set(_sample(hot[1:], logits_BV, np.array([5, 5])))) == 2
 
 
+@pytest.mark.parametrize('sampler', [
+    *(Sampler(temperature=x) for x in (5e-324, 1e-45, 1e-39, 3e-38, 1e-20)),
+    *(Sampler(temperature=1.0, top_p=x) for x in (5e-324, 1e-45, 1e-38)),
+    Sampler(temperature=1e-38, top_p=1e-38, top_k=3)])
+def test_the_smallest_values_are_greedy(sampler):
+  logits_BV = np.random.default_rng(0).normal(size=(64, 50)).astype(np.float32)
+  logits_BV[:, 7] = -np.inf
+  found = _sample([sampler] * 64, 9 * logits_BV, np.arange(64))
+  assert found.tolist() == logits_BV.argmax(axis=1).tolist()
+
+
+@pytest.mark.parametrize('temperature', [1e20, 3e38, 1e300])
+def test_the_largest_temperatures_draw_all_tokens_alike(temperature):
+  logits_BV = np.tile([0, 5, -np.inf, 9], (4000, 1)).astype(np.float32)
+  found = _sample([Sampler(temperature=temperature)] * 4000, logits_BV,
+                  np.arange(4000))
+  share = np.bincount(found, minlength=4) / 4000
+  # Five standard deviations of 4,000 draws.
+  assert not share[2] and abs(share[[0, 1, 3]] - 1 / 3).max() < 0.04
+
+
+NAN = float('nan')
+
+
 @pytest.mark.parametrize('arguments', [
-    dict(temperature=-1.0), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.1)])
+    dict(temperature=-1.0), dict(temperature=NAN),
+    dict(temperature=float('inf')), dict(temperature='1'),
+    dict(temperature=True), dict(top_k=-1), dict(top_k=1.5), dict(top_k=2**31),
+    dict(top_k=NAN), dict(top_p=0.0), dict(top_p=1.1), dict(top_p=NAN),
+    dict(top_p=-1e-9), dict(seed=0.5), dict(seed=NAN)])
 def test_a_bad_sampler_is_refused(arguments):
   with tiny.refused('is no sampler', next(iter(arguments))):
     Sampler(**arguments)

@@ -144,6 +144,12 @@ def test_bad_topologies_are_refused(name, part):
     plan.plan(CONFIG, name, report=quiet)
 
 
+def test_another_fault_of_the_child_keeps_its_traceback(monkeypatch):
+  monkeypatch.setattr(process, '_CHILD', '1 / 0')
+  with pytest.raises(RuntimeError, match='Traceback(.|\n)*ZeroDivisionError'):
+    plan.plan(CONFIG, 'v5e:2x2', report=quiet)
+
+
 @pytest.mark.parametrize('name, chips', [
     ('v5e:1x1', 1), ('v6e:1x1', 1), ('v5e:2x4', 8), ('v5e:04x04', 16),
     ('V5E:4x8', 32), ('v4:2x2x1', 4), ('v5p:2x2x2', 8), ('v5p:28x16x20', 8960),

@@ -17,11 +17,8 @@ import numpy as np
 import openai
 import pytest
 from servers import CFG, EXIT, MAX_LEN, QUEUE, ROOT, SLOTS, started
-import tiny_tokenizers
 
 import recursive_tx as rtx
-from recursive_tx import serve
-from recursive_tx.serve.fields import Refused
 from recursive_tx.text import tokenizer as tokenizer_lib
 
 PROMPTS = ['the cat', 'a dog ate', 'on', '日本', '']
@@ -354,50 +351,6 @@ def test_metrics_count(server):
     assert after[f'recursive_tx_{name}'] == value, name
   assert 1 <= server.metric('mean_depth') <= CFG.loops
   assert server.metric('tokens_per_second') > 0
-
-
-# Chat templates.
-
-
-def _chat(tmp_path, **config):
-  path = tiny_tokenizers.train(tmp_path, bos_id=1, eos_id=2, unk_id=0)
-  tiny_tokenizers.write(path, 'tokenizer_config.json', {
-      'bos_token': '<s>', 'eos_token': {'content': '</s>'}, **config})
-  tokenizer = tokenizer_lib.load(path)
-  return serve.Chat(path, tokenizer), tokenizer.encode
-
-
-def test_a_chat_template_is_followed(tmp_path):
-  chat, encode = _chat(tmp_path, chat_template=(
-      '{{ bos_token }}{% for m in messages %}\n{{ m.role }}={{ m.content }}'
-      '{{ eos_token }}{% endfor %}\n{% if add_generation_prompt %}go{% endif %}'
-  ))
-  assert chat.encode([{'role': 'user', 'content': 'the'},
-                      {'role': 'assistant', 'content': 'cat'}]) == [
-      1, *encode('user=the'), 2, *encode('assistant=cat'), 2, *encode('go')]
-
-
-def test_a_chat_template_of_its_own_file_goes_first(tmp_path):
-  (tmp_path / 'chat_template.jinja').write_text('{{ messages[0].role }}')
-  chat, encode = _chat(tmp_path, chat_template='other')
-  assert chat.encode([{'role': 'user', 'content': 'x'}]) == [
-      1, *encode('user')]
-
-
-@pytest.mark.parametrize('template', [
-    "{{ raise_exception('no\nsystem') }}",
-    "{{ messages.append(1) }}",
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    '{{ messages[0].content | nothing }}', '{% for %}'])
-def test_a_chat_template_may_refuse_but_do_nothing(tmp_path, template):
-  try:
-    chat, _ = _chat(tmp_path, chat_template=template)
-  except ValueError as error:
-    assert 'no template' in str(error) and '\n' not in str(error)
-    return
-  with pytest.raises(Refused) as caught:
-    chat.encode([{'role': 'user', 'content': 'x'}])
-  assert caught.value.status == 400 and '\n' not in caught.value.message
 
 
 # The command line.

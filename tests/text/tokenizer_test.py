@@ -120,12 +120,15 @@ def test_bos_of_tokenizer_json_is_what_its_post_processor_adds(
   write(directory, 'tokenizer_config.json', {'eos_token': '<|endoftext|>'})
   add_template(directory)
   assert tokenizer.load(directory).bos_id == 1
-  write(
-      directory,
-      'tokenizer_config.json',
-      {'eos_token': '<|endoftext|>', 'add_bos_token': False},
-  )
-  assert tokenizer.load(directory).bos_id is None
+  # As transformers have it since version 5.
+  for adds in (False, True):
+    for template, bos_id in ((False, None), (True, 1)):
+      copy(byte_level_dir, directory)
+      if template:
+        add_template(directory)
+      write(directory, 'tokenizer_config.json',
+            {'eos_token': '<|endoftext|>', 'add_bos_token': adds})
+      assert tokenizer.load(directory).bos_id == bos_id
 
 
 def test_digest_tells_tokenizers_apart(sentencepiece_dir, byte_level_dir):
@@ -144,7 +147,7 @@ def test_check_vocab(sentencepiece_dir):
 @pytest.mark.parametrize(
     'files, message',
     [
-        ({}, 'holds no tokenizer: expected tokenizer.model'),
+        ({}, 'holds no tokenizer: expected tokenizer.json'),
         ({'tokenizer.model': 'garbage'}, 'tokenizer.model cannot be read'),
         ({'tokenizer.json': '{}'}, 'tokenizer.json cannot be read'),
         ({'config.json': '{'}, 'config.json cannot be read'),
@@ -175,9 +178,8 @@ def test_absurd_special_ids(config, message, sentencepiece_dir, tmp_path):
     tokenizer.load(directory)
 
 
-def test_add_bos_token_without_a_token(byte_level_dir, tmp_path):
-  directory = copy(byte_level_dir, tmp_path)
-  write(directory, 'config.json', {'eos_token_id': 0})
+def test_add_bos_token_without_a_token(tmp_path):
+  directory = train(tmp_path, bos_id=-1, eos_id=1, unk_id=0)
   write(directory, 'tokenizer_config.json', {'add_bos_token': True})
   with pytest.raises(UserError, match='add bos_token_id to config.json'):
     tokenizer.load(directory)
@@ -185,7 +187,7 @@ def test_add_bos_token_without_a_token(byte_level_dir, tmp_path):
 
 def test_imports_no_tensorflow():
   program = (
-      'import sys, recursive_tx.text.tokenizer, recursive_tx.data\n'
+      'import sys, recursive_tx.text, recursive_tx.data\n'
       'bad = {"tensorflow", "seqio", "sentencepiece"} & set(sys.modules)\n'
       'assert not bad, bad'
   )

@@ -25,7 +25,7 @@ from recursive_tx.train.config import Config
 SPARE = 0.97  # Of a chip's memory; the rest is the runtime's.
 
 
-def figures(
+def costs(
     config: Config, devices: list[Any], chip: chips.Chip,
     report: Callable[[str], Any],
 ) -> dict[str, Any]:
