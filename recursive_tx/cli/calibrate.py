@@ -8,15 +8,17 @@ tokens on text like the one given, read token by token; sequences count as
 independent draws, so give many documents rather than one long one.
 """
 
+import pathlib
+
 from absl import flags
 from tqdm import tqdm
 
 from recursive_tx import config as config_lib
-from recursive_tx import exits
+from recursive_tx import exits, files
 from recursive_tx.cli import arguments, heldout
 from recursive_tx.errors import UserError
 from recursive_tx.exits import calibrate
-from recursive_tx.store import native
+from recursive_tx.store import native, opening
 from recursive_tx.text.columns import columns
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -41,8 +43,10 @@ def main(argv: list[str]) -> None:
   calibrate.check(_RULE.value, _DELTA.value, _CONFIDENCE.value)
   run = config_lib.Run(dtype=_DTYPE.value)
   model = arguments.opened(_CHECKPOINT.value)
-  directory = model.companions
-  native.read_config(directory)  # exit.json goes with saved weights only.
+  # exit.json goes with these weights, and with saved ones only.
+  directory = pathlib.Path(opening.weights(_CHECKPOINT.value))
+  native.read_config(directory)
+  files.check_file(directory / 'exit.json')
   with arguments.enough_memory():
     result = calibrate.calibrate(
         model.config, model.variables, _HELDOUT(model.tokenizer),

@@ -80,7 +80,7 @@ def open(directory: str | os.PathLike) -> Opened:
     UserError: none of them, or one with a fault, by name.
   """
   cfg, variables = load(directory)
-  where, beside = _weights(directory), companions(directory)
+  where, beside = weights(directory), companions(directory)
   tokenizer = None
   if tokenizer_lib.has_tokenizer(beside):
     tokenizer = tokenizer_lib.load(beside)
@@ -92,7 +92,7 @@ def open(directory: str | os.PathLike) -> Opened:
 
 def load(directory: str | os.PathLike) -> tuple[ModelConfig, dict]:
   """The config and the variables that `open` gives, and nothing else."""
-  where = _weights(directory)
+  where = weights(directory)
   if checkpoint.is_workdir(where):
     settings, params = checkpoint.load_params(where)
     return ModelConfig(**settings['model']), {'params': params}
@@ -103,7 +103,7 @@ def load(directory: str | os.PathLike) -> tuple[ModelConfig, dict]:
 
 def source(directory: str | os.PathLike) -> Source:
   """As `open`, but leaves are read when asked. Raises as `open`."""
-  where, beside = _weights(directory), companions(directory)
+  where, beside = weights(directory), companions(directory)
   if checkpoint.is_workdir(where):
     params = checkpoint.Params(where)
     cfg = ModelConfig(**params.settings['model'])
@@ -128,7 +128,7 @@ def config(directory: str | os.PathLike) -> ModelConfig:
     UserError: the directory is of no kind that `open` opens, or a config that
       is not implemented.
   """
-  where = _weights(directory)
+  where = weights(directory)
   if checkpoint.is_workdir(where):
     return ModelConfig(**checkpoint.settings(where)['model'])
   if native.is_saved(pathlib.Path(where)):
@@ -147,7 +147,7 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
 
 def companions(directory: str | os.PathLike) -> pathlib.Path:
   """Where the tokenizer and the other files that go with the weights lie."""
-  where = _weights(directory)
+  where = weights(directory)
   if checkpoint.is_workdir(where):
     settings = checkpoint.settings(where)
     near = settings['tokenizer'] or settings['init_from']
@@ -156,9 +156,9 @@ def companions(directory: str | os.PathLike) -> pathlib.Path:
   return pathlib.Path(where)
 
 
-def _weights(directory: str | os.PathLike) -> str:
+def weights(directory: str | os.PathLike) -> str:
   """Where a model's weights lie: a workdir's `model/` once there is one."""
-  directory = os.fspath(directory)
+  directory = os.path.expanduser(directory)
   if os.path.normpath(directory) == demo.NAME and not os.path.exists(
       directory):
     return str(demo.DIRECTORY)

@@ -159,3 +159,24 @@ def test_every_verb_takes_a_workdir(text, tmp_path):
   stored = json.loads((tmp_path / 'converted' / 'source.json').read_text())
   assert stored['model_type'] == 'llama'
   assert native.is_saved(tmp_path / 'converted')
+
+
+def test_thresholds_are_written_beside_their_own_weights_only(text, tmp_path):
+  """Not beside those that a run which has not ended started from."""
+  source = tmp_path / 'source'
+  rtx.save(source, CFG, tiny.variables(CFG), companions=text)
+  workdir = save(tmp_path / 'run', tiny.variables(CFG, 1), init_from=source)
+  done = subprocess.run(
+      [sys.executable, '-m', 'recursive_tx', 'calibrate',
+       f'--checkpoint={workdir}', '--rule=top', '--text=x'], cwd=tiny.ROOT,
+      env={**os.environ, 'JAX_PLATFORMS': 'cpu'}, capture_output=True,
+      text=True, check=False)
+  assert done.returncode == 1
+  assert f'{workdir} is not a saved model' in done.stderr.splitlines()[-1]
+  assert not (source / 'exit.json').exists()
+
+
+def test_the_home_directory_is_known(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  rtx.save(tmp_path / 'saved', CFG, tiny.variables(CFG))
+  assert rtx.open('~/saved').config == CFG
