@@ -1,10 +1,12 @@
-"""Packaging. constraints.txt pins the set that the tests ran with."""
+"""Packaging. constraints.txt pins the set that the tests ran with, on 3.11."""
 
 import pathlib
 
 import setuptools
 
 _README = pathlib.Path(__file__).parent / 'README.md'
+# The TPU compiler, which needs no TPU. JAX 0.10.2 wants 0.0.42.*.
+_LIBTPU = 'libtpu>=0.0.42.1'
 _SERVE = [
     'jinja2>=3.1',
     'prometheus_client>=0.20',
@@ -18,12 +20,17 @@ setuptools.setup(
     description='Relaxed Recursive Transformers in JAX: fold, relax, uptrain.',
     long_description=_README.read_text(),
     long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    license_files=['LICENSE'],
     python_requires='>=3.11',
+    classifiers=[f'Programming Language :: Python :: 3.{minor}'
+                 for minor in (11, 12, 13)],
     packages=[*setuptools.find_packages(include=['recursive_tx*']),
               'recursive_tx.configs'],
     # The recipes stand at the top of a clone and ship inside the package.
     package_dir={'recursive_tx.configs': 'configs'},
     package_data={
+        'recursive_tx': ['py.typed'],
         'recursive_tx.demo': [
             '*.json', '*.model', '*.safetensors', 'README.md'],
         'recursive_tx.serve': ['page.html'],
@@ -43,7 +50,7 @@ setuptools.setup(
         'ml-dtypes>=0.5',
         'numpy>=2.0',
         'optax>=0.2.8',
-        'orbax-checkpoint>=0.12',
+        'orbax-checkpoint>=0.12,<1',  # The API of 1.0 is untried.
         'scipy>=1.14',
         'sentencepiece>=0.2',
         'seqio>=0.0.20',
@@ -55,18 +62,20 @@ setuptools.setup(
     ],
     extras_require={
         'gpu': ['jax[cuda12]'],
-        'tpu': ['jax[tpu]'],
+        'tpu': ['jax[tpu]', _LIBTPU],
         'serve': _SERVE,
         'test': [
             *_SERVE,
             'httpx>=0.27',
             'hypothesis>=6.100',
-            'libtpu>=0.0.40',  # The TPU compiler, for `plan`; no TPU needed.
+            _LIBTPU,  # For `plan`.
+            'mypy>=1.16',
             'openai>=2.0',
             'pytest>=8',
             'pytest-xdist>=3.6',
             'ruff>=0.9',
             'safetensors>=0.5',
+            'setuptools>=77',  # Builds the wheel that is tested.
             'torch>=2.6',
             'transformers>=5.0',
         ],

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from recursive_tx import train
 from recursive_tx.config import ModelConfig
 from recursive_tx.data import DataConfig
-from recursive_tx.errors import UserError, one_of
+from recursive_tx.errors import UserError, in_range, one_of
 from recursive_tx.train.optim import OptimConfig
 
 # (pattern, learning rate, weight decay) by parameter. Decaying the adapters'
@@ -28,7 +28,7 @@ TABLE = (
     ('embed/.*', 1.0, 0.0),
     ('.*/kernel', 1.0, 1.0),
 )
-# The paper does not tell factors from kernels.
+# The paper decays factors like kernels.
 PAPER_TABLE = (TABLE[0], ('adapters/.*/[ab]', 1.0, 1.0), *TABLE[2:])
 
 # What `data=` chooses: one task each, the files to be named on the command
@@ -49,7 +49,7 @@ TASKS = {
     ),
 }
 BASELINES = ('full', 'reduced', 'random')
-_UNSAID = -1  # Loops that no argument names.
+_UNSET = -(1 << 31)  # Loops that no argument names.
 
 
 def parse(
@@ -63,7 +63,7 @@ def parse(
     **defaults: every known name and its value where it is not given.
 
   Raises:
-    UserError: an unknown name (says the nearest), a value of another type, a
+    UserError: an unknown name (names the nearest), a value of another type, a
       name given twice.
   """
   values, given = dict(defaults), set()
@@ -131,17 +131,18 @@ def uptrain(
 ) -> ConfigDict:
   """The paper's recipe (its appendix E) for a pretrained vanilla model.
 
-  What is not said of the model is that of --config.init_from=, else that of
-  `published` at 2 loops and rank 0.
+  Fields of the model that no argument sets are those of --config.init_from=,
+  else those of `published` at 2 loops and rank 0.
 
   Args:
     arg: see `parse`; `loops` and `rank` of the recursive model, `init` of its
       shared layers ('' takes 'stepwise' at rank 0, else 'average', the
-      paper's best), `tokens` in billions, `data` of TASKS, and
+      paper's best), `tokens` in billions, in (0, inf), `data` of TASKS, and
       `teacher`: distil the final loop from the full-size model, which
       --config.teacher= names where init_from is not that model.
       `exits`: losses on the earlier loops, see `exit_losses`.
-      `gate`: hidden width of an exit gate, trained along (0: none). With
+      `gate`: hidden width, in [0, inf), of an exit gate that is trained too
+      (0: none). With
       --config.optim.table='(("adapters/exit/.*", 1, 0), (".*", 0, 0))' it is
       trained alone.
       `paper`: tie norms and decay factors as the paper does.
@@ -156,11 +157,13 @@ def uptrain(
     UserError: a bad argument, or loops that do not divide the layers.
   """
   args = parse(
-      arg, alone={'exits': '0.1'}, loops=_UNSAID, rank='', init='', tokens=15.0,
+      arg, alone={'exits': '0.1'}, loops=_UNSET, rank='', init='', tokens=15.0,
       data=data, teacher=False, exits='', gate=0, paper=False,
       baseline='',
   )
   one_of('data', args.data, TASKS)
+  in_range('Config argument tokens', args.tokens, '(0, inf)')
+  in_range('Config argument gate', args.gate, '[0, inf)', int)
   given, loops = _given(args, published)
   config = base({}, gaps=True)
   config.model.update(given)
@@ -194,10 +197,10 @@ def uptrain(
 def _given(
     args: ConfigDict, published: dict[str, Any] | None
 ) -> tuple[dict[str, Any], int]:
-  """The model's fields that the arguments say, and its loops (0: unknown)."""
+  """The model's fields that the arguments set, and its loops (0: unknown)."""
   given = {}
   loops = args.loops
-  if loops == _UNSAID:
+  if loops == _UNSET:
     loops = 2 if published else 0
   else:
     given['loops'] = loops
@@ -250,14 +253,14 @@ def exit_losses(exits: str, loops: int) -> dict[str, tuple[float, ...]]:
 
   A number c is Aggressive(c): 1 for the final loop and c for each earlier
   one; 'weighted' is i / (1 + ... + loops) for loop i. Earlier loops also
-  learn, with the same weight, the final loop's distribution, of which the
-  paper says no weight; --config.losses.self_distill="()" leaves that out.
+  learn, with the same weight, the final loop's distribution, for which the
+  paper gives no weight; --config.losses.self_distill="()" leaves that out.
   """
   if not exits:
     return {}
   if not loops:
     raise UserError(
-        f'exits={exits} has a weight for every loop; say loops=N as well.')
+        f'exits={exits} has a weight for every loop; give loops=N as well.')
   if loops < 2:
     raise UserError(
         f'exits={exits} with a model of one loop, which has no earlier exit;'

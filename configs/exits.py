@@ -8,17 +8,17 @@ uptraining), and keys that all loops share, on stories of one kind:
   recursive-tx train --config=exits:text=FILE,exits=1 \
     --config.init_from=DIR/body/model --workdir=DIR/exits
 
-1,000 and 1,400 steps (steps=1000, steps=1400) made the model that README tells
-of. FILE is TinyStories, stories between lines <|endoftext|>; HF_DIR has a
-tokenizer of 512 tokens, which makes the head small beside a loop.
+1,000 and 1,400 steps (steps=1000, steps=1400) made the model of
+docs/results.md. FILE is TinyStories, stories between lines <|endoftext|>;
+HF_DIR has a tokenizer of 512 tokens, which makes the head small beside a loop.
 """
 
 from ml_collections import ConfigDict
 
 from recursive_tx.configs import common
 
-# Vectors shared by the loops, no adapters: what leaves a loop fills the next
-# ones with the same keys, and every loop speaks to one head.
+# Vectors shared by the loops, no adapters: a token that exits fills the next
+# loops with the same keys, and every loop has the same head.
 MODEL = dict(
     V=512, D=256, F=704, N=8, K=2, H=32, layers_per_loop=4, loops=3,
     loop_norms=False, norm_eps=1e-5)

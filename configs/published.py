@@ -1,4 +1,4 @@
-"""Sizes of published models, as their own config.json files say.
+"""Sizes of published models, as in their own config.json files.
 
 For `plan` and for the baselines that start from random weights: a run that
 starts from a checkpoint takes them from there.

@@ -3,7 +3,7 @@
   recursive-tx train --config=pythia_410m:loops=2,teacher \
       --config.init_from=DIR --workdir=DIR
 
-The paper's ablation of the starts (its appendix F), on the Pile.
+The paper's ablation of initialisations (its appendix F), on the Pile.
 """
 
 from ml_collections import ConfigDict

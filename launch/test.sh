@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lints and runs the tests.
+# Lints, checks types and runs the tests.
 # usage: bash launch/test.sh [--dry-run] [--all] [PYTEST_ARGUMENT ...]
 #   --all adds the tests marked slow
 set -euo pipefail
@@ -21,6 +21,7 @@ fi
 bash launch/venv.sh "${dry[@]}" test
 export JAX_PLATFORMS=cpu
 run .venv/bin/python -m ruff check .
+run .venv/bin/python -m mypy
 # A file's tests share what they compiled, so a file stays in one process; four
 # of them hold about 10 GiB.
 cores=$(nproc)

@@ -15,7 +15,7 @@ This module knows nothing of arrays, families or files.
 import dataclasses
 import re
 
-from recursive_tx.errors import UserError, one_of
+from recursive_tx.errors import UserError, check_ranges, one_of
 
 # Every linear of a layer, by the einsum that applies it. The middle operand
 # is the kernel; its letters shared with the first are summed over.
@@ -44,14 +44,16 @@ ATTENTIONS = ('auto', 'plain', 'blocks', 'splash', 'pallas')
 class ModelConfig:
   """What the model computes; nothing of how it is executed.
 
+  Numbers are checked against the intervals named here.
+
   Virtual layers number `prelude`, then `loop * layers_per_loop + layer`, then
   `coda`. A vanilla model is one loop.
 
   Attributes:
-    V, D, F, N, K, H: sizes, see the alphabet above.
-    layers_per_loop: layers in the shared block.
-    loops: how often the block runs.
-    prelude, coda: unshared layers before and after the loops.
+    V, D, F, N, K, H: sizes, see the alphabet above, in [1, inf).
+    layers_per_loop: layers in the shared block, in [1, inf).
+    loops: how often the block runs, in [1, inf).
+    prelude, coda: unshared layers before and after the loops, in [0, inf).
     rank: adapter rank: a number, 'full', or per kernel such as
       'q64+k32+v32+o64+mlp128'; capped at min(in, out) per kernel. A part such
       as 'head128' is of the head, for the logits of every loop but the final
@@ -59,24 +61,25 @@ class ModelConfig:
     loop_norms: each loop has its own norm scales and biases (if loops > 1);
       False is the paper's tying.
     loop_keys: each loop attends to keys and values of its own; False: all to
-      those of the first, so that a token's are whole wherever it leaves
+      those of the first, so that a token's are whole wherever it exits
       (recursive KV sharing of Mixture-of-Recursions, arxiv.org/abs/2507.10524,
       section 2.2).
     norm: 'rms', 'rms+1' (the scale is stored minus one), or 'layer'.
-    norm_eps: added to the mean square (or variance).
+    norm_eps: added to the mean square (or variance), in [0, inf).
     act: the MLP's activation.
     gated: act(gate) * up rather than act(up).
     parallel: attention and MLP read the same residual stream.
     attention_bias, mlp_bias: biases on q, k, v, o and on the MLP's linears.
-    rope_theta: base of the rotary wavelengths.
-    rope_fraction: share of H that is rotated, from its start.
+    rope_theta: base of the rotary wavelengths, in (0, inf).
+    rope_fraction: share of H that is rotated, from its start, in (0, 1].
     rope_scaling: () none; (factor,) linear; (factor, low_freq_factor,
-      high_freq_factor, original_length) Llama 3's.
-    window: keys a query sees, itself included; 0 is all.
+      high_freq_factor, original_length) Llama 3's; each in (0, inf).
+    window: keys a query sees, itself included, in [0, inf); 0 is all.
     embed_scale: embeddings are multiplied by sqrt(D).
     tied: the head is the embedding.
-    exit_gate: hidden width of the MLP that says, after every loop but the
-      final one, whether a token may leave; 0 is none. It changes no logits.
+    exit_gate: hidden width, in [0, inf), of the MLP that decides after every
+      loop but the final one whether a token may exit; 0 is none. It changes
+      no logits.
   """
   V: int
   D: int
@@ -105,6 +108,13 @@ class ModelConfig:
   embed_scale: bool = False
   tied: bool = True
   exit_gate: int = 0
+
+  RANGES = dict(
+      dict.fromkeys(('V', 'D', 'F', 'N', 'K', 'H', 'layers_per_loop',
+                     'loops'), '[1, inf)'),
+      prelude='[0, inf)', coda='[0, inf)', norm_eps='[0, inf)',
+      rope_theta='(0, inf)', rope_fraction='(0, 1]', rope_scaling='(0, inf)',
+      window='[0, inf)', exit_gate='[0, inf)')
 
   def __post_init__(self):
     object.__setattr__(self, 'rank', str(self.rank))
@@ -189,7 +199,7 @@ class Run:
       lengths that are multiples of 128, the latter without windows; where one
       does not cover a case, and for 'auto', the best that does is taken.
     logits_mib: MiB of fp32 logits of one loop that a device may hold at once
-      in training; sequences are cut into chunks to keep to it.
+      in training, in [1, inf); sequences are cut into chunks to keep to it.
   """
   dtype: str = 'float32'
   remat: str = 'none'
@@ -197,13 +207,13 @@ class Run:
   attention: str = 'auto'
   logits_mib: int = 256
 
+  RANGES = dict(logits_mib='[1, inf)')
+
   def __post_init__(self):
     one_of('run.dtype', self.dtype, DTYPES)
     one_of('run.remat', self.remat, REMATS)
     one_of('run.attention', self.attention, ATTENTIONS)
-    if self.logits_mib < 1:
-      raise UserError(
-          f'run.logits_mib is {self.logits_mib}; expected 1 or more')
+    check_ranges('run', self)
 
   def chunk(self, T: int, size: float) -> int:
     """Positions whose logits are made at once: a divisor of T, at least 1.
@@ -264,40 +274,21 @@ def parse_rank(rank: str) -> dict[str, int]:
 def _check(cfg: ModelConfig) -> None:
   for field in dataclasses.fields(cfg):
     value = getattr(cfg, field.name)
-    if not _is_a(value, field.type):
-      kind = getattr(field.type, '__name__', field.type)
-      raise UserError(f'model.{field.name}={value!r}; expected {kind}')
-    least = int(field.name not in ('prelude', 'coda', 'window', 'exit_gate'))
-    if field.type is int and value < least:
+    if field.type in (bool, str) and not isinstance(value, field.type):
       raise UserError(
-          f'model.{field.name}={value}: expected at least {least}')
-  if cfg.norm_eps < 0 or cfg.rope_theta <= 0 or min(
-      (1.0, *cfg.rope_scaling)) <= 0:
-    raise UserError(
-        f'model.norm_eps={cfg.norm_eps}, rope_theta={cfg.rope_theta} and '
-        f'rope_scaling={cfg.rope_scaling} must be positive')
+          f'model.{field.name} is {value!r}, expected {field.type.__name__}')
+  check_ranges('model', cfg)
   one_of('model.norm', cfg.norm, NORMS)
   one_of('model.act', cfg.act, ACTS)
   if cfg.N % cfg.K:
     raise UserError(
         f'model.N={cfg.N} heads do not share model.K={cfg.K} key heads '
         f'evenly; K must divide N')
-  if not 0 < cfg.rope_fraction <= 1 or int(cfg.H * cfg.rope_fraction) % 2:
+  if int(cfg.H * cfg.rope_fraction) % 2:
     raise UserError(
         f'model.rope_fraction={cfg.rope_fraction} of H={cfg.H} must be an '
-        f'even number of dimensions, at most H')
+        f'even number of dimensions')
   if len(cfg.rope_scaling) not in (0, 1, 4):
     raise UserError(
         f'model.rope_scaling={cfg.rope_scaling} must have 0, 1 (linear) or '
         f'4 (Llama 3) numbers')
-
-
-def _is_a(value, kind) -> bool:
-  """Whether a value has a field's type; an int is a float, a bool no int."""
-  if kind is float:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-  if kind is int:
-    return isinstance(value, int) and not isinstance(value, bool)
-  if kind in (bool, str):
-    return isinstance(value, kind)
-  return isinstance(value, tuple) and all(_is_a(x, float) for x in value)

@@ -1,6 +1,10 @@
 """What a person can mend: one line with the value and the way out."""
 
+import dataclasses
 import difflib
+from typing import Any
+
+_FLOAT32_MAX = 3.4028234663852886e38
 
 
 class UserError(ValueError):
@@ -24,3 +28,54 @@ def nearest(value: str, known) -> str:
   """', did you mean X?' where something in `known` resembles `value`."""
   close = difflib.get_close_matches(str(value), list(known), n=1)
   return f', did you mean {close[0]!r}?' if close else ''
+
+
+def in_range(what: str, value: Any, span: str, kind: type = float) -> None:
+  """Raises UserError unless a value is a number in an interval.
+
+  NaN is in no interval. Neither is a number that is infinite in float32, in
+  which the program computes. A bool is not a number.
+
+  Args:
+    what: the name of the value, such as 'optim.b1' or '--best'.
+    value: of any type.
+    span: the interval, such as '[0, 1)'. A square bracket includes its end, a
+      round one does not; an end may be 'inf'.
+    kind: int takes whole numbers only; float takes both.
+  """
+  low, high = (float(end) for end in span[1:-1].split(','))
+  numbers = int if kind is int else int | float
+  if isinstance(value, numbers) and not isinstance(value, bool):
+    above = value > low or (span[0] == '[' and value == low)
+    below = value < high or (span[-1] == ']' and value == high)
+    if above and below and abs(value) <= _FLOAT32_MAX:
+      return
+  number = 'a whole number' if kind is int else 'a finite number'
+  least = f' of at least {low:g}' if span[0] == '[' else f' above {low:g}'
+  most = f' and at most {high:g}' if span[-1] == ']' else (
+      '' if high == float('inf') else f' and below {high:g}')
+  raise UserError(f'{what} is {value!r}, expected {number}{least}{most}')
+
+
+def check_ranges(where: str, config: Any) -> None:
+  """Checks every number of a section of a config.
+
+  Args:
+    where: the section's name, such as 'optim'.
+    config: a dataclass. Its fields of type int, float and tuple[float, ...]
+      are checked. Its class has a dictionary `RANGES`, with the interval of
+      each of these fields, see `in_range`; none may be missing.
+
+  Raises:
+    UserError: a value outside its interval.
+  """
+  for field in dataclasses.fields(config):
+    name, value = f'{where}.{field.name}', getattr(config, field.name)
+    if field.type in (int, float):
+      in_range(name, value, config.RANGES[field.name], field.type)
+    elif field.type == tuple[float, ...]:
+      if not isinstance(value, tuple):
+        raise UserError(f'{name} is {value!r}, expected a tuple of numbers')
+      for number in value:
+        in_range(f'a number of {name}={value!r}', number,
+                 config.RANGES[field.name])

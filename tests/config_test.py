@@ -74,17 +74,17 @@ def test_layers_are_counted():
     'coda', 'window', 'exit_gate'])
 @pytest.mark.parametrize('value', [-1, 2.0, '2', True, None])
 def test_sizes_are_positive_integers(field, value):
-  with tiny.refused(f'model.{field}={value!r}'):
+  with tiny.refused(f'model.{field} is {value!r}'):
     dataclasses.replace(BASE, **{field: value})
 
 
 @pytest.mark.parametrize('change, parts', [
-    (dict(loops=0), ('model.loops=0', 'at least 1')),
-    (dict(layers_per_loop=0), ('model.layers_per_loop=0', 'at least 1')),
+    (dict(loops=0), ('model.loops is 0', 'at least 1')),
+    (dict(layers_per_loop=0), ('model.layers_per_loop is 0', 'at least 1')),
     (dict(K=3), ('model.K=3', 'model.N=4', 'divide')),
     (dict(K=8), ('model.K=8', 'divide')),
-    (dict(rope_fraction=0.0), ('model.rope_fraction=0.0', 'even')),
-    (dict(rope_fraction=1.5), ('model.rope_fraction=1.5', 'at most')),
+    (dict(rope_fraction=0.0), ('model.rope_fraction is 0.0', 'above 0')),
+    (dict(rope_fraction=1.5), ('model.rope_fraction is 1.5', 'at most')),
     (dict(rope_fraction=0.5), ('model.rope_fraction=0.5', 'even')),
     (dict(rope_scaling=(1.0, 2.0)), ('(1.0, 2.0)', 'linear', 'Llama 3')),
     (dict(norm='rmsnorm'), ("'rmsnorm'", "'rms'", 'layer')),

@@ -94,12 +94,22 @@ MUTANTS = {
         'store/hf.py', 'if found[name] != shape:',
         'if len(found[name]) != len(shape):',
         ('store/hf_test.py::test_a_misshapen_tensor_is_named',)),
+    'shards_win': Mutant(
+        'files/safetensors.py', 'if whole.exists():',
+        'if whole.exists() and not (directory / _INDEX).exists():',
+        ('store/hf_test.py::test_a_whole_file_wins_over_shards',)),
+    'one_dialect_of_rope': Mutant(
+        'store/fields.py', "for key in ('rope_parameters', 'rope_scaling') if",
+        "for key in ('rope_parameters',) if",
+        ('store/families_test.py::'
+         'test_fields_that_contradict_each_other_are_refused',)),
     'any_head_is_tied': Mutant(
         'store/hf.py', 'if self.cfg.tied and head in found and embed in found:',
         'if self.cfg.tied and head in found and embed not in found:',
         ('store/hf_test.py::test_a_tied_heads_copy_is_accepted_if_it_is_one',)),
     'source_overrides_the_model': Mutant(
-        'store/hf.py', '{**hf, **written}', '{**written, **hf}',
+        'store/hf.py', 'if k not in known}, **written}',
+        'if k not in known}, **written, **hf}',
         ('store/hf_test.py::test_a_shorter_model_keeps_what_is_not_used',)),
     'fresh_adapters_add_noise': Mutant(
         'model/adapters.py', "'b': ('R' + outer, rank, initializers.zeros)",
@@ -228,7 +238,7 @@ MUTANTS = {
         ('tying/fit/search_test.py::'
          'test_norms_do_what_kernels_without_factors_cannot',)),
     'biases_of_what_should_come_in': Mutant(
-        'tying/fit/refit.py', '(sums.mean + sums.gone) @', 'sums.mean @',
+        'tying/fit/refit.py', '(sums.mean + sums.shift) @', 'sums.mean @',
         ('tying/fit/search_test.py::test_a_loops_biases_keep_the_means',)),
     'the_start_that_is_farthest': Mutant(
         'tying/fit/search.py',

@@ -137,7 +137,7 @@ def assert_same_tree(one: dict, other: dict) -> None:
 def refused(*parts):
   """The block raises a ValueError whose one line holds all the parts."""
   with pytest.raises(UserError) as caught:
-    yield
+    yield caught
   message = str(caught.value)
   assert '\n' not in message
   for part in parts:

@@ -1,11 +1,13 @@
 """What the verbs' command lines share."""
 
-import math
+from collections.abc import Iterator
+import contextlib
 
 from absl import flags, logging
+import jax
 
 from recursive_tx import files
-from recursive_tx.errors import UserError
+from recursive_tx.errors import UserError, in_range
 from recursive_tx.store import opening
 
 
@@ -30,11 +32,27 @@ def opened(directory: str) -> opening.Opened:
   return found
 
 
-def at_least(least: float, *several: flags.FlagHolder) -> None:
+@contextlib.contextmanager
+def enough_memory() -> Iterator[None]:
+  """For the verbs that run batches: too large ones are a person's to mend.
+
+  Raises:
+    UserError: the device's memory was too small for the block's work.
+  """
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    line = str(error).strip().splitlines()[0]
+    if 'RESOURCE_EXHAUSTED' not in line:
+      raise
+    raise UserError(
+        f'{line.rstrip(".")}; give a smaller --seq_len or --batch') from error
+
+
+def at_least(least: int, *several: flags.FlagHolder) -> None:
   """Raises UserError for a flag below `least`, infinite or NaN."""
   for flag in several:
-    if not least <= flag.value < math.inf:
-      raise UserError(f'--{flag.name}={flag.value}; expected at least {least}')
+    in_range(f'--{flag.name}', flag.value, f'[{least}, inf)')
 
 
 def context(model: opening.Opened) -> int | None:

@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from recursive_tx.cli import arguments, configs
 from recursive_tx.data import cache_writer
-from recursive_tx.errors import UserError
+from recursive_tx.errors import UserError, in_range
 from recursive_tx.store import opening
+from recursive_tx.text.columns import columns
 
 _CONFIG = configs.define()
 _OUTPUT = flags.DEFINE_string(
@@ -26,12 +27,13 @@ _OUTPUT = flags.DEFINE_string(
 _OVERWRITE = flags.DEFINE_bool(
     'overwrite', False, 'Replace --output where it exists.')
 _PROCESSES = flags.DEFINE_integer(
-    'processes', 0, 'How many tokenise at a time; 0: one a core.')
+    'processes', 0, 'How many tokenise at a time, in [0, inf); 0: one a core.')
 
 
 def main(argv: list[str]) -> None:
   """Runs the verb."""
   arguments.check(argv, config=_CONFIG.value, output=_OUTPUT.value)
+  in_range('--processes', _PROCESSES.value, '[0, inf)', int)
   config = configs.typed(_CONFIG.value)
   source = config.tokenizer or config.init_from
   if not source:
@@ -49,10 +51,11 @@ def main(argv: list[str]) -> None:
         opening.companions(source), _OUTPUT.value,
         processes=_PROCESSES.value or len(os.sched_getaffinity(0)),
         overwrite=_OVERWRITE.value, progress=progress)
-  print('task              split      documents         tokens'
-        '          bytes  left out')
+  lines = [('task', 'split', 'left out', 'documents', 'tokens', 'bytes')]
   for row in rows:
     faults = ', '.join(f'{n} {kind}' for kind, n in row['faults'].items())
-    print(f'{row["task"]:18}{row["split"]:8}{row["documents"]:12,}'
-          f'{row["tokens"]:15,}{row["bytes"]:15,}  {faults or "none"}')
+    lines.append((
+        row['task'], row['split'], faults or 'none', f'{row["documents"]:,}',
+        f'{row["tokens"]:,}', f'{row["bytes"]:,}'))
+  print(columns(lines, left=3))
   print(f'{_OUTPUT.value}; train with --config.data.cache={_OUTPUT.value}')

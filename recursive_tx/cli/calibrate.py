@@ -8,8 +8,6 @@ tokens on text like the one given, read token by token; sequences count as
 independent draws, so give many documents rather than one long one.
 """
 
-import functools
-
 from absl import flags
 from tqdm import tqdm
 
@@ -19,6 +17,7 @@ from recursive_tx.cli import arguments, heldout
 from recursive_tx.errors import UserError
 from recursive_tx.exits import calibrate
 from recursive_tx.store import native
+from recursive_tx.text.columns import columns
 
 _CHECKPOINT = flags.DEFINE_string(
     'checkpoint', None,
@@ -28,9 +27,10 @@ _HELDOUT = heldout.define(
 _RULE = flags.DEFINE_string(
     'rule', 'gate', f'One of {", ".join(calibrate.RULES)}.')
 _DELTA = flags.DEFINE_float(
-    'delta', 0.01, 'Share of tokens that may differ from full depth.')
+    'delta', 0.01,
+    'Share of tokens that may differ from full depth, in (0, 1).')
 _CONFIDENCE = flags.DEFINE_float(
-    'confidence', 0.95, 'Probability that no more do.')
+    'confidence', 0.95, 'Probability that no more do, in (0, 1).')
 _DTYPE = flags.DEFINE_string(
     'dtype', 'float32', 'Of the computation: float32 or bfloat16.')
 
@@ -38,15 +38,17 @@ _DTYPE = flags.DEFINE_string(
 def main(argv: list[str]) -> None:
   """Runs the verb."""
   arguments.check(argv, checkpoint=_CHECKPOINT.value)
+  calibrate.check(_RULE.value, _DELTA.value, _CONFIDENCE.value)
   run = config_lib.Run(dtype=_DTYPE.value)
   model = arguments.opened(_CHECKPOINT.value)
   directory = model.companions
   native.read_config(directory)  # exit.json goes with saved weights only.
-  result = calibrate.calibrate(
-      model.config, model.variables, _HELDOUT(model.tokenizer),
-      rule=_RULE.value, delta=_DELTA.value,
-      confidence=_CONFIDENCE.value, run=run,
-      progress=functools.partial(tqdm, desc='thresholds', leave=False))
+  with arguments.enough_memory():
+    result = calibrate.calibrate(
+        model.config, model.variables, _HELDOUT(model.tokenizer),
+        rule=_RULE.value, delta=_DELTA.value,
+        confidence=_CONFIDENCE.value, run=run,
+        progress=lambda items, phase: tqdm(items, desc=phase, delay=0.5))
   print(table(result))
   if result.chosen is None:
     raise UserError(
@@ -68,16 +70,15 @@ def main(argv: list[str]) -> None:
 def table(result: calibrate.Result) -> str:
   """The result as a person reads it."""
   lines = [f'{result.units} sequences, {result.tokens:,} tokens; the oracle'
-           f' leaves after {result.oracle_depth:.3f} loops']
+           f' exits after {result.oracle_depth:.3f} loops']
   for loop, (agreement, area) in enumerate(
       zip(result.agreement_E, result.area_E, strict=True), 1):
     lines.append(f'loop {loop} agrees on {agreement:.4f} of them; {result.rule}'
-                 f' tells which with an area under the ROC curve of {area:.4f}')
-  width = max(10, 9 * len(result.agreement_E))
-  lines.append(f'{"thresholds":{width}}   agreement   mean depth    p-value')
+                 f' predicts which: area under the ROC curve {area:.4f}')
+  rows = [('thresholds', 'agreement', 'mean depth', 'p-value', '')]
   for point in result.points:
-    mark = '  <- chosen' if point == result.chosen else ''
-    tried = ' '.join(f'{value:.6f}' for value in point.thresholds)
-    lines.append(f'{tried:{width}}{point.agreement:12.4f}'
-                 f'{point.depth:13.4f}{point.p_value:11.2g}{mark}')
-  return '\n'.join(lines)
+    rows.append((
+        ' '.join(f'{value:.6f}' for value in point.thresholds),
+        f'{point.agreement:.4f}', f'{point.depth:.4f}', f'{point.p_value:.2g}',
+        '<- chosen' if point == result.chosen else ''))
+  return '\n'.join([*lines, columns(rows)])

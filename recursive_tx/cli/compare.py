@@ -7,7 +7,7 @@ import pathlib
 
 from absl import flags
 
-from recursive_tx import engine
+from recursive_tx import engine, files
 from recursive_tx.cli import arguments, configs
 from recursive_tx.engine import sampling
 from recursive_tx.train import compare
@@ -22,8 +22,8 @@ _PROMPT = flags.DEFINE_string(
 def main(argv: list[str]) -> None:
   """Runs the verb."""
   arguments.check(argv, config=_CONFIG.value, workdir=_WORKDIR.value)
+  folder = pathlib.Path(files.check_workdir(_WORKDIR.value))
   config = configs.typed(_CONFIG.value)
-  folder = pathlib.Path(_WORKDIR.value)
   rows = compare.compare(config, str(folder))
   print('\n' + compare.table(rows))
   print(f'\n{folder}/table.json, {folder}/curves.png')

@@ -20,7 +20,7 @@ from recursive_tx.errors import UserError, one_of
 from recursive_tx.store import opening
 from recursive_tx.store.inherit import inherit
 
-# Whoever calls `define` owns the flags, and shows them in its help.
+# The verb that calls `define` owns the flags, and shows them in its help.
 flags.disclaim_key_flags()
 
 _MODEL_FIELDS = {
@@ -47,9 +47,9 @@ def define() -> flags.FlagHolder:
 def typed(config: ConfigDict) -> train.Config:
   """The ConfigDict of a config file as the program's own types.
 
-  What `model` leaves open is that of the directory `init_from`. Without one it
-  is that of the section `published`, the model that a recipe is for. A teacher
-  that is wanted and not named is `init_from`, where that is vanilla.
+  Fields that `model` does not set are those of the directory `init_from`, or
+  without one those of the section `published`, the model of a recipe. Where a
+  teacher is wanted and not named, it is `init_from`, if that is vanilla.
 
   Raises:
     UserError: a key that does not exist (names the nearest), a missing or a
@@ -136,11 +136,11 @@ def _in_one_line(parse: Callable[[str], None]) -> Callable[[str], None]:
       # An AttributeError around a KeyError whose text names the nearest.
       cause = error.args[0]
       text = cause.args[0] if isinstance(cause, KeyError) else str(cause)
-      said = ': '.join(text.splitlines()).replace('"', "'")
-      raise UserError(f'unknown config key {said}') from error
+      message = ': '.join(text.splitlines()).replace('"', "'")
+      raise UserError(f'unknown config key {message}') from error
     except (TypeError, ValueError, flags.Error) as error:
       # The text may be a whole traceback, of which this is the message.
-      said = str(error).strip().splitlines()[-1]
-      raise UserError(re.sub(r'^\w+Error: ', '', said)) from error
+      message = str(error).strip().splitlines()[-1]
+      raise UserError(re.sub(r'^\w+Error: ', '', message)) from error
 
   return parse_or_refuse

@@ -3,8 +3,8 @@
   python -m recursive_tx convert --source=HF_DIR --output=DIR --loops=2 \\
     --rank=64 --init=average
 
-With --init=fit, what is shared and the adapters are those that change least
-what the model says: of --calibration=TEXT, or of what it says itself.
+With --init=fit, the shared block and the adapters are those that change the
+model's predictions least, on --calibration=TEXT or on text that it samples.
 """
 
 from absl import flags
@@ -27,20 +27,20 @@ _RANK = flags.DEFINE_string(
     'kernel such as q64+k32+v32+o64+mlp128; capped at min(in, out). With '
     '--init=fit a number is a budget, spread over the kernels.')
 _INIT = flags.DEFINE_string(
-    'init', '', 'Start of the shared block: stepwise, average, lower or '
-    'random; or fit, from --calibration. Empty: stepwise at rank 0, else '
+    'init', '', 'Initialisation of the shared block: stepwise, average, lower '
+    'or random; or fit, from --calibration. Empty: stepwise at rank 0, else '
     'average.')
 _CALIBRATION = flags.DEFINE_string(
-    'calibration', '', 'Text file that --init=fit fits to. Empty: what the '
-    'model says itself, for which it must fit in memory.')
+    'calibration', '', 'Text file that --init=fit fits to. Empty: text '
+    'sampled from the model, for which it must fit in memory.')
 _TOKENS = flags.DEFINE_integer(
     'calibration_tokens', 16384, 'How many of its tokens, from the start.')
 _DOCUMENT = flags.DEFINE_string(
     'document', '', 'What stands between two documents of --calibration, such '
     'as <|endoftext|>. Empty: the file is one document.')
 _LORA = flags.DEFINE_string(
-    'lora', 'svd', "Start of the adapters: svd of each layer's residual, or "
-    'zero.')
+    'lora', 'svd', "Initialisation of the adapters: svd of each layer's "
+    'residual, or zero.')
 _LOOP_NORMS = flags.DEFINE_bool(
     'loop_norms', True, 'Each loop keeps its own norm scales and biases; '
     "--noloop_norms is the paper's tying.")

@@ -3,13 +3,13 @@
   python -m recursive_tx evaluate --checkpoint=DIR --text='books/*.txt'
 """
 
-import json
-import pathlib
+import functools
 
 from absl import flags
+from tqdm import tqdm
 
 from recursive_tx import config as config_lib
-from recursive_tx import evaluate
+from recursive_tx import evaluate, files
 from recursive_tx.cli import arguments, heldout
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -25,25 +25,16 @@ _OUTPUT = flags.DEFINE_string('output', '', 'JSON file for the result.')
 def main(argv: list[str]) -> None:
   """Runs the verb."""
   arguments.check(argv, checkpoint=_CHECKPOINT.value)
+  if _OUTPUT.value:
+    files.check_file(_OUTPUT.value)
   run = config_lib.Run(dtype=_DTYPE.value)
   model = arguments.opened(_CHECKPOINT.value)
-  result = evaluate.evaluate(
-      model.config, model.variables, _HELDOUT(model.tokenizer), run=run)
-  print(table(result))
+  with arguments.enough_memory():
+    result = evaluate.evaluate(
+        model.config, model.variables, _HELDOUT(model.tokenizer), run=run,
+        progress=functools.partial(
+            tqdm, desc='evaluate', unit=' batches', delay=0.5))
+  print(evaluate.table(result))
   if _OUTPUT.value:
-    path = pathlib.Path(_OUTPUT.value)
-    path.write_text(json.dumps(result, indent=2) + '\n')
-
-
-def table(result: dict) -> str:
-  """The result of `evaluate` as a person reads it."""
-  lines = [
-      f'{result["documents"]} documents, {result["bytes"]:,} bytes,'
-      f' {result["tokens"]:,} tokens',
-      'loop   nats/token   perplexity   bits/byte',
-  ]
-  for row in result['loops']:
-    lines.append(
-        f'{row["loop"]:4}{row["loss"]:13.4f}{row["perplexity"]:13.3f}'
-        f'{row["bits_per_byte"]:12.4f}')
-  return '\n'.join(lines)
+    with files.new_file(_OUTPUT.value) as new:
+      files.write_json(new, result)

@@ -6,9 +6,10 @@ It opens in transformers, vLLM and whatever reads its architecture.
 """
 
 from absl import flags
+from tqdm import tqdm
 
 from recursive_tx.cli import arguments
-from recursive_tx.store import export
+from recursive_tx.store import convert, export
 
 _CHECKPOINT = flags.DEFINE_string(
     'checkpoint', None, 'Saved model directory, of convert or of train.')
@@ -17,10 +18,30 @@ _OUTPUT = flags.DEFINE_string(
 _DTYPE = flags.DEFINE_string(
     'dtype', '', 'float32, bfloat16 or float16. Empty: what the model it '
     'came from had, else float32.')
+_CHECK = flags.DEFINE_bool(
+    'check', False, 'Compare logits with those of --checkpoint on a long '
+    'prompt; needs memory for both models.')
 
 
 def main(argv: list[str]) -> None:
   """Runs the verb."""
   arguments.check(argv, checkpoint=_CHECKPOINT.value, output=_OUTPUT.value)
-  export.export(_CHECKPOINT.value, _OUTPUT.value, dtype=_DTYPE.value)
+  bars = {}
+
+  def progress(what: str, total: int, done: int) -> None:
+    if what not in bars:
+      unit = 'B' if what == 'export' else ' parameters'
+      bars[what] = tqdm(
+          total=total, desc=what, unit=unit, unit_scale=True, delay=0.5)
+    bars[what].update(done)
+
+  try:
+    found = export.export(
+        _CHECKPOINT.value, _OUTPUT.value, dtype=_DTYPE.value,
+        check=_CHECK.value, progress=progress)
+  finally:
+    for bar in bars.values():
+      bar.close()
   print(f'wrote {_OUTPUT.value}')
+  if found:
+    print(convert.check_table(found))

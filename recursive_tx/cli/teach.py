@@ -7,19 +7,19 @@
     --config=configs/gemma_2b.py:loops=3,rank=512,teacher \\
     --config.tokenizer=DIR --config.teacher=DIR --workdir=...
 
-Runs over the very batches that `train` will see, so data, seed and tokenizer
-must be the same there; model, losses, optimizer and machine may be others.
-Takes 8 bytes an id: seq_len * batch * best * 8 a step. The same command goes
-on where it was interrupted. In several processes as `train`.
+Runs over the batches that `train` will read, so data, seed and tokenizer must
+be the same there; model, losses, optimizer and machine may differ. Writes
+seq_len * batch * best * 8 bytes a step. The same command resumes an
+interrupted one. Takes several processes as `train` does.
 """
 
 from absl import flags
 import jax
 from tqdm import tqdm
 
-from recursive_tx import data, machine
+from recursive_tx import data, files, machine
 from recursive_tx.cli import arguments, configs, processes
-from recursive_tx.errors import UserError
+from recursive_tx.errors import UserError, in_range
 from recursive_tx.store import opening
 from recursive_tx.text import tokenizer
 from recursive_tx.train import state, step, teacher_cache
@@ -28,16 +28,23 @@ _CONFIG = configs.define()
 _OUTPUT = flags.DEFINE_string(
     'output', None, 'Directory on a disk that all processes share.')
 _BEST = flags.DEFINE_integer(
-    'best', 64, 'Ids saved at every position; the rest of the teacher\'s'
-    ' probability is one outcome more.')
+    'best', 64, 'Ids saved at every position, in [1, inf); the rest of the'
+    ' teacher\'s probability is one outcome more.')
 _LAST = flags.DEFINE_integer(
-    'last', 0, 'Steps to save, from the first; 0: config.optim.steps.')
+    'last', 0, 'Steps to save, from the first, in [0, inf); 0:'
+    ' config.optim.steps.')
 _JOIN = processes.define()
 
 
 def main(argv: list[str]) -> None:
   """Runs the verb."""
   arguments.check(argv, config=_CONFIG.value, output=_OUTPUT.value)
+  in_range('--best', _BEST.value, '[1, inf)', int)
+  in_range('--last', _LAST.value, '[0, inf)', int)
+  if '://' in _OUTPUT.value:
+    raise UserError(f'--output={_OUTPUT.value} is not on disk; save the top-k'
+                    ' logits on a disk that all processes share')
+  output = files.check_workdir(_OUTPUT.value)
   config = configs.typed(_CONFIG.value)
   _JOIN()
   source = config.tokenizer or config.init_from
@@ -58,12 +65,12 @@ def main(argv: list[str]) -> None:
   with jax.set_mesh(mesh), tqdm(
       total=len(steps), desc='teach', unit=' steps', delay=0.5,
       disable=not machine.is_main()) as bar:
-    cfg, variables = state.load_teacher(config, mesh)
+    cfg, variables = state.load_teacher(config, mesh, ids)
     top_k = jax.jit(
         step.make_top_k(config, cfg, mesh, _BEST.value),
         out_shardings=machine.rows(mesh))
     teacher_cache.save(
-        _OUTPUT.value, about, data.Stream(config.data, ids, rows=rows),
+        output, about, data.Stream(config.data, ids, rows=rows),
         lambda batch: top_k(variables, machine.place_rows(batch, mesh)),
         rows=rows, steps=steps, progress=lambda at: bar.update(at - bar.n))
   if machine.is_main():

@@ -6,12 +6,12 @@
 
 The same command on every host of a TPU pod, and in every task that Slurm or
 Open MPI starts, is one run. Elsewhere --coordinator, --processes and --process
-say who takes part. SIGTERM saves the run and ends it with status 0.
+name the processes. SIGTERM saves the run and ends it with status 0.
 """
 
 from absl import flags
 
-from recursive_tx import train
+from recursive_tx import files, train
 from recursive_tx.cli import arguments, configs, processes
 
 _CONFIG = configs.define()
@@ -26,6 +26,7 @@ _JOIN = processes.define()
 def main(argv: list[str]) -> None:
   """Runs the verb."""
   arguments.check(argv, config=_CONFIG.value, workdir=_WORKDIR.value)
+  workdir = files.check_workdir(_WORKDIR.value)
   config = configs.typed(_CONFIG.value)
   _JOIN()
-  train.train(config, _WORKDIR.value)
+  train.train(config, workdir)

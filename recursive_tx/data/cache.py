@@ -2,7 +2,7 @@
 
 `DIR/TASK/` holds, for each split, TFRecords of documents ('targets' with BOS
 and EOS, 'num_bytes') and the info and stats that SeqIO's own
-`Task.get_dataset(use_cached=True)` asks for. Beside them are an index of
+`Task.get_dataset(use_cached=True)` needs. Beside them are an index of
 units, by which a stream reads the documents in the order in which it would
 read the texts, and a description of what all was made of. Documents are whole:
 a cache serves every `seq_len`.

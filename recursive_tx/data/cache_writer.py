@@ -51,7 +51,7 @@ def write(
     output: directory to make, on disk; it appears whole or not at all.
     processes: how many tokenise at a time.
     overwrite: replace `output`.
-    progress: told parts done, and all.
+    progress: called with the number of parts done, and of all.
 
   Returns:
     For each task and split 'task', 'split', 'documents', 'tokens' (EOS not
@@ -60,11 +60,7 @@ def write(
   Raises:
     UserError: `output` exists or is not on disk, or as `Stream`.
   """
-  if '://' in output:
-    raise UserError(
-        f'--output={output} is not on disk; make the cache on disk and copy '
-        'it there'
-    )
+  files.check_directory(output, overwrite=overwrite)
   if processes < 1:
     raise UserError(f'--processes is {processes}, expected at least 1')
   loaded = _load(tokenizer)
@@ -112,6 +108,7 @@ def _run(
     processes: int, progress: Callable[[int, int], Any],
 ) -> list[dict[str, Any]]:
   """The results of `_write_part` for the jobs, in their order."""
+  others = set(multiprocessing.active_children())
   # Each process loads TensorFlow, which does not survive a fork.
   pool = concurrent.futures.ProcessPoolExecutor(
       min(processes, len(jobs)), multiprocessing.get_context('spawn'),
@@ -132,6 +129,9 @@ def _run(
           f'give fewer than --processes={processes}'
       ) from None
     except BaseException:
+      # A part may take minutes, and nobody wants it any more.
+      for child in {*multiprocessing.active_children()} - others:
+        child.terminate()
       pool.shutdown(cancel_futures=True)
       raise
   return [done.result() for done in waiting]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import dataclasses
 import re
 
-from recursive_tx.errors import UserError
+from recursive_tx.errors import UserError, check_ranges, in_range
 
 KINDS = ('text', 'jsonl', 'tfds')
 
@@ -19,19 +19,21 @@ class Task:
   Attributes:
     name: letters, digits, `_`, `.`; unique among a config's tasks.
     kind: 'text', 'jsonl' or 'tfds'.
-    train: globs (`**` included) of the files to train on; for 'tfds' one
-      split, 'train[1%:]'.
+    train: globs (`**` included) of the files to train on; a path that exists
+      is that path, also with '[' in its name. For 'tfds' one split,
+      'train[1%:]'.
     heldout: likewise, held out and taken off `train` where both match a
-      file. Empty holds out `DataConfig.heldout_fraction` of the documents, by
-      a hash of their text, so that a repeated document stays on one side.
-      'tfds' must name a split.
+      file, under whatever path. Empty holds out `DataConfig.heldout_fraction`
+      of the documents, by a hash of their text, so that a repeated document
+      stays on one side. 'tfds' must name a split.
     document: what a document is. 'file', 'record', or for 'text' the line
       that separates documents, such as '<|endoftext|>'. Empty: a file of
       'text', a record of the others.
     key: the field that holds a record's text.
     dataset: for 'tfds' the dataset's name, 'c4/en:3.1.0', already prepared.
-    weight: relative rate in the mixture. As everywhere in SeqIO the rate is
-      of examples: documents, or pieces of `seq_len` tokens of longer ones.
+    weight: relative rate in the mixture, in (0, inf). As everywhere in SeqIO
+      the rate is of examples: documents, or pieces of `seq_len` tokens of
+      longer ones.
   """
 
   name: str
@@ -42,6 +44,8 @@ class Task:
   key: str = 'text'
   dataset: str = ''
   weight: float = 1.0
+
+  RANGES = dict(weight='(0, inf)')
 
   def __post_init__(self):
     where = f'data task {self.name!r}'
@@ -67,7 +71,7 @@ class Task:
     if not self.document:
       unit = 'file' if self.kind == 'text' else 'record'
       object.__setattr__(self, 'document', unit)
-    _check_number(self.weight, f'{where}: weight', above=0.0)
+    in_range(f'{where}: weight', self.weight, self.RANGES['weight'])
     self._check_kind(where)
 
   def _check_kind(self, where: str) -> None:
@@ -103,17 +107,20 @@ class DataConfig:
 
   Attributes:
     tasks: the mixture.
-    seq_len: T, tokens in a row.
-    batch: B, rows in the global batch, of all processes together; a
-      multiple of `shards`.
-    shards: independent pipelines; row i comes from shard i % shards. Part of
-      what the stream is: another number is another stream. A process runs
-      every shard it has a row of, so with many processes shards = batch
-      makes no row twice.
-    seed: of all shuffling and mixing of the training stream.
-    shuffle: pieces in each shard's shuffle buffer, saved with every position;
-      what comes first is shuffled already, in blocks of documents.
-    heldout_fraction: of the documents, for tasks that name no held-out files.
+    seq_len: T, tokens in a row, in [1, inf).
+    batch: B, rows in the global batch, of all processes together, in
+      [1, inf); a multiple of `shards`.
+    shards: independent pipelines, in [1, inf); row i comes from shard
+      i % shards. Part of what the stream is: another number is another
+      stream. A process runs every shard it has a row of, so with many
+      processes shards = batch makes no row twice.
+    seed: of all shuffling and mixing of the training stream, in
+      [0, 4294967296).
+    shuffle: pieces in each shard's shuffle buffer, in [1, inf), saved with
+      every position; what comes first is shuffled already, in blocks of
+      documents.
+    heldout_fraction: of the documents, in (0, 0.5], for tasks that name no
+      held-out files.
     cache: directory that the verb `cache` made of these tasks with this
       tokenizer, to read tokens from; '' tokenises on the fly. Tasks of files
       give the same batches either way. The order of 'tfds' is another: TFDS
@@ -129,6 +136,11 @@ class DataConfig:
   heldout_fraction: float = 0.01
   cache: str = ''
 
+  RANGES = dict(
+      seq_len='[1, inf)', batch='[1, inf)', shards='[1, inf)',
+      seed='[0, 4294967296)', shuffle='[1, inf)',
+      heldout_fraction='(0, 0.5]')
+
   def __post_init__(self):
     if not isinstance(self.tasks, Sequence) or not all(
         isinstance(task, Task) for task in self.tasks
@@ -143,26 +155,12 @@ class DataConfig:
           f'data.tasks are named {names}: there must be one at least, and no '
           'name twice'
       )
-    for field, least in (
-        ('seq_len', 1),
-        ('batch', 1),
-        ('shards', 1),
-        ('seed', 0),
-        ('shuffle', 1),
-    ):
-      value = getattr(self, field)
-      if type(value) is not int or value < least:
-        raise UserError(
-            f'data.{field} is {value!r}, expected a whole number of at least '
-            f'{least}'
-        )
-    _check_number(
-        self.heldout_fraction, 'data.heldout_fraction', above=0.0, most=0.5
-    )
+    check_ranges('data', self)
     if not isinstance(self.cache, str):
       raise UserError(f'data.cache is {self.cache!r}, expected a directory')
     if self.batch % self.shards:
-      fits = [n for n in range(1, self.batch + 1) if not self.batch % n]
+      most = min(self.batch, 4096)
+      fits = [n for n in range(1, most + 1) if not self.batch % n]
       raise UserError(
           f'data.batch {self.batch} is not a multiple of data.shards '
           f'{self.shards}; choose shards among {fits}, or another batch'
@@ -178,14 +176,3 @@ def _strings(value: object, where: str) -> tuple[str, ...]:
   ):
     raise UserError(f'{where} is {value!r}, expected strings')
   return tuple(value)
-
-
-def _check_number(
-    value: object, where: str, *, above: float, most: float = float('inf')
-) -> None:
-  is_number = isinstance(value, int | float) and not isinstance(value, bool)
-  if not is_number or not above < value <= most or value == float('inf'):
-    limit = '' if most == float('inf') else f' and at most {most}'
-    raise UserError(
-        f'{where} is {value!r}, expected a number above {above}{limit}'
-    )

@@ -4,8 +4,12 @@ A unit is what is read at once: a whole file where the file is the document,
 else a block, to which every document belongs that starts in it. Any process
 finds the n-th unit of the endless, per-epoch shuffled order by arithmetic, so
 a position in it is one integer. It knows nothing of tokens or SeqIO.
+
+Lines end at \\n alone: U+2028, U+0085 and the form feed are text. A byte order
+mark at the start of a file is no text.
 """
 
+import codecs
 from collections.abc import Iterator
 import concurrent.futures
 import dataclasses
@@ -35,6 +39,13 @@ _CHECKED_UNITS = 32
 # What can be wrong with a document. One that is longer than the context is
 # cut into pieces and loses nothing; the others are left out.
 FAULTS = ('not_utf8', 'not_json', 'no_text', 'empty', 'long')
+
+
+# The first bytes of files that are often named like text.
+_FORMATS = {
+    b'\x1f\x8b': 'gzip', b'\x28\xb5\x2f\xfd': 'zstd', b'\xfd7zXZ': 'xz',
+    b'BZh': 'bzip2', b'PK\x03\x04': 'zip', b'PAR1': 'Parquet',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +106,7 @@ class Documents:
     self._fraction = 0.0 if task.heldout else fraction
     self.paths = files.find(task, split)
     self.errors: list[Exception] = []
-    self._told: set[str] = set()
+    self._warned: set[str] = set()
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
       self._sizes = list(pool.map(files.size, self.paths))
     self.num_bytes = sum(self._sizes)
@@ -115,8 +126,8 @@ class Documents:
   def unit(self, number: int) -> tuple[list[bytes], list[Fault]]:
     """The documents of one unit, in order, as UTF-8, and what is left out.
 
-    A fault has no text to tell its side by, so where documents are held out
-    by a hash of theirs, faults are train's.
+    Where documents are held out by a hash of their text, faults count as
+    train's, since they have no text.
     """
     texts, faults = [], []
     for found in self._read(number):
@@ -165,8 +176,8 @@ class Documents:
 
   def _warn(self, fault: Fault) -> None:
     """Logs the first of each kind; the others are only counted."""
-    if fault.kind not in self._told:
-      self._told.add(fault.kind)
+    if fault.kind not in self._warned:
+      self._warned.add(fault.kind)
       logging.warning(
           'Data task %r: %s. It is left out, and others like it.',
           self._task.name, fault,
@@ -186,7 +197,7 @@ class Documents:
   def _read(self, number: int) -> Iterator[bytes | Fault]:
     path, start, stop, size = self._where(number)
     if self._task.document == 'file':
-      texts = [files.read_bytes(path, 0, None)]
+      texts = [_unmarked(files.read_bytes(path, 0, None))]
     elif not size:
       texts = [b'']
     elif self._task.kind == 'jsonl':
@@ -211,6 +222,8 @@ def _records(
   """The texts of the JSON lines that start in [start, stop)."""
   offset, lines = _lines(path, start, stop)
   for line in lines.split(b'\n'):
+    if not offset:
+      line, offset = _unmarked(line), len(line) - len(_unmarked(line))
     if line.strip():
       found = _record(line, key)
       if isinstance(found, tuple):
@@ -223,11 +236,12 @@ def _records(
 def _record(line: bytes, key: str) -> bytes | tuple[str, str]:
   """A record's text, or the kind of its fault and the reason."""
   try:
-    record = json.loads(line.decode('utf-8'))
+    # As floats, since Python refuses integers of more than 4300 digits.
+    record = json.loads(line.decode('utf-8'), parse_int=float)
   except UnicodeDecodeError as error:
     return 'not_utf8', (
         f'not UTF-8 ({error.reason} at byte {error.start} of the line); '
-        'convert the file to UTF-8'
+        f'{_conversion(line)}'
     )
   except (ValueError, RecursionError) as error:
     return 'not_json', (
@@ -260,7 +274,9 @@ def _separated(
   """
   separator = re.compile(rb'^' + re.escape(line) + rb'\r?(?:\n|\Z)', re.M)
   text = _lines(path, start, stop)[1]
-  if start:
+  if not start:
+    text = _unmarked(text)
+  else:
     # What comes before the first separator started in an earlier block.
     first = separator.search(text)
     if not first:
@@ -303,6 +319,11 @@ def _lines(path: str, start: int, stop: int) -> tuple[int, bytes]:
   return begin, b''.join(end)
 
 
+def _unmarked(text: bytes) -> bytes:
+  """The start of a file without a byte order mark."""
+  return text.removeprefix(codecs.BOM_UTF8)
+
+
 def _checked(text: bytes, path: str) -> bytes | Fault:
   """A text of a file, or why it is none."""
   if not text.strip():
@@ -315,9 +336,17 @@ def _checked(text: bytes, path: str) -> bytes | Fault:
   except UnicodeDecodeError as error:
     return Fault('not_utf8', path, (
         f'is not UTF-8 text ({error.reason}: byte 0x{text[error.start]:02x}); '
-        'convert it to UTF-8'
+        f'{_conversion(text)}'
     ))
   return text
+
+
+def _conversion(text: bytes) -> str:
+  """The way out for bytes that are not UTF-8."""
+  for first, name in _FORMATS.items():
+    if text.startswith(first):
+      return f'it begins as {name} does; unpack the file first'
+  return 'convert the file to UTF-8'
 
 
 def _hash(text: bytes) -> float:

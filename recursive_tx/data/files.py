@@ -19,7 +19,11 @@ def find(task: Task, split: str) -> list[str]:
   held = _expand(task, task.heldout)
   if split == 'heldout' and held:
     return held
-  paths = [path for path in _expand(task, task.train) if path not in set(held)]
+  # By their real paths: ./a.txt and a link to it are a.txt.
+  real = set(map(_real, held))
+  paths = [
+      path for path in _expand(task, task.train) if _real(path) not in real
+  ]
   if not paths:
     raise UserError(
         f'data task {task.name!r}: every file of train={task.train} is held '
@@ -63,12 +67,26 @@ def _expand(task: Task, patterns: tuple[str, ...]) -> list[str]:
 
 
 def _glob(pattern: str) -> list[str]:
+  """The files that a pattern matches; a path that exists is that path."""
   if '://' in pattern:
     import tensorflow as tf
 
+    if glob.has_magic(pattern) and tf.io.gfile.exists(pattern):
+      return [pattern]
     return tf.io.gfile.glob(pattern)
-  found = glob.glob(pattern, recursive=True)
+  # Folders too: in 'data[1]/*.txt' there may be a folder of that name.
+  parts = pattern.split('/')
+  count = len(parts)
+  if not os.path.exists(pattern):
+    while count and not os.path.isdir('/'.join(parts[:count]) or '/'):
+      count -= 1
+  parts[:count] = map(glob.escape, parts[:count])
+  found = glob.glob('/'.join(parts), recursive=True)
   return [path for path in found if os.path.isfile(path)]
+
+
+def _real(path: str) -> str:
+  return path if '://' in path else os.path.realpath(path)
 
 
 def _nearest(pattern: str) -> str:
@@ -77,6 +95,8 @@ def _nearest(pattern: str) -> str:
     return '; check the bucket and the pattern'
   if os.path.isdir(pattern):
     return f', a directory; write {os.path.join(pattern, "*")!r}'
+  if os.path.exists(pattern):
+    return ', which is no file; write what a pipe gives to a file'
   path = os.path.abspath(pattern)
   while not os.path.exists(path):
     path = os.path.dirname(path)

@@ -309,14 +309,14 @@ def _check_shards(
 ) -> None:
   if split != 'train' or units.num_units >= config.shards:
     return
-  said = f'data task {task.name!r} has {units.num_units}'
+  what = f'data task {task.name!r} has {units.num_units}'
   if task.document == 'file':
     raise UserError(
-        f'{said} documents (a file each) for data.shards={config.shards}, so'
+        f'{what} documents (a file each) for data.shards={config.shards}, so'
         ' that shards would give the same rows; lower data.shards, or set'
         ' document to a separator line'
     )
   logging.warning(
       '%s blocks of documents for data.shards=%d: several shards read the same'
       ' ones, so that batches repeat rows; lower data.shards.',
-      said, config.shards)
+      what, config.shards)

@@ -34,7 +34,7 @@ def call(
   for tensor in found:
     tensor.set_shape([None])
   values, lengths, num_bytes, faults = found
-  # Slicing a ragged tensor makes TensorFlow warn of types it cannot tell.
+  # Slicing a ragged tensor makes TensorFlow warn of types it cannot infer.
   stops = tf.cumsum(lengths)
 
   @tf.autograph.experimental.do_not_convert

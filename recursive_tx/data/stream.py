@@ -218,19 +218,26 @@ class Stream:
 
 @dataclasses.dataclass(frozen=True)
 class Heldout:
-  """A fixed set of whole documents that are never trained on.
+  """A fixed set of documents that are never trained on.
 
   Attributes:
     batches: as a stream's, all [batch, seq_len], the last one padded.
-    num_bytes: UTF-8 bytes of the documents' texts.
-    num_documents: how many there are.
+    num_bytes: UTF-8 bytes of the texts that the tokens stand for.
+    num_documents: how many there are, one that is cut included.
     faults: how many documents had which fault, as `Stream.faults`.
+    is_cut: whether the last document was cut at `max_tokens`.
   """
 
   batches: list[dict[str, np.ndarray]]
   num_bytes: int
   num_documents: int
   faults: dict[str, int] = dataclasses.field(default_factory=dict)
+  is_cut: bool = False
+
+  @property
+  def num_tokens(self) -> int:
+    """Predicted tokens, EOS included."""
+    return int(sum(batch['weight_BT'].sum() for batch in self.batches))
 
 
 def heldout(
@@ -248,8 +255,11 @@ def heldout(
     config: the stream's.
     tokenizer: the stream's.
     max_documents: no more documents than this.
-    max_tokens: no more predicted tokens than this; documents stay whole, and
-      the first is taken however long it is.
+    max_tokens: no more predicted tokens than this. Documents stay whole: the
+      set ends before the first that does not fit. Only where the set would
+      then hold less than half of `max_tokens`, as before a novel, is that
+      document cut, so that the set holds exactly `max_tokens`. See `_cut` for
+      the bytes of what is left of it.
 
   Raises:
     UserError: a limit below 1, or no held-out document.
@@ -269,12 +279,17 @@ def heldout(
   packer = packing.Packer(config.seq_len)
   num_bytes = num_documents = num_tokens = 0
   names, faults = pipeline.fault_names(config), collections.Counter()
+  is_cut = False
   try:
     for pieces, size, code in _in_turn(sources):
       _raise_errors(documents)
-      num_tokens += sum(len(piece) - 1 for piece in pieces)
-      if num_documents and num_tokens > (max_tokens or num_tokens):
-        break
+      tokens = sum(len(piece) - 1 for piece in pieces)
+      if max_tokens and num_tokens + tokens > max_tokens:
+        if 2 * num_tokens >= max_tokens:
+          break
+        is_cut, tokens = True, max_tokens - num_tokens
+        pieces, size = _cut(
+            pieces, size, tokens, T=config.seq_len, tokenizer=tokenizer)
       if code:
         faults[names[code - 1]] += 1
       if not pieces:
@@ -282,8 +297,9 @@ def heldout(
       for piece in pieces:
         packer.add(piece)
       num_bytes += size
+      num_tokens += tokens
       num_documents += 1
-      if num_documents == max_documents:
+      if is_cut or num_documents == max_documents:
         break
   finally:
     # For the reason that a stream ends its pipelines.
@@ -296,7 +312,33 @@ def heldout(
       packing.batch(rows[i : i + config.batch], config.seq_len)
       for i in range(0, len(rows), config.batch)
   ]
-  return Heldout(batches, num_bytes, num_documents, dict(faults))
+  return Heldout(batches, num_bytes, num_documents, dict(faults), is_cut)
+
+
+def _cut(
+    pieces: packing.Row, num_bytes: int, tokens: int, *, T: int,
+    tokenizer: Tokenizer,
+) -> tuple[packing.Row, int]:
+  """The first predicted tokens of a document, and the bytes they stand for.
+
+  The bytes are those of the text of the kept ids. Where a character is cut in
+  two, its bytes do not count, and an error of up to 3 bytes is made. Where the
+  tokenizer normalises, so that ids do not give back the text byte for byte,
+  the document's bytes are divided in the proportion of what they do give back.
+
+  Args:
+    pieces: of the whole document, see `packing.split`.
+    num_bytes: of its text.
+    tokens: how many predictions are kept; fewer than there are.
+    T: predictions of a row.
+    tokenizer: that made the ids.
+  """
+  ids = np.concatenate([pieces[0], *(piece[1:] for piece in pieces[1:])])
+  kept = ids[: tokens + 1]
+  start = len(tokenizer.opening)
+  whole = len(tokenizer.decode(ids[start:-1]).encode())
+  part = len(tokenizer.decode(kept[start:]).rstrip('\ufffd').encode())
+  return packing.split(kept, T), round(num_bytes * part / max(1, whole))
 
 
 def _in_turn(sources: list) -> Iterator:

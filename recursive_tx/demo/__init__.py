@@ -1,7 +1,7 @@
 """The small model that ships, so that everything runs offline.
 
-The directory is in Hugging Face layout; README.md says how it was made. NAME
-is what a clone calls it, and stands for it wherever a program runs.
+The directory is in Hugging Face layout; its README.md says how it was made.
+NAME is its path in a clone, and names it from every working directory.
 """
 
 import pathlib

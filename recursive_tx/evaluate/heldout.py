@@ -7,6 +7,7 @@ UTF-8 bytes of the documents.
 Knows a model and batches. Does not know where either comes from.
 """
 
+from collections.abc import Callable, Iterable, Sequence
 import functools
 import math
 from typing import Any
@@ -32,6 +33,7 @@ def evaluate(
     *,
     run: Run = _RUN,
     mesh: Mesh | None = None,
+    progress: Callable[[Sequence], Iterable] = iter,
 ) -> dict[str, Any]:
   """Scores every loop's output on a fixed set of documents.
 
@@ -42,18 +44,19 @@ def evaluate(
       `segment_BT`, `position_BT`), `num_bytes` and `num_documents`.
     run: how to execute the model.
     mesh: where to put the batches; None is the default device.
+    progress: is given the batches and iterates over them, as `tqdm` does.
 
   Returns:
     `documents`, `bytes`, `tokens` (predicted ones), and in `loops` a row for
-    every loop: `loop` from 1, `loss` in nats per token, `perplexity`,
-    `bits_per_byte`.
+    every loop: `loop` from 1, `loss` in nats per token, `perplexity` (at most
+    e^700), `bits_per_byte`. All are finite.
 
   Raises:
-    UserError: nothing to predict.
+    UserError: nothing to predict, or a loss that is not finite.
   """
   nats_fn = _nats_fn(cfg, run, mesh)
   nats_L, tokens = np.zeros(cfg.loops, np.float64), 0.0
-  for batch in heldout.batches:
+  for batch in progress(heldout.batches):
     tokens += batch['weight_BT'].sum(dtype=np.float64)
     if mesh is not None:
       batch = machine.place(batch, machine.rows(mesh))
@@ -62,6 +65,12 @@ def evaluate(
     nats_L += nats_LBT.sum(axis=(1, 2), dtype=np.float64)
   if not tokens or not heldout.num_bytes:
     raise UserError('The held-out set is empty: no token to predict.')
+  for loop, nats in enumerate(nats_L.tolist(), 1):
+    if not math.isfinite(nats):
+      raise UserError(
+          f'the held-out loss of loop {loop} is {nats}, expected a finite'
+          f' number: parameters are not finite, or overflow in {run.dtype};'
+          ' take an earlier checkpoint, or dtype float32')
   return {
       'documents': heldout.num_documents,
       'bytes': heldout.num_bytes,

@@ -1,19 +1,19 @@
-"""Thresholds of exits, chosen so that full depth is agreed with.
+"""Thresholds of exits, chosen to agree with full depth.
 
-Held-out sequences are read with exits as they would happen (see forward.py),
-and each has a share of tokens whose likeliest next token is not the full
-depth's. Learn then Test (Angelopoulos et al., arxiv.org/abs/2110.01052; for
-exits CALM, arxiv.org/abs/2207.07061): a part of the sequences tells which thresholds are
-worth trying (see thresholds.py). They are tried on the others from the most
-careful ones on, each by a p-value for "the mean share is above delta", and the
-last before the first that fails are taken. With at least the stated confidence
-over the draw of the sequences, their true mean share is then at most delta.
+Held-out sequences are run with exits (see forward.py), and each has a share of
+tokens whose likeliest next token is not the full depth's. Learn then Test
+(Angelopoulos et al., arxiv.org/abs/2110.01052; for exits CALM,
+arxiv.org/abs/2207.07061): a part of the sequences selects thresholds to test
+(see thresholds.py). They are tested on the others, the most careful first, each
+by a p-value for "the mean share is above delta", and the last before the first
+failure is taken. With at least the stated confidence over the draw of the
+sequences, their true mean share is then at most delta.
 
-What is promised: on text like that given, read token by token, the next token
-chosen is the full depth's at least so often. Of texts that the model goes on
-to write by itself nothing is promised, nor where sequences are not drawn
-independently, as pieces of one book are not. Every token of a sequence may
-leave here, where a prompt would be read at full depth.
+The guarantee: on text like that given, read token by token, the next token
+chosen is the full depth's at least so often. There is none for text that the
+model generates, nor where sequences are not drawn independently, as pieces of
+one book are not. Every token of a sequence may exit here, while generation
+reads a prompt at full depth.
 
 Knows a model and batches; not where they come from.
 """
@@ -35,8 +35,8 @@ from recursive_tx.exits import forward, thresholds
 # Those whose threshold is a matter of degree.
 RULES = tuple(rule for rule in exits.RULES
               if rule not in (*exits.SCORELESS, 'static'))
-# Of so many sequences one is to choose by and tests nothing: a test of what was
-# chosen by it would say too much.
+# One of so many sequences selects thresholds and tests none: on it they would
+# look better than they are.
 _CHOOSE = 4
 # The greatest share of his wealth that the gambler of `p_value` may lose.
 _STAKE = 0.9
@@ -58,14 +58,14 @@ class Result:
   """A calibration.
 
   Attributes:
-    rule, delta, confidence: as asked for.
+    rule, delta, confidence: as given.
     units: sequences that tested.
     tokens: of all sequences.
     points: the curve, the most careful thresholds first.
     chosen: of `points`; None where not even the first one passed.
     oracle_depth: mean of the earliest loops that agree with the final one.
-    agreement_E: share of tokens on which each exit agrees, had all gone on.
-    area_E: under the ROC curve of the score as a sign of that; 0.5 is
+    agreement_E: share of tokens on which each loop agrees, without exits.
+    area_E: under the ROC curve of the score as a predictor of that; 0.5 is
       chance, NaN where all tokens are alike.
   """
   rule: str
@@ -84,7 +84,8 @@ def calibrate(
     cfg: config_lib.ModelConfig, variables: Any, heldout: Any, *, rule: str,
     delta: float = 0.01, confidence: float = 0.95,
     run: config_lib.Run = config_lib.Run(),
-    progress: Callable[[Sequence], Iterable] = iter,
+    progress: Callable[[Sequence, str], Iterable] = (
+        lambda items, phase: items),
 ) -> Result:
   """Chooses a rule's thresholds on held-out text.
 
@@ -97,7 +98,9 @@ def calibrate(
     confidence: probability, over the draw of the sequences, that they do not
       differ more often.
     run: how to execute the model.
-    progress: gives the thresholds on, one by one, as `tqdm` does.
+    progress: is given the items of each phase and its name, and iterates over
+      them, as `tqdm` does: batches at 'full depth', prices in the 'search' for
+      thresholds, and the 'thresholds' that are tested.
 
   Raises:
     UserError: a rule, model or number that cannot be, or too few sequences
@@ -110,9 +113,12 @@ def calibrate(
   units = sum(int(mask_BT.any(axis=1).sum()) for mask_BT in tests)
   _check_units(units, delta, confidence)
   known = [jax.tree.map(np.asarray, full(
-      variables, batch, np.full(cfg.loops - 1, np.inf))) for batch in batches]
+      variables, batch, np.full(cfg.loops - 1, np.inf)))
+           for batch in progress(batches, 'full depth')]
   points, level = [], 1 - confidence
-  for tried in progress(thresholds.path(*_scores(known, chooses))):
+  path = thresholds.path(*_scores(known, chooses), progress=lambda prices: (
+      progress(prices, 'search')))
+  for tried in progress(path, 'thresholds'):
     wrongs_U, depths_U = [], []
     for batch, first, mask_BT in zip(batches, known, tests, strict=True):
       best_BT, depth_BT = _passed(
@@ -138,11 +144,11 @@ def calibrate(
 
 def _split(batches) -> tuple[list[np.ndarray], list[np.ndarray]]:
   """Tokens of every batch to choose by, and those to test, bool [B, T]."""
-  chooses, tests, seen = [], [], 0
+  chooses, tests, last = [], [], 0
   for batch in batches:
     counted_BT = batch['weight_BT'] > 0
-    number_B = seen + counted_BT.any(axis=1).cumsum()
-    seen = number_B[-1]
+    number_B = last + counted_BT.any(axis=1).cumsum()
+    last = number_B[-1]
     chooses_B1 = (number_B % _CHOOSE == 1)[:, None]
     chooses.append(counted_BT & chooses_B1)
     tests.append(counted_BT & ~chooses_B1)
@@ -160,13 +166,13 @@ def _scores(known, masks) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _passed(cfg, run, rule, variables, batch, first, tried):
-  """What comes of a batch at some thresholds: best_BT and depth_BT."""
+  """A batch with exits at some thresholds: best_BT and depth_BT."""
   if cfg.loop_keys or cfg.coda:
     passed = forward.forward(cfg, run, rule)(variables, batch, np.array(tried))
     return np.asarray(passed.best_BT), np.asarray(passed.depth_BT)
-  # Nobody reads what those that left would have made: one pass tells all.
+  # No token reads keys that an exit has skipped: one pass is enough.
   best_LBT = np.concatenate([first.best_EBT, first.best_BT[None]])
-  loop_BT = thresholds.leave(first.score_EBT, tried)
+  loop_BT = thresholds.exit_loop(first.score_EBT, tried)
   return np.take_along_axis(best_LBT, loop_BT[None], 0)[0], loop_BT + 1
 
 
@@ -175,10 +181,10 @@ def p_value(share_U: np.ndarray, delta: float, level: float) -> float:
 
   A gambler stakes on every share's being below delta, as much as the shares
   before it advise. Where the hypothesis is true he expects no gain, whatever
-  he does, and his greatest wealth is seldom high (Ville's inequality): its
+  he does, and his greatest wealth is rarely high (Ville's inequality): its
   inverse is a p-value (Waudby-Smith and Ramdas, arxiv.org/abs/2010.09686,
-  section 4). Shares that differ little from each other tell much, which bounds
-  by the mean alone (Hoeffding's, Bentkus') do not see.
+  section 4). It is smaller where shares differ little from each other, which
+  bounds by the mean alone (Hoeffding's, Bentkus') do not use.
 
   Args:
     share_U: in [0, 1], independent and alike.
@@ -186,14 +192,14 @@ def p_value(share_U: np.ndarray, delta: float, level: float) -> float:
     level: at which it is to be small; what is staked depends on it.
   """
   wealth = most = 1.0
-  total, spread = 0.5, 0.25  # As if one half had been seen before.
-  for seen, share in enumerate(share_U.tolist(), 1):
-    stake = math.sqrt(2 * math.log(1 / level) * seen / (len(share_U) * spread))
-    # He never stakes all: a share of 1 leaves him something.
+  total, spread = 0.5, 0.25  # As if there were one share of a half before.
+  for count, share in enumerate(share_U.tolist(), 1):
+    stake = math.sqrt(2 * math.log(1 / level) * count / (len(share_U) * spread))
+    # He never stakes everything: a share of 1 leaves some wealth.
     wealth *= 1 + min(stake, _STAKE / (1 - delta)) * (delta - share)
     most = max(most, wealth)
     total += share
-    spread += (share - total / (seen + 1)) ** 2
+    spread += (share - total / (count + 1)) ** 2
   return 1 / most
 
 
@@ -258,13 +264,18 @@ def _check_units(units: int, delta: float, confidence: float) -> None:
         ' larger --delta')
 
 
-def _check(cfg, rule, delta, confidence) -> None:
+def check(rule: str, delta: float, confidence: float) -> None:
+  """Raises UserError for a rule or a number that no model could have."""
   one_of('rule', rule, RULES)
   for name, value in (('delta', delta), ('confidence', confidence)):
     if not 0 < value < 1:
       raise UserError(f'{name} is {value}; expected above 0 and below 1')
+
+
+def _check(cfg, rule, delta, confidence) -> None:
+  check(rule, delta, confidence)
   if cfg.loops == 1:
     raise UserError(
-        'the model has one loop (model.loops=1), which no token can leave'
-        ' early; calibrate one with several')
+        'the model has one loop (model.loops=1) and no exit before it;'
+        ' calibrate one with several')
   exits.Exit(rule, (1.0,) * (cfg.loops - 1)).check(cfg)

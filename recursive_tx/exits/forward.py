@@ -1,11 +1,10 @@
-"""A forward pass over whole sequences in which tokens leave early.
+"""A forward pass over whole sequences in which tokens exit early.
 
-It is what generating them one by one would give, where the keys and values of
-the loops that a token skips are made of the state that it left with (the
-engine's `propagate`): a token that has left stays as it is, and later loops
-read it as they read the others.
+It equals generating them one by one, where keys and values of the loops that a
+token skips are computed from its state at the exit (the engine's `propagate`):
+a token that has exited stays as it is, and later loops read it like the others.
 
-Knows the decoder and the rules; nothing of thresholds that are any good.
+Knows the decoder and the rules; does not choose thresholds.
 """
 
 from collections.abc import Mapping
@@ -23,14 +22,14 @@ from recursive_tx.model import adapters
 
 
 class Passed(NamedTuple):
-  """What came of a batch.
+  """A batch after the pass.
 
   Attributes:
-    best_BT: likeliest next token where each token left.
-    depth_BT: after which loop that was, from 1.
+    best_BT: likeliest next token at each token's exit, int32.
+    depth_BT: after which loop that was, from 1, int32.
     best_EBT: likeliest next token after every loop but the final one; None
-      where it was not asked for.
-    score_EBT: the rule's score there.
+      without `every`.
+    score_EBT: the rule's score there, fp32.
   """
   best_BT: jax.Array
   depth_BT: jax.Array
@@ -46,9 +45,9 @@ def forward(cfg: ModelConfig, run: Run, rule: str, *, every: bool = False):
     cfg: the model.
     run: how it is executed.
     rule: one of exits.RULES that has a score. Where it reads logits and the
-      model has a coda, what a token sees there of others that leave later
-      would be wrong, and such a pair is refused.
-    every: also ask for `best_EBT`.
+      model has a coda, this pass would give the coda wrong keys of tokens
+      that exit later, and such a pair is refused.
+    every: also returns `best_EBT`.
 
   Raises:
     UserError: a rule of logits for a model with a coda.
@@ -56,7 +55,7 @@ def forward(cfg: ModelConfig, run: Run, rule: str, *, every: bool = False):
   if cfg.coda and exits.Exit(rule).needs == 'logits':
     raise UserError(
         f'rule {rule!r} reads logits, and this model has a coda'
-        f' (model.coda={cfg.coda}), which can only be judged token by token;'
+        f' (model.coda={cfg.coda}), which can only be run token by token;'
         " take rule 'gate'")
   decoder = model.Decoder(cfg, run)
   best_of = functools.partial(_best, decoder, run)
@@ -75,10 +74,10 @@ def forward(cfg: ModelConfig, run: Run, rule: str, *, every: bool = False):
     for loop in range(cfg.loops):
       x_BTD, keys_N = _loop(
           cfg, run, variables, x_BTD, keys_N,
-          {**context, 'first': loop == 0, 'left_BT': depth_BT <= loop}, loop)
+          {**context, 'first': loop == 0, 'exited_BT': depth_BT <= loop}, loop)
       if loop == cfg.loops - 1:
         break
-      # As an exit here: what the gate and the head read without a coda.
+      # An exit here: the gate and the head read this, without a coda.
       h_BTD = model.normalize(cfg, x_BTD, variables['params']['norm'])
       if rule == 'gate':
         gate_BT = bound.gate(h_BTD, loop)
@@ -89,9 +88,9 @@ def forward(cfg: ModelConfig, run: Run, rule: str, *, every: bool = False):
         best_BT, score_BT = best_of(variables, h_BTD, loop, rule, best_BT)
       bests.append(best_BT)
       scores.append(score_BT)
-      leaves_BT = (depth_BT == cfg.loops) & (
+      exits_BT = (depth_BT == cfg.loops) & (
           score_BT >= thresholds_E[loop])
-      depth_BT = jnp.where(leaves_BT, loop + 1, depth_BT)
+      depth_BT = jnp.where(exits_BT, loop + 1, depth_BT)
     best_BT, _ = best_of(
         variables, bound._leave(x_BTD, context), depth_BT - 1)
     return Passed(best_BT, depth_BT, jnp.stack(bests) if every else None,
@@ -101,7 +100,7 @@ def forward(cfg: ModelConfig, run: Run, rule: str, *, every: bool = False):
 
 
 def _loop(cfg, run, variables, x_BTD, keys_N, context, loop):
-  """One pass of the block; tokens that have left stay as they are."""
+  """One pass of the block; tokens that have exited stay as they are."""
   params = variables['params']
   values_N = {name: jax.tree.map(lambda v: v[loop], params['adapters'][name])
               for name in adapters.adapter_table(cfg)}
@@ -120,7 +119,7 @@ def _loop(cfg, run, variables, x_BTD, keys_N, context, loop):
 def _best(decoder, run, variables, h_BTD, loop, rule=None, before_BT=None):
   """Likeliest tokens, and the rule's score, a chunk of positions at a time.
 
-  `loop` is an int, or int32 [B, T] where tokens left at different ones.
+  `loop` is an int, or int32 [B, T] where tokens exited at different ones.
   """
   B, T, _ = h_BTD.shape
   chunk = run.chunk(T, 4 * B * decoder.cfg.V)

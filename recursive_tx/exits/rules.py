@@ -1,7 +1,7 @@
-"""When a token leaves the loops: the rules, and the thresholds they came to.
+"""When a token exits the loops: the rules and their thresholds.
 
 After every loop but the last a rule gives a token a score, and where it
-reaches that loop's threshold the token leaves. `calibrate.py` chooses the
+reaches that loop's threshold the token exits. `calibrate.py` chooses the
 thresholds. Confidence by the largest probability and by the two largest is
 CALM's (Schuster et al., arxiv.org/abs/2207.07061).
 
@@ -9,6 +9,7 @@ Knows logits; nothing of models, caches or schedules.
 """
 
 import dataclasses
+import math
 import os
 import pathlib
 from typing import Any
@@ -29,35 +30,45 @@ _NEEDS = {
 RULES = tuple(_NEEDS)
 # Those that have no score: depths are known before, or there is no exit.
 SCORELESS = ('last', 'oracle')
+# A threshold that no score reaches.
+NEVER = 2.0
 
 _FILE = 'exit.json'
 
 
 @dataclasses.dataclass(frozen=True)
 class Exit:
-  """When a token leaves the loops.
+  """When a token exits the loops.
 
   Attributes:
     rule: 'last': after the last loop; 'static': after the same loop always;
       by the loop's own logits 'top', 'margin', 'entropy' or 'agreement', see
       `score`; 'gate': by the learned gate; 'oracle': at depths that are given
       for each token, for analysis.
-    thresholds: one for every loop but the last; a token leaves where its
-      score is at least that. () where the rule has no score.
+    thresholds: one for every loop but the last, in [0, 2]; a token exits
+      where its score, in [0, 1], is at least that. () where the rule has no
+      score.
+
+  Raises:
+    UserError: an unknown rule, or a threshold out of range.
   """
   rule: str = 'last'
   thresholds: tuple[float, ...] = ()
 
   def __post_init__(self):
     one_of('exit rule', self.rule, RULES)
-    object.__setattr__(self, 'thresholds', tuple(
-        float(value) for value in self.thresholds))
-    if any(value != value for value in self.thresholds):
+    try:
+      thresholds = tuple(float(value) for value in self.thresholds)
+    except (OverflowError, TypeError, ValueError):
+      thresholds = (math.nan,)
+    if not all(0 <= value <= NEVER for value in thresholds):
       raise UserError(
-          f'exit thresholds {self.thresholds} hold NaN; give numbers')
+          f'exit thresholds {self.thresholds!r}: expected numbers from 0, where'
+          f' every token exits, to 1, or {NEVER:g}, where none does')
+    object.__setattr__(self, 'thresholds', thresholds)
 
   def check(self, cfg: config_lib.ModelConfig) -> None:
-    """Raises UserError where a model cannot be left by this rule."""
+    """Raises UserError where a model has no such exits."""
     wanted = 0 if self.rule in SCORELESS else cfg.loops - 1
     if len(self.thresholds) != wanted:
       raise UserError(
@@ -75,7 +86,7 @@ class Exit:
 
 
 def static(loop: int, loops: int) -> Exit:
-  """Every token leaves after the same loop.
+  """Every token exits after the same loop.
 
   Args:
     loop: from 1, as users count.

@@ -10,7 +10,7 @@ from recursive_tx.errors import UserError
 def read_json(path: pathlib.Path) -> dict:
   """A JSON object. Raises UserError naming the file."""
   try:
-    value = json.loads(path.read_text())
+    value = json.loads(path.read_text('utf-8-sig'))
   except (UnicodeDecodeError, json.JSONDecodeError) as error:
     raise UserError(f'{path} is not JSON: {error}') from None
   if not isinstance(value, dict):
@@ -20,4 +20,4 @@ def read_json(path: pathlib.Path) -> dict:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Indented JSON."""
-  path.write_text(json.dumps(value, indent=2) + '\n')
+  path.write_text(json.dumps(value, indent=2) + '\n', 'utf-8')

@@ -9,6 +9,7 @@ import os
 import pathlib
 from typing import Any
 
+from absl import logging
 import ml_dtypes
 import numpy as np
 
@@ -59,7 +60,11 @@ class Reader:
     size = path.stat().st_size
     broken = f'{path.name} is truncated or not a safetensors file; copy it anew'
     with open(path, 'rb') as f:
-      length = int.from_bytes(f.read(8), 'little')
+      first = f.read(8)
+      if first == b'version ':
+        raise UserError(
+            f'{path} is a pointer of Git LFS; fetch the file with git lfs pull')
+      length = int.from_bytes(first, 'little')
       if not 2 <= length <= min(_MAX_HEADER, size - 8):
         raise UserError(broken)
       try:
@@ -150,17 +155,24 @@ def finite(array: np.ndarray) -> bool:
 
 
 def _files(directory: pathlib.Path) -> list[pathlib.Path]:
+  """The files to read: the whole one before shards, as transformers does."""
+  whole = directory / 'model.safetensors'
+  if whole.exists():
+    if (directory / _INDEX).exists():
+      logging.warning('%s holds %s and %s; the first is read, as transformers'
+                      ' does.', directory, whole.name, _INDEX)
+    return [whole]
   if (directory / _INDEX).exists():
     names = read_json(directory / _INDEX).get('weight_map')
-    if not isinstance(names, dict):
-      raise UserError(f"{directory}/{_INDEX} has no object 'weight_map'")
+    if not isinstance(names, dict) or not all(
+        isinstance(name, str) for name in names.values()):
+      raise UserError(
+          f"{directory}/{_INDEX} has no object 'weight_map' of files' names")
     files = [directory / name for name in sorted(set(names.values()))]
     missing = [f.name for f in files if not f.exists()]
     if missing:
       raise UserError(f'{directory} lacks {missing}, which {_INDEX} names')
     return files
-  if (directory / 'model.safetensors').exists():
-    return [directory / 'model.safetensors']
   pickles = sorted(p.name for p in directory.glob('*.bin'))
   if pickles:
     raise UserError(

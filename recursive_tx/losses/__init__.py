@@ -1,4 +1,4 @@
-"""What the output of every loop is asked to predict."""
+"""Losses on the output of every loop."""
 
 from recursive_tx.losses.terms import DIVERGENCES as DIVERGENCES
 from recursive_tx.losses.terms import SAVED as SAVED

@@ -1,4 +1,4 @@
-"""Losses: what the output of every loop is asked to predict.
+"""Losses on the output of every loop.
 
 A term compares a loop's logits with something: `next_token` with the token
 that follows, `distill` with a teacher, `self_distill` with the model's own
@@ -10,11 +10,11 @@ The paper trains early exits (its section 3.7) by weights alone. For 3 loops,
 weighted: (1/6, 2/6, 3/6), aggressive with 0.1: (0.1, 0.1, 1), of `next_token`;
 what an exit learns from the final loop, `self_distill`, comes in addition.
 
-Logits are the largest arrays there are, so they are made for a few positions
-at a time, and their gradient at once: none is kept for the backward pass.
+Logits are the largest arrays, so they are computed for a few positions at a
+time, together with their gradient: none is kept for the backward pass.
 
-Knows hidden states, targets and a head to turn the ones into logits. Does not
-know models, meshes or optimizers: whoever calls runs the model.
+Knows hidden states, targets and a head that maps the first to logits. Does not
+know models, meshes or optimizers: the caller runs the model.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from recursive_tx.errors import UserError, one_of
+from recursive_tx.errors import UserError, check_ranges, one_of
 from recursive_tx.losses import chunks
 
 TERMS = ('next_token', 'distill', 'self_distill', 'gate')
@@ -36,7 +36,7 @@ SAVED = ('teacher_id_BTC', 'teacher_log_p_BTC')
 
 
 class Head(NamedTuple):
-  """What turns hidden states into logits.
+  """The map from hidden states to logits.
 
   Attributes:
     params: the arrays it reads, which alone get a gradient.
@@ -56,7 +56,8 @@ class LossConfig:
 
   A term's weights are aligned to the right: the last one is for the final
   loop, and the loops a shorter tuple does not reach weigh 0. A loop of weight
-  0 is left out of the computation, not multiplied by 0.
+  0 is left out of the computation, not multiplied by 0. Every weight is in
+  [0, inf).
 
   Attributes:
     next_token: weights of the cross-entropy with the next token.
@@ -69,13 +70,13 @@ class LossConfig:
       'reverse_kl' KL(q || p), 'jsd' the mean of both to their mixture, 'tvd'
       half the sum of |p - q|. Where only the teacher's best ids are known, p
       and q are those of `top_divergence`.
-    gate: weights of the cross-entropy of the exit gate with what it is to
-      foresee: 1 where the loop's best token is the final loop's, else 0. Its
-      gradient reaches the gate only; the final loop's weight is 0.
-    early: share of the sequences whose tokens leave after loops drawn at
-      random, so that those that go on learn to read the keys and values of
-      tokens that left. A token that left has no final output to compare with:
-      `self_distill` and `gate` pass it over.
+    gate: weights of the cross-entropy of the exit gate with its label: 1
+      where the loop's best token is the final loop's, else 0. Its gradient
+      reaches the gate only; the final loop's weight is 0.
+    early: share of the sequences, in [0, 1], whose tokens exit after loops
+      drawn at random, so that those that continue learn to read the keys and
+      values of tokens that exited. A token that exited has no final output to
+      compare with: `self_distill` and `gate` skip it.
   """
 
   next_token: tuple[float, ...] = (1.0,)
@@ -85,13 +86,11 @@ class LossConfig:
   gate: tuple[float, ...] = ()
   early: float = 0.0
 
+  RANGES = dict(dict.fromkeys(TERMS, '[0, inf)'), early='[0, 1]')
+
   def __post_init__(self):
     one_of('losses.divergence', self.divergence, DIVERGENCES)
-    for term in TERMS:
-      if any(weight < 0 for weight in getattr(self, term)):
-        raise UserError(
-            f'losses.{term} is {getattr(self, term)}; weights are 0 or more.'
-        )
+    check_ranges('losses', self)
     if any(self.self_distill[-1:]):
       raise UserError(
           f'losses.self_distill is {self.self_distill}; its last weight is the'
@@ -101,10 +100,6 @@ class LossConfig:
       raise UserError(
           f'losses.gate is {self.gate}; its last weight is the final loop\'s,'
           ' which has no gate: make it 0.'
-      )
-    if not 0 <= self.early <= 1:
-      raise UserError(
-          f'losses.early is {self.early}; it is a share, from 0 to 1.'
       )
 
   def weights(self, loops: int) -> dict[str, tuple[float, ...]]:
@@ -133,12 +128,12 @@ class LossConfig:
 
 
 def uses_teacher(config: LossConfig) -> bool:
-  """Whether a term with a weight above 0 asks for a teacher."""
+  """Whether a term with a weight above 0 needs a teacher."""
   return any(config.distill)
 
 
 def uses_gate(config: LossConfig) -> bool:
-  """Whether a term with a weight above 0 asks for an exit gate."""
+  """Whether a term with a weight above 0 needs an exit gate."""
   return any(config.gate)
 
 
@@ -161,7 +156,7 @@ def total(
     batch: `target_BT` integers and `weight_BT` floats, 0 where there is
       nothing to predict; where the teacher's top-k logits were saved, also
       `teacher_id_BTC` and `teacher_log_p_BTC`, see `top_divergence`; where
-      tokens left, `depth_BT`, the loops that each went through.
+      tokens exit early, `depth_BT`, the loops that each went through.
     head: the student's.
     norm: what sums over tokens are divided by: the sum of `weight_BT` over the
       global batch, of which this batch may be a part.
@@ -176,6 +171,32 @@ def total(
   Returns:
     The loss, a float32 scalar in nats per token, and the same for every term
     and loop with a weight above 0, unweighted: 'next_token/loop2', ...
+
+  Raises:
+    UserError: weights that do not fit the loops, a teacher or a gate that is
+      missing, or a chunk that does not divide T.
+
+  Example: two loops, a vocabulary of two, three positions of which the last is
+  padding. The hidden states are the logits here. Loop 1 gives both tokens the
+  probability 1/2, loop 2 gives them 3/4 and 1/4.
+
+    >>> h_LBTD = jnp.log(jnp.array([[[[1/2, 1/2]] * 3], [[[3/4, 1/4]] * 3]]))
+    >>> batch = dict(target_BT=jnp.array([[0, 1, 0]]),
+    ...              weight_BT=jnp.array([[1., 1., 0.]]))
+    >>> loss, terms = total(
+    ...     LossConfig(next_token=(0.1, 1.0), self_distill=(0.5, 0.0)), h_LBTD,
+    ...     batch, Head(None, lambda _, h: h), norm=batch['weight_BT'].sum())
+    >>> for name, nats in sorted(terms.items()):
+    ...   print(f'{name:19}{nats:.4f}')
+    next_token/loop1   0.6931
+    next_token/loop2   0.8370
+    self_distill/loop1 0.1308
+    >>> print(f'{loss:.4f}')
+    0.9717
+
+  Loop 1's cross-entropy is ln 2; loop 2's is the mean of -ln 3/4 and -ln 1/4;
+  the divergence of loop 1 from loop 2 is 3/4 ln (3/4 / 1/2) + 1/4 ln (1/4 /
+  1/2). The loss is 0.1 x 0.6931 + 1.0 x 0.8370 + 0.5 x 0.1308.
   """
   weights = config.weights(h_LBTD.shape[0])
   saved = [key for key in SAVED if key in batch]
@@ -269,7 +290,7 @@ def top_divergence(
   logits_BTC, rest_BT = _split(logits_BTV.astype(jnp.float32), id_BTC)
   if id_BTC.shape[-1] == logits_BTV.shape[-1]:
     return _between(kind, log_p_BTC, jax.nn.log_softmax(logits_BTC))
-  # No less than what fp32 can tell from 0 here, as 'reverse_kl' takes its log.
+  # At least the fp32 epsilon, since 'reverse_kl' takes its logarithm.
   rest_p_BT = jnp.maximum(
       1 - jnp.sum(jnp.exp(log_p_BTC), axis=-1), jnp.finfo(jnp.float32).eps)
   log_p = jnp.concatenate([log_p_BTC, jnp.log(rest_p_BT)[..., None]], -1)
@@ -298,7 +319,7 @@ def _split(logits_BTV, id_BTC):
   """Logits of the ids, and the log of the summed exp of all others.
 
   Of the others themselves, rather than of what the ids leave: a student that
-  is too sure of them has a rest that fp32 cannot tell from 0 by subtraction.
+  is too sure of them has a rest that is 0 in fp32 after a subtraction.
   Its own rule makes one array of V gradients, not one for each result.
   """
   others_BTV = jnp.put_along_axis(

@@ -74,7 +74,7 @@ def find(which: Any) -> Chip | None:
   """
   kind = getattr(which, 'device_kind', which)
   chip = CHIPS.get(kind) or _NAMES.get(kind.lower())
-  # TPU devices say how many cores they are; others have no such attribute.
+  # TPU devices have their number of cores; others have no such attribute.
   cores = getattr(which, 'num_cores', None)
   if chip is None or cores is None or cores == chip.cores:
     return chip

@@ -1,4 +1,4 @@
-"""Model FLOPs: the arithmetic that a step asks for, however it is executed.
+"""Model FLOPs: the arithmetic of a step, however it is executed.
 
 Matrix products only, 2 FLOPs a multiply-add; norms, softmax and the optimizer
 are a few per cent of a small model and less of a large one. Recomputation,

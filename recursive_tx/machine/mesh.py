@@ -1,8 +1,8 @@
 """The mesh, and where the letters of the alphabet go on it.
 
 Parameters and activations carry the letters of their dimensions as logical
-axis names. One table says which axes of the mesh a letter is cut along, so a
-tensor's sharding follows from its name. XLA derives the collectives.
+axis names. One table has the axes of the mesh that each letter is cut along,
+so a tensor's sharding follows from its name. XLA derives the collectives.
 
 Knows letters and sizes. Does not know layers, losses or files.
 """
@@ -20,7 +20,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from recursive_tx.errors import UserError
+from recursive_tx.errors import UserError, check_ranges
 
 AXES = ('data', 'fsdp', 'tensor')
 
@@ -49,6 +49,8 @@ Rules = tuple[tuple[str, tuple[str, ...] | None], ...]
 class MeshConfig:
   """Devices along each axis of the mesh; one of them may be -1, the rest.
 
+  Each is in [-1, inf), and not 0.
+
   Attributes:
     data: copies of the model, each on its part of the batch.
     fsdp: parts of the batch over which parameters are cut as well.
@@ -58,6 +60,11 @@ class MeshConfig:
   data: int = 1
   fsdp: int = -1
   tensor: int = 1
+
+  RANGES = dict.fromkeys(AXES, '[-1, inf)')
+
+  def __post_init__(self):
+    check_ranges('mesh', self)
 
 
 def make_mesh(
@@ -100,9 +107,9 @@ def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
   if sizes.count(-1) == 1 and known > 0 and devices % known == 0:
     sizes[sizes.index(-1)] = devices // known
   if min(sizes) < 1 or math.prod(sizes) != devices:
-    asked = ', '.join(f'{a}={getattr(config, a)}' for a in AXES)
+    given = ', '.join(f'{a}={getattr(config, a)}' for a in AXES)
     raise UserError(
-        f'mesh {asked} does not multiply to the {devices} device(s) here; set'
+        f'mesh {given} does not multiply to the {devices} device(s) here; set'
         ' one axis to -1 to let it take the rest.'
     )
   return tuple(sizes)

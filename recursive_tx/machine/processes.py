@@ -1,7 +1,7 @@
-"""Several processes as one program: how they meet, agree, and are told to go.
+"""Several processes as one program: how they meet, agree and are preempted.
 
-JAX's own runtime does the work. Here is only what a program that may be alone
-has to ask of it. Knows processes. Does not know what they compute.
+JAX's own runtime does the work. These are the calls that a program which may
+be a single process needs. Knows processes. Does not know what they compute.
 """
 
 import os
@@ -25,9 +25,9 @@ def initialize(
 ) -> None:
   """Joins this process to the others; before anything else that uses JAX.
 
-  Without arguments a TPU pod's metadata, Slurm or Open MPI (of which JAX wants
-  a task for each device) say who the others are; where none of them does, the
-  process is alone.
+  Without arguments, the others are found in a TPU pod's metadata, or through
+  Slurm or Open MPI (of which JAX wants a task for each device). Without any of
+  these the process is alone.
 
   Args:
     coordinator: HOST:PORT of process 0, which listens there.
@@ -39,13 +39,15 @@ def initialize(
   """
   given = [bool(coordinator), processes > 0, process >= 0]
   if any(given):
-    if not all(given) or process >= processes or ':' not in coordinator:
+    host, _, port = coordinator.rpartition(':')
+    if not all(given) or process >= processes or not host or not (
+        port.isdecimal() and 0 < int(port) < 1 << 16):
       raise UserError(
           f'coordinator {coordinator!r}, processes {processes}, process'
           f' {process}; expected HOST:PORT, a number of processes, and which'
           ' of them this is, from 0. Give all three or none.'
       )
-    # Else JAX would ask the launcher for devices, one for every process.
+    # Else JAX would take the launcher's devices, one for every process.
     jax.distributed.initialize(
         coordinator, processes, process, cluster_detection_method='deactivate'
     )
@@ -60,7 +62,7 @@ def initialize(
 
 
 def agree(value: int) -> int:
-  """Process 0's value, in every process; all must ask."""
+  """Process 0's value, in every process; all must call it."""
   if jax.process_count() == 1:
     return value
   return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
@@ -80,13 +82,14 @@ def is_main() -> bool:
 class Preemption:
   """Whether the machine is about to be taken away, which SIGTERM announces.
 
-  Use as a context manager, and ask at every step. Of several processes any
-  may be told; the answer is yes in all of them, at one step. Later signals
-  change nothing, so that none cuts short what the first one began.
+  Use as a context manager, and call `reached` at every step. Any one of
+  several processes may get the signal; `reached` is then true in all of them,
+  at one step. Later signals change nothing, so that none cuts short what the
+  first one began.
   """
 
   def __init__(self):
-    self._told = False
+    self._signalled = False
     self._former = None
 
   def __enter__(self) -> 'Preemption':
@@ -105,11 +108,11 @@ class Preemption:
     """Whether to stop after this step; `step` grows from call to call."""
     if jax.distributed.is_initialized():
       return multihost_utils.reached_preemption_sync_point(step)
-    return self._told
+    return self._signalled
 
   def _on_sigterm(self, number: int, frame: types.FrameType | None) -> None:
     del number, frame
-    self._told = True
+    self._signalled = True
 
 
 def _on_tpu() -> bool:

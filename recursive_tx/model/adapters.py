@@ -5,10 +5,10 @@ layers by `nn.vmap`; the model's scans slice them and hand each layer its own.
 Relaxed Recursive Transformers, section 2.3, equation 3.
 
 The head may have factors too, for the exits alone: a pair for every loop but
-the final one, whose logits they leave as they are (section 3.7, where they are
-trained on a frozen model, at rank 128). So may the exits have a gate: a small
-MLP for every loop but the final one, which tells from a loop's output whether
-a token may leave. It changes no logits.
+the final one, whose logits they do not change (section 3.7, where they are
+trained on a frozen model, at rank 128). The exits may also have a gate: a small
+MLP for every loop but the final one, which predicts from a loop's output
+whether a token may exit. It changes no logits.
 """
 
 import math
@@ -58,7 +58,7 @@ def head_leaves(cfg: config_lib.ModelConfig) -> dict[str, tuple]:
 def gate_leaves(cfg: config_lib.ModelConfig) -> dict[str, tuple]:
   """Leaves of one loop's gate: `a` [D, E] and `b` [E], and their biases.
 
-  A fresh gate is undecided: its logit is 0.
+  The logit of a fresh gate is 0.
   """
   zeros = initializers.zeros
   return {'a': ('DE', None, initializers.normal(cfg.D**-0.5)),
@@ -67,7 +67,7 @@ def gate_leaves(cfg: config_lib.ModelConfig) -> dict[str, tuple]:
 
 
 def exit_tables(cfg: config_lib.ModelConfig) -> Table:
-  """What every loop but the final one has for its exit."""
+  """The leaves of the exit of every loop but the final one."""
   table = {'head': head_leaves(cfg)} if head_rank(cfg) else {}
   return {**table, 'exit': gate_leaves(cfg)} if cfg.exit_gate else table
 
@@ -154,8 +154,8 @@ class Adapters(nn.Module):
   ) -> dict[str, dict]:
     """The block's values [loops, layers, ...] by name.
 
-    Or the leaves [loops - 1, ...] of `head` or `gate` instead. Only what is
-    asked for need be there, so that these can be applied without the block.
+    Or the leaves [loops - 1, ...] of `head` or `gate` instead. Only the leaves
+    that are returned need exist, so that these can be applied alone.
     """
     cfg = self.cfg
     if head or gate:

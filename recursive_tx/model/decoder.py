@@ -71,8 +71,9 @@ class Decoder(nn.Module):
     """What the head multiplies, for every loop: h_LBTD, compute dtype.
 
     Each loop's output goes through the coda and the final norm, as an exit
-    after that loop would. A token that leaves after depth_BT loops stays as it
-    then is; later loops make their keys and values of that. None leaves none.
+    after that loop would. A token that exits after depth_BT loops keeps that
+    hidden state; later loops compute its keys and values from it. With None no
+    token exits.
     """
     return self._every_loop(token_BT, segment_BT, position_BT, depth_BT)[1]
 
@@ -88,11 +89,11 @@ class Decoder(nn.Module):
     return h_LBTD, gate_LBT
 
   def gate(self, h, loop):
-    """Whether tokens may leave: fp32 logits [...] of the exit gates.
+    """Whether tokens may exit: fp32 logits [...] of the exit gates.
 
     Args:
       h: outputs [..., D] of a loop before the coda, through the final norm.
-        No gradient reaches them: a gate does not change what it watches.
+        No gradient reaches them: a gate does not change its input.
       loop: which loop's, from 0: an int, or int32 [...] where they differ;
         the final one has no gate, and its result no meaning.
     """
@@ -120,7 +121,7 @@ class Decoder(nn.Module):
     if h.ndim == 3:
       h = nn.with_logical_constraint(h, ('B_head', 'T', 'D'))
     h_TD = h.reshape(-1, h.shape[-1])
-    # Made by serving, for CPUs.
+    # The engine adds it, for CPUs.
     transposed_DV = self.variables['params'].get('transposed')
     if transposed_DV is None:
       table = self.embed() if self.head is None else self.head()
@@ -153,7 +154,7 @@ class Decoder(nn.Module):
 
     Args:
       token_BT: new tokens; rows may be padded on the right, since a later
-        call overwrites what padding leaves at its positions.
+        call overwrites what padding writes at its positions.
       position_BT: their positions, below the cache's length.
       row_B: the cache's row of each row here.
       cache: of `cache.init` or an earlier call.
@@ -186,10 +187,10 @@ class Decoder(nn.Module):
       loop: which loop it is, from 0: an int, or int32 [B, 1], one for each
         row; for 'fill' without adapters also [B, L], several.
       cache, place: see kv_cache.py; place.virtual_BT is not read.
-      method: of Layer; 'fill' leaves keys and values only.
+      method: of Layer; 'fill' writes keys and values only.
     """
     cfg, params = self.cfg, self.variables['params']
-    mixed_N = params.get('mixed')  # Serving has made them.
+    mixed_N = params.get('mixed')  # The engine adds them.
     if mixed_N is None:
       mixed_N = mixed_loops.mixed(cfg, params.get('adapters', {}))
     values_N = mixed_loops.at(cfg, mixed_N, loop)

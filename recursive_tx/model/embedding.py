@@ -23,7 +23,8 @@ def lookup(table_VD: jax.Array, token_BT: jax.Array, dtype) -> jax.Array:
   axes = spec[0] if spec and not mesh.empty else None
   batch = nn.logical_to_mesh_axes(('B',))
   if axes is None or 'fsdp' not in axes or token_BT.ndim != 2:
-    return table_VD[token_BT].astype(dtype)
+    # NumPy, which `load_hf` gives, takes no index that is traced.
+    return jnp.asarray(table_VD)[token_BT].astype(dtype)
   rows = PartitionSpec(batch[0] if batch else None)
   return jax.shard_map(
       functools.partial(_lookup, axes=axes, dtype=dtype),

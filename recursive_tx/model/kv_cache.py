@@ -1,8 +1,8 @@
 """Keys and values of every virtual layer, for several requests.
 
-A request has a row; what a layer wrote at a position is found under the number
-of the virtual layer, the row and the position: a token at another loop has
-other keys. Knows arrays; nothing of layers or schedules.
+A request has a row. Keys and values are indexed by virtual layer, row and
+position, since a token has other keys at another loop. Knows arrays; nothing
+of layers or schedules.
 """
 
 from typing import NamedTuple
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from recursive_tx import config as config_lib
 from recursive_tx.model import attention
 
-# Attention looks at this many positions, or at twice, four times, ... as many:
-# the fewest that hold every token of the batch.
+# Attention reads this many positions, or two, four, ... times as many: the
+# fewest that hold every token of the batch.
 _SHORTEST = 64
 
 
@@ -33,12 +33,11 @@ class Place(NamedTuple):
   """Where the tokens of a batch belong; int32, shapes broadcast to [B, T].
 
   Attributes:
-    row_BT: row of the request; one beyond the cache's is nobody's, whose keys
-      are dropped.
+    row_BT: row of the request; keys of a row beyond the cache's are dropped.
     position_BT: position of each token.
     virtual_BT: number of the virtual layer; rows may be at different loops.
-    writes_BT: whose keys are written, bool; the others' are there. None is
-      all's.
+    writes_BT: bool, tokens whose keys are written; those of the others are
+      there already. None writes all.
   """
   row_BT: jax.Array
   position_BT: jax.Array

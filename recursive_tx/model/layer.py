@@ -47,15 +47,15 @@ def rope_tables(
     # Llama 3: long wavelengths are stretched by `factor`, short ones are
     # kept, those between are interpolated.
     factor, low, high, length = cfg.rope_scaling
-    turns = length * frequency / (2 * math.pi)
-    keep = jnp.clip((turns - low) / (high - low), 0, 1)
+    rotations = length * frequency / (2 * math.pi)
+    keep = jnp.clip((rotations - low) / (high - low), 0, 1)
     frequency *= keep + (1 - keep) / factor
   angle = position_BT[..., None, None].astype(jnp.float32) * frequency
   return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Turns pairs (i, i + pairs) of the first 2 * pairs dimensions of H."""
+  """Rotates pairs (i, i + pairs) of the first 2 * pairs dimensions of H."""
   cos, sin = rope
   pairs = cos.shape[-1]
   x = x_BTNH.astype(jnp.float32)
@@ -109,10 +109,10 @@ class Attention(nn.Module):
     return self._rotated((self.k, self.v), x_BTD, adapter, context)
 
   def _rotated(self, linears, x_BTD, adapter, context):
-    """What some linears make, the last of them the values, which stay."""
-    *turn, v_BTKH = products(
+    """Products of some linears; all but the last, the values, are rotated."""
+    *rotary, v_BTKH = products(
         linears, self.get_variable('params', 'fused'), x_BTD, adapter)
-    return *(rotate(x_BTNH, context['rope']) for x_BTNH in turn), v_BTKH
+    return *(rotate(x_BTNH, context['rope']) for x_BTNH in rotary), v_BTKH
 
 
 class Mlp(nn.Module):
@@ -151,12 +151,12 @@ class Layer(nn.Module):
     mlp = self.mlp(
         normalize(cfg, residual_BTD, adapter['mlp_norm']), adapter)
     y_BTD = residual_BTD + mlp + (attn if cfg.parallel else 0)
-    if 'left_BT' in context:  # Tokens that have left stay as they are.
-      y_BTD = jnp.where(context['left_BT'][..., None], x_BTD, y_BTD)
+    if 'exited_BT' in context:  # Tokens that exited keep their state.
+      y_BTD = jnp.where(context['exited_BT'][..., None], x_BTD, y_BTD)
     return nn.with_logical_constraint(y_BTD, ('B', 'T', 'D')), cache
 
   def fill(self, x_BTD, adapter, context, cache, place):
-    """Only leaves keys and values in the cache; x_BTD stays as it is."""
+    """Writes keys and values into the cache; returns x_BTD as it is."""
     keys = self.attn.keys(
         normalize(self.cfg, x_BTD, adapter['attn_norm']), adapter, context)
     return x_BTD, kv_cache.write(cache, place, *keys)

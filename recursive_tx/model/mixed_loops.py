@@ -1,8 +1,8 @@
 """Adapters for a batch whose rows are at different loops.
 
-A row's norms and biases are looked up. The factors of all loops stand side by
-side, A_1 .. A_L and B_1 .. B_L, and a mask leaves each row those of its loop:
-x A is made for all loops, and what is not the row's is zero before B.
+A row's norms and biases are gathered. The factors of all loops are
+concatenated, A_1 .. A_L and B_1 .. B_L: x A is computed for all loops, and a
+mask sets to zero what is not of the row's loop before it is multiplied by B.
 """
 
 import jax
@@ -14,7 +14,7 @@ from recursive_tx import config as config_lib
 def mixed(
     cfg: config_lib.ModelConfig, values: dict[str, dict]
 ) -> list[dict[str, dict]]:
-  """Values [loops, layers, ...] of all loops, apart by layer.
+  """Values [loops, layers, ...] of all loops, separated by layer.
 
   Returns:
     For every layer {name: {'a': [*in, loops * R], 'b': [loops * R, *out],

@@ -84,7 +84,7 @@ class Stack(nn.Module):
 
     Args:
       x_BTD: what goes in; rows may be at different loops.
-      adapters_N: a dictionary of values for every layer, as `depths.at` gives.
+      adapters_N: a dictionary of values for every layer, of `mixed_loops.at`.
       context: of `Decoder._context`.
       cache, place: see kv_cache.py; `place` is that of the first layer.
       method: of Layer: what to do in each.
@@ -107,7 +107,7 @@ class Stack(nn.Module):
 
 
 def no_keys(cfg, x_BTD, layers: int, loops: int) -> dict | None:
-  """What stands for the first loop's keys before it; None if none are shared.
+  """Zeros in place of the first loop's keys; None if none are shared.
   """
   if cfg.loop_keys or loops == 1:
     return None
@@ -118,21 +118,21 @@ def no_keys(cfg, x_BTD, layers: int, loops: int) -> dict | None:
 
 
 def with_keys(adapter: dict, keys_N: dict | None) -> dict:
-  """One loop's values for its layers, and the keys that it is to share."""
+  """One loop's values for its layers, and the keys that it shares."""
   return adapter if keys_N is None else {**adapter, 'keys': keys_N}
 
 
 def _at_loop(context: dict, loop) -> dict:
-  """What layers share, with the tokens that left before this loop."""
+  """What layers share, with the tokens that exited before this loop."""
   context = {**context, 'first': loop == 0}
   depth_BT = context.pop('depth_BT', None)
   if depth_BT is not None:
-    context['left_BT'] = depth_BT <= loop
+    context['exited_BT'] = depth_BT <= loop
   return context
 
 
 def _list(tree, size: int) -> list:
-  """Trees of the leading slices; serving has them apart from the start."""
+  """Trees of the leading slices; the engine has them apart already."""
   return tree if isinstance(tree, list) else _unstack(tree, size)
 
 

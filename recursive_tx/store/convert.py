@@ -14,8 +14,10 @@ import numpy as np
 
 from recursive_tx import config as config_lib
 from recursive_tx import files, model
+from recursive_tx.errors import UserError
 from recursive_tx.store import native, opening
-from recursive_tx.tying.relax import begun, target, tokens
+from recursive_tx.text.columns import columns
+from recursive_tx.tying.relax import initialised, target, tokens
 
 # Fitting takes about so many times as long as all else.
 _FIT_WORK = 9
@@ -35,7 +37,7 @@ def convert(
     source: Hugging Face model directory.
     output: appears whole or not at all; must not exist, unless `overwrite`.
     loops, rank, init, loop_norms, prelude, coda, lora, calibration, seed: as
-      for `relax`. For the model to say calibration tokens itself, it lies in
+      for `relax`. To sample calibration tokens from the model, it lies in
       memory whole.
     check: compare with the source, see `difference`; needs memory for both.
     overwrite: replace what is there.
@@ -48,18 +50,23 @@ def convert(
   Raises:
     UserError: anything wrong with the source or the arguments.
   """
+  files.check_directory(output, overwrite=overwrite)
   origin = opening.source(source)
+  if os.path.realpath(os.path.expanduser(output)) == os.path.realpath(
+      origin.directory):
+    raise UserError(f'{output} is the source itself; name another output')
   cfg = origin.cfg
   rcfg = target(
       cfg, loops=loops, rank=rank, init=init, lora=lora,
       loop_norms=loop_norms, prelude=prelude, coda=coda)
   token_NT = tokens(
-      cfg, init, calibration, lambda: opening.open(source).variables, seed)
+      cfg, init, calibration, lambda: opening.load(source)[1], seed)
   energy = {}
   count = parameters(rcfg)['total']
   fitting = _FIT_WORK * count if init == 'fit' else 0
-  with files.new_directory(output, overwrite=overwrite) as new:
-    with begun(
+  with files.new_directory(
+      output, overwrite=overwrite, size=4 * count) as new:
+    with initialised(
         cfg, rcfg, origin.read, init=init, lora=lora, seed=seed,
         energy=energy, token_NT=token_NT, scratch=new.parent,
         report=lambda share: progress(count + fitting, fitting * share),
@@ -94,24 +101,32 @@ def parameters(cfg: config_lib.ModelConfig) -> dict[str, int]:
 
 
 def difference(
-    source: str | os.PathLike, output: str | os.PathLike, *, length: int = 512
+    source: str | os.PathLike, output: str | os.PathLike, *,
+    length: int = 512,
+    progress: Callable[[int, int], Any] = lambda total, done: None,
 ) -> dict[str, float]:
-  """How far a converted model is from its source, on a long prompt, fp32.
+  """How far a model is from its source, on a long prompt, fp32.
 
   Args:
-    source, output: of `convert`.
+    source, output: directories, of `convert` or of `export`.
     length: tokens of the prompt, drawn uniformly from the vocabulary, so that
       no tokenizer is needed.
+    progress: called with the parameters there are in both, and with those of
+      a model that was run.
 
   Returns:
     'max_logit_difference', 'max_logit' (of the source) and 'kl', the mean
     KL(source || converted) in nats a token.
   """
-  both = []
-  for cfg, variables in (opening.open(source)[:2], native.restore(output)):
+  both, sizes = [], [parameters(opening.config(directory))['total']
+                     for directory in (source, output)]
+  for directory, size in zip((source, output), sizes, strict=True):
+    cfg, variables = opening.load(directory)
     token_BT = np.random.default_rng(0).integers(0, cfg.V, (1, length))
     apply = jax.jit(model.Decoder(cfg).apply)
     both.append(apply(variables, jnp.asarray(token_BT, jnp.int32)))
+    del variables
+    progress(sum(sizes), size)
   ours, theirs = (jax.nn.log_softmax(logits) for logits in both[::-1])
   kl_BT = jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1)
   return {
@@ -124,25 +139,28 @@ def table(report: dict[str, Any]) -> str:
   new, old = report['parameters'], report['original']
   lines = []
   if report['kept'] != report['init']:
-    lines += [f'start: {report["kept"]}, which was nearer to the original '
+    lines += [f'init: {report["kept"]}, which was nearer to the original '
               f'than {report["init"]}']
   if report['rank'] != '0':
     lines += [f'rank: {report["rank"]}']
-  lines += ['parameters'.ljust(16) + 'original'.rjust(16) + 'new'.rjust(16)]
-  for part in {**old, **new}:
-    lines.append(part.ljust(16) + f'{old.get(part, 0):16,}'
-                 + f'{new.get(part, 0):16,}')
+  lines += [columns([('parameters', 'original', 'new'), *(
+      (part, f'{old.get(part, 0):,}', f'{new.get(part, 0):,}')
+      for part in {**old, **new})])]
   if report['energy_kept']:
     loops = [f'loop {loop + 1}' for loop in range(report['loops'])]
     lines += ['', "share of each residual's energy kept (1 where none was)",
-              'kernel'.ljust(10) + 'rank'.rjust(8)
-              + ''.join(name.rjust(10) for name in loops)]
-    for kernel, row in report['energy_kept'].items():
-      lines.append(kernel.ljust(10) + f'{row["rank"]:8}'
-                   + ''.join(f'{share:10.4f}' for share in row['share']))
-  for name, value in report.get('check', {}).items():
-    lines.append(f'{name}: {value:.3g}')
+              columns([('kernel', 'rank', *loops), *(
+                  (kernel, str(row['rank']),
+                   *(f'{share:.4f}' for share in row['share']))
+                  for kernel, row in report['energy_kept'].items())])]
+  if 'check' in report:
+    lines += [check_table(report['check'])]
   return '\n'.join(lines)
+
+
+def check_table(found: dict[str, float]) -> str:
+  """The result of `difference` as text."""
+  return '\n'.join(f'{name}: {value:.3g}' for name, value in found.items())
 
 
 def _shares(rcfg, energy) -> dict[str, Any]:

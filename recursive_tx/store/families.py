@@ -12,21 +12,37 @@ from typing import Any
 
 from recursive_tx import config as config_lib
 from recursive_tx.errors import UserError, one_of
+from recursive_tx.store import fields as fields_lib
 
 _ACTS = {
     'silu': 'silu', 'swish': 'silu', 'relu': 'relu', 'gelu': 'gelu',
     'gelu_pytorch_tanh': 'gelu_tanh', 'gelu_new': 'gelu_tanh',
     'gelu_fast': 'gelu_tanh',
 }
-# Config attributes that do not change what the model computes.
+# Config attributes that do not change what the model computes: of
+# transformers, of generation (which older versions kept here), of trainers.
 _IRRELEVANT = frozenset('''
-    _attn_implementation _name_or_path architectures bos_token_id
-    chunk_size_feed_forward classifier_dropout dtype eos_token_id id2label
-    initializer_range is_decoder is_llama_config label2id
-    max_position_embeddings model_type name_or_path output_attentions
-    output_hidden_states pad_token_id pretraining_tp problem_type
-    return_dict task_specific_params torch_dtype
-    transformers.js_config transformers_version unk_token_id use_cache
+    _attn_implementation _attn_implementation_autoset _commit_hash
+    _flash_attn_2_enabled _name_or_path architectures attn_implementation
+    bos_token_id chunk_size_feed_forward classifier_dropout dtype eos_token_id
+    finetuning_task id2label initializer_range is_decoder is_llama_config
+    label2id max_position_embeddings model_type name_or_path output_attentions
+    output_hidden_states pad_token_id prefix pretraining_tp problem_type
+    return_dict sep_token_id task_specific_params tf_legacy_loss
+    tokenizer_class torch_dtype transformers.js_config transformers_version
+    unk_token_id use_cache
+
+    bad_words_ids begin_suppress_tokens decoder_start_token_id
+    diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id
+    length_penalty max_length min_length no_repeat_ngram_size
+    num_beam_groups num_beams num_return_sequences output_scores
+    remove_invalid_values repetition_penalty return_dict_in_generate
+    suppress_tokens temperature top_k top_p typical_p
+
+    gradient_checkpointing max_sequence_length model_max_length
+    neftune_noise_alpha tokenizer_model_max_length tokenizer_padding_side
+    trust_remote_code unsloth_fixed unsloth_version use_flash_attention_2
 '''.split())
 # Config attributes of which one setting is implemented.
 _REQUIRED = {
@@ -55,6 +71,8 @@ class Family:
       where all of H is rotated), and the default share.
     rules: (our leaf or leaves, tensor's name, einops pattern from disk to
       ours); '{i}' is the layer.
+    base: what the names of all tensors but the head's begin with; a model
+      that was saved without its head lacks it.
     buffers: regex of tensors on disk that are not parameters.
     derived: ModelConfig fields that follow from others, by a function of
       them.
@@ -67,6 +85,7 @@ class Family:
   fields: tuple[tuple[str, str, Any], ...]
   rules: tuple[tuple[tuple[str, ...], str, str], ...]
   rope: tuple[str, str | None, float] = ('rope_theta', None, 1.0)
+  base: str = 'model.'
   buffers: str = r'.*\.rotary_emb\.inv_freq'
   derived: dict[str, Callable[[dict], int]] = dataclasses.field(
       default_factory=dict)
@@ -197,6 +216,7 @@ FAMILIES = {family.model_type: family for family in (
                 ('attention_bias', 'attention_bias', True)),
         derived={'K': lambda f: f['N'], 'H': lambda f: f['D'] // f['N']},
         rules=_NEOX_RULES, rope=('rotary_emb_base', 'rotary_pct', 0.25),
+        base='gpt_neox.',
         buffers=r'gpt_neox\.layers\.\d+\.attention\.'
                 r'(bias|masked_bias|rotary_emb\.inv_freq)'),
 )}
@@ -212,12 +232,18 @@ def read_config(
       value that the family does not implement.
   """
   kind = hf.get('model_type')
-  one_of('config.json: model_type', kind, FAMILIES)
+  if str(kind) not in FAMILIES:  # Gemma 2 is no misspelt Gemma.
+    raise UserError(
+        f'config.json: model_type {kind!r} is not implemented; expected one'
+        f' of {", ".join(FAMILIES)}')
   family = FAMILIES[kind]
   _account(hf, family)
+  fields_lib.agreed({key: hf.get(key) for key in ('dtype', 'torch_dtype')})
   hf = dict(hf)
   for key, place in family.overrides:
-    hf[place] = hf.get(key) or hf.get(place)
+    hf[place] = fields_lib.agreed({
+        name: family.loose.get(str(hf.get(name)), hf.get(name))
+        for name in (key, place)})
   fields = dict(family.fixed)
   for key, field, default in family.fields:
     fields[field] = _value(hf, key, field, default)
@@ -228,7 +254,7 @@ def read_config(
   one_of('config.json: hidden_act', act, _ACTS)
   fields.update(act=_ACTS[act], window=fields['window'] or 0,
                 layers_per_loop=fields.pop('layers'))
-  fields.update(_read_rope(hf, family))
+  fields.update(fields_lib.read_rope(hf, *family.rope))
   return family, config_lib.ModelConfig(**fields)
 
 
@@ -248,7 +274,7 @@ def write_config(
   hf[theta] = cfg.rope_theta
   if share:
     hf[share] = cfg.rope_fraction
-  hf['rope_scaling'] = _write_scaling(cfg.rope_scaling)
+  hf['rope_scaling'] = fields_lib.write_scaling(cfg.rope_scaling)
   return hf
 
 
@@ -311,82 +337,32 @@ def _value(hf, key, field, default):
     return hf['hidden_size'] // hf['num_attention_heads']
   if isinstance(value, str) and value.startswith('='):
     return hf[value[1:]]
-  if field in _SIZED and (not _is_number(value, int) or value < 1):
+  if field in _SIZED and (not fields_lib.is_number(value, int) or value < 1):
     raise UserError(f'config.json: {key}={value!r}; expected a size, an '
                      f'integer of at least 1')
   return value
 
 
-def _is_number(value, *kinds) -> bool:
-  return isinstance(value, kinds) and not isinstance(value, bool)
-
-
-def _read_rope(hf, family) -> dict[str, Any]:
-  """rope_* fields, from either dialect of config.json."""
-  theta_key, share_key, share = family.rope
-  # transformers 5 gathers in rope_parameters what stood beside it before.
-  rope = hf.get('rope_parameters') or hf.get('rope_scaling') or {}
-  if not isinstance(rope, dict):
-    raise UserError(f'config.json: rope scaling {rope!r} is not an object')
-  rope = dict(rope)
-  theta = rope.pop('rope_theta', hf.get(theta_key) or 10_000.0)
-  given = rope.pop('partial_rotary_factor', hf.get('partial_rotary_factor'))
-  if share_key and given is None:
-    given = hf.get(share_key, share)
-  if not share_key and given not in (None, 1, 1.0):
-    raise UserError(
-        f'config.json: partial_rotary_factor={given!r} is not implemented for '
-        f'{family.model_type}, which rotates whole heads; remove it')
-  kind = rope.pop('rope_type', None) or rope.pop('type', 'default')
-  rope.pop('type', None)
-  wanted = {
-      'default': (), 'linear': ('factor',),
-      'llama3': ('factor', 'low_freq_factor', 'high_freq_factor',
-                 'original_max_position_embeddings')}
-  one_of('config.json: rope type', kind, wanted)
-  length = 'original_max_position_embeddings'
-  if kind == 'llama3' and length not in rope:
-    rope[length] = hf.get('max_position_embeddings')
-  extra = set(rope) - set(wanted[kind])
-  missing = set(wanted[kind]) - set(rope)
-  if extra or missing:
-    raise UserError(
-        f'config.json: rope of type {kind!r} needs {list(wanted[kind])}; '
-        f'missing {sorted(missing)}, not implemented {sorted(extra)}')
-  for key, number in {'rope_theta': theta, **rope}.items():
-    if not _is_number(number, int, float):
-      raise UserError(f'config.json: {key}={number!r} is not a number')
-  return dict(
-      rope_theta=float(theta), rope_fraction=float(given or 1.0),
-      rope_scaling=tuple(float(rope[key]) for key in wanted[kind]))
-
-
-def _write_scaling(scaling: tuple[float, ...]) -> dict[str, Any] | None:
-  if not scaling:
-    return None
-  if len(scaling) == 1:
-    return {'rope_type': 'linear', 'factor': scaling[0]}
-  factor, low, high, length = scaling
-  return {'rope_type': 'llama3', 'factor': factor, 'low_freq_factor': low,
-          'high_freq_factor': high,
-          'original_max_position_embeddings': int(length)}
+def handled(family: Family) -> set[str]:
+  """The keys of config.json that a ModelConfig of the family comes from."""
+  return {key for key, _, _ in family.fields} | {
+      'rope_theta', 'rope_scaling', 'rope_parameters',
+      'partial_rotary_factor'} | {k for k in family.rope[:2] if k} | {
+          key for key, _ in family.overrides}
 
 
 def _account(hf, family) -> None:
   """Raises for any attribute that would be silently ignored."""
-  handled = {key for key, _, _ in family.fields} | {
-      'rope_theta', 'rope_scaling', 'rope_parameters',
-      'partial_rotary_factor'} | {k for k in family.rope[:2] if k} | {
-          key for key, _ in family.overrides}
+  known = handled(family)
   neutral = {**_REQUIRED, 'sliding_window': (None,),
              'layer_types': (None,), 'attention_bias': (False,),
              'mlp_bias': (False,)}
   for key, value in hf.items():
-    if key in handled or key in _IRRELEVANT:
+    if key in known or key in _IRRELEVANT:
       continue
     if key in neutral and any(value == ok for ok in neutral[key]):
       continue
     raise UserError(
         f'config.json: {key}={value!r} is not implemented for '
-        f'{family.model_type}; remove it if it does not change what the '
-        f'model computes')
+        f'{family.model_type}; remove it from config.json if it does not '
+        f'change what the model computes')

@@ -4,27 +4,34 @@ Reads safetensors and JSON itself: no torch, no transformers. Every tensor on
 disk is claimed by a rule or is a known buffer, or it is an error.
 """
 
+from collections.abc import Callable
+import fnmatch
+import math
 import os
 import pathlib
+import re
 import shutil
 from typing import Any
 
 import einops
 import numpy as np
+from numpy.typing import DTypeLike
 
 from recursive_tx import config as config_lib
 from recursive_tx import files, model, tying
 from recursive_tx.errors import UserError
 from recursive_tx.files import paths
-from recursive_tx.store import families
+from recursive_tx.store import families, sentencepiece_json
 
 _SHARD_BYTES = 5 << 30
-# What a directory's model is used with, carried along unchanged.
+# What goes with the weights unchanged: tokenizer, templates, terms of use. In
+# lower case, as names are compared.
 _COMPANIONS = (
-    'tokenizer.model', 'tokenizer.json', 'tokenizer_config.json',
-    'special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja',
-    'generation_config.json',
-    'LICENSE', 'LICENSE.md', 'LICENSE.txt', 'NOTICE', 'README.md')
+    'tokenizer*', 'special_tokens_map.json', 'added_tokens.json',
+    'vocab.json', 'merges.txt', 'chat_template*', 'additional_chat_templates',
+    'generation_config.json', 'licen[cs]e*', 'copying*', 'notice*', 'readme*',
+    'third_party*', '*policy*', 'responsible*use*', 'terms*', 'citation*',
+    'authors*')
 
 
 class Source:
@@ -44,6 +51,10 @@ class Source:
     """
     self.hf, self.cfg, self._family = read_config(directory)
     self._reader = files.Reader(directory)
+    # Saved without its head, a model lacks the prefix of all other names.
+    whole = any(name.startswith(self._family.base)
+                for name in self._reader.shapes)
+    self._prefix = '' if whole else self._family.base
     self._rules = {}
     for name, leaves, pattern, layer in families.tensors(
         self._family, self.cfg):
@@ -54,8 +65,9 @@ class Source:
     claimed = {rule[0] for rule in self._rules.values()}
     sizes = {}
     for name in claimed:
-      dtype = self._reader.dtypes[name]
-      sizes[dtype] = sizes.get(dtype, 0) + np.prod(self._reader.shapes[name])
+      disk = self._on_disk(name)
+      dtype = self._reader.dtypes[disk]
+      sizes[dtype] = sizes.get(dtype, 0) + math.prod(self._reader.shapes[disk])
     self.dtype = max(sizes, key=sizes.get)
 
   def read(self, path: str, layer: int | None = None) -> np.ndarray:
@@ -69,26 +81,36 @@ class Source:
                                              layer]
     if self._fused[0] == name:  # q, k and v of one fused tensor in turn.
       return self._fused[1][part]
-    array = _rearrange(self._reader.read(name), pattern, self.cfg)
+    array = _rearrange(
+        self._reader.read(self._on_disk(name)), pattern, self.cfg)
     if parts == 1:
       return array
     self._fused = (name, array)
     return array[part]
 
+  def _on_disk(self, name: str) -> str:
+    return name.removeprefix(self._prefix)
+
   def _account(self) -> None:
-    expected = {}
-    shapes = model.flat_shapes(self.cfg)
-    for (leaf, layer), (name, parts, pattern, _) in self._rules.items():
-      shape = shapes[leaf if layer is None else f'block/{leaf}']
-      shape = shape if layer is None else shape[1:]
-      stacked = np.broadcast_to(np.int8(0), (parts, *shape)[parts == 1:])
-      expected[name] = _rearrange(
-          stacked, _reverse(pattern), self.cfg).shape
-    found = {name: shape for name, shape in self._reader.shapes.items()
+    expected = {
+        name: _shape_on_disk(self.cfg, leaves, pattern) for name, leaves,
+        pattern, _ in families.tensors(self._family, self.cfg)}
+    head, embed = (
+        next(name for leaves, name, _ in self._family.rules
+             if leaves[0] == leaf)
+        for leaf in ('head/kernel', 'embed/embedding'))
+    found = {name if name == head else self._prefix + name: shape
+             for name, shape in self._reader.shapes.items()}
+    found = {name: shape for name, shape in found.items()
              if not families.is_buffer(self._family, name)}
-    found = self._without_tied_head(found, expected)
+    found = self._without_tied_head(found, head, embed)
     missing = sorted(set(expected) - set(found))
     extra = sorted(set(found) - set(expected))
+    if missing == [head] and not extra:
+      raise UserError(
+          f'{head!r} is not there, and config.json does not tie the head to'
+          ' the embedding; copy the weights with their head, or set'
+          ' tie_word_embeddings to true if they were trained so')
     if missing or extra:
       raise UserError(
           f'the tensors do not match config.json: {len(missing)} missing '
@@ -96,17 +118,14 @@ class Source:
     for name, shape in expected.items():
       if found[name] != shape:
         raise UserError(f'tensor {name!r} has shape {found[name]}; '
-                         f'config.json says {shape}')
+                        f'config.json says {shape}')
 
-  def _without_tied_head(self, found, expected):
+  def _without_tied_head(self, found, head, embed):
     """Drops a head that a tied model stores as a copy of its embedding."""
-    head, embed = (
-        next(name for leaves, name, _ in self._family.rules
-             if leaves[0] == leaf)
-        for leaf in ('head/kernel', 'embed/embedding'))
     if self.cfg.tied and head in found and embed in found:
-      if not np.array_equal(self._reader.read(head).view(np.uint8),
-                            self._reader.read(embed).view(np.uint8)):
+      if not np.array_equal(
+          self._reader.read(head).view(np.uint8),
+          self._reader.read(self._on_disk(embed)).view(np.uint8)):
         raise UserError(
             f'config.json ties the head to the embedding, but {head!r} '
             f'differs from {embed!r}; set tie_word_embeddings to false')
@@ -117,7 +136,7 @@ class Source:
 def read_config(
     directory: str | os.PathLike
 ) -> tuple[dict[str, Any], config_lib.ModelConfig, families.Family]:
-  """config.json as read, the ModelConfig it says, and the family.
+  """config.json as read, its ModelConfig, and the family.
 
   Raises:
     UserError: there is none, or one that is not implemented.
@@ -162,8 +181,10 @@ def load_hf(
 
 def save_hf(
     directory: str | os.PathLike, cfg: config_lib.ModelConfig,
-    variables: dict, *, hf: dict[str, Any] | None = None, dtype=None,
+    variables: dict, *, hf: dict[str, Any] | None = None,
+    dtype: DTypeLike | None = None,
     companions: str | os.PathLike | None = None,
+    progress: Callable[[int, int], Any] = lambda total, written: None,
 ) -> None:
   """Writes a stock Hugging Face model: loops unrolled, adapters merged.
 
@@ -174,39 +195,73 @@ def save_hf(
       use (token ids, lengths) is kept from it.
     dtype: of the tensors; None keeps each leaf's own.
     companions: a directory whose tokenizer, licence and card go along.
+    progress: called with the bytes there are, and those just written.
 
   Raises:
-    UserError: no family computes what this model does.
+    UserError: no family computes what this model does, or a value is not
+      finite in `dtype`.
   """
   check_shapes(cfg, variables)
   cfg, variables = tying.merge(cfg, variables)
   family = families.of(cfg, hf and hf.get('model_type'))
-  written = families.write_config(family, cfg)
-  if hf is not None:
-    same = families.read_config(hf)[1] == cfg
-    written = dict(hf) if same else {**hf, **written}
+  params = variables['params']
   rows = {name: (leaves, pattern, layer) for name, leaves, pattern, layer
           in families.tensors(family, cfg)}
 
-  def tensor(name):
-    leaves, pattern, layer = rows[name]
-    values = []
-    for leaf in leaves:
-      path = leaf if layer is None else f'block/{leaf}'
-      value = paths.get(variables['params'], path)
-      values.append(np.asarray(value if layer is None else value[layer]))
-    value = values[0] if len(values) == 1 else np.stack(values)
-    value = value if dtype is None else value.astype(dtype)
-    return _rearrange(value, _reverse(pattern), cfg)
+  def leaf_of(name, leaf):
+    layer = rows[name][2]
+    value = paths.get(params, leaf if layer is None else f'block/{leaf}')
+    return value if layer is None else value[layer]
 
-  embedding = paths.get(variables['params'], 'embed/embedding')
-  written.pop('dtype', None)
-  written['torch_dtype'] = str(np.dtype(dtype or embedding.dtype))
-  with files.new_directory(directory) as new:
-    files.write_json(new / 'config.json', written)
-    _write_shards(new, list(rows), tensor)
+  def tensor(name):
+    leaves, pattern, _ = rows[name]
+    values = [np.asarray(leaf_of(name, leaf)) for leaf in leaves]
+    value = values[0] if len(values) == 1 else np.stack(values)
+    return _rearrange(_cast(name, value, dtype), _reverse(pattern), cfg)
+
+  def dtype_of(name):
+    return np.dtype(dtype) if dtype is not None else np.result_type(
+        *(leaf_of(name, leaf).dtype for leaf in rows[name][0]))
+
+  layout = {name: (_shape_on_disk(cfg, leaves, pattern), dtype_of(name))
+            for name, (leaves, pattern, _) in rows.items()}
+  size = sum(_num_bytes(*entry) for entry in layout.values())
+  embedding = next(name for name, (leaves, *_) in rows.items()
+                   if leaves[0] == 'embed/embedding')
+  with files.new_directory(directory, size=size) as new:
+    files.write_json(new / 'config.json', _config_json(
+        family, cfg, hf, dtype_of(embedding)))
+    _write_shards(new, layout, tensor, lambda done: progress(size, done))
     if companions is not None:
       copy_companions(pathlib.Path(companions), new)
+      sentencepiece_json.add_tokenizer_json(new)
+
+
+def _config_json(family, cfg, hf, dtype) -> dict[str, Any]:
+  """config.json of a vanilla model; what is not computed is kept from `hf`."""
+  written = families.write_config(family, cfg)
+  if hf is not None and families.read_config(hf)[1] == cfg:
+    written = {**hf, 'architectures': written['architectures']}
+  elif hf is not None:
+    # Neither dialect of what `written` says anew.
+    known = families.handled(families.FAMILIES[hf['model_type']])
+    written = {**{k: v for k, v in hf.items() if k not in known}, **written}
+  return {**{k: v for k, v in written.items() if k != 'dtype'},
+          'torch_dtype': str(dtype)}
+
+
+def _cast(name: str, value: np.ndarray, dtype) -> np.ndarray:
+  """The value in `dtype`, or in its own. Raises UserError for infinities."""
+  with np.errstate(over='ignore'):
+    new = value if dtype is None else value.astype(dtype)
+  if not files.finite(new):
+    largest = np.abs(value.astype(np.float32)).max()
+    raise UserError(
+        f'tensor {name!r} holds values up to {largest:g}, which'
+        f' {np.dtype(new.dtype)} cannot hold; export it as bfloat16 or float32'
+        if files.finite(value) else
+        f'tensor {name!r} holds NaN or infinity; this is no model to export')
+  return new
 
 
 def check_shapes(cfg: config_lib.ModelConfig, variables: dict) -> None:
@@ -221,36 +276,57 @@ def check_shapes(cfg: config_lib.ModelConfig, variables: dict) -> None:
 
 
 def copy_companions(source: pathlib.Path, new: pathlib.Path) -> None:
-  """Copies the tokenizer, the licence and the card."""
-  for name in _COMPANIONS:
-    if (source / name).is_file():
-      shutil.copy(source / name, new / name)
+  """Copies the tokenizer, chat templates, the licence and the card."""
+  for path in sorted(source.iterdir()) if source.is_dir() else ():
+    name = path.name.lower()
+    if not any(fnmatch.fnmatchcase(name, kind) for kind in _COMPANIONS):
+      continue
+    if path.is_dir():
+      shutil.copytree(path, new / path.name, copy_function=shutil.copyfile)
+    elif path.is_file():  # Its bytes; not that it may be read only.
+      shutil.copyfile(path, new / path.name)
 
 
-def _write_shards(new: pathlib.Path, names, tensor) -> None:
+def _write_shards(new: pathlib.Path, layout, tensor, progress) -> None:
   """model.safetensors, or several and their index where they are large."""
-  shards, sizes, total = [[]], [0], 0
-  for name in names:
-    size = tensor(name).nbytes
+  shards, sizes = [[]], [0]
+  for name, entry in layout.items():
+    size = _num_bytes(*entry)
     if sizes[-1] and sizes[-1] + size > _SHARD_BYTES:
       shards.append([])
       sizes.append(0)
     shards[-1].append(name)
     sizes[-1] += size
-    total += size
   index = {}
   for i, shard in enumerate(shards, 1):
     file = ('model.safetensors' if len(shards) == 1 else
             f'model-{i:05d}-of-{len(shards):05d}.safetensors')
-    values = {name: tensor(name) for name in shard}
-    with files.Writer(new / file, {
-        k: (v.shape, v.dtype) for k, v in values.items()}) as writer:
-      for name, value in values.items():
-        writer.write(name, value)
+    with files.Writer(
+        new / file, {name: layout[name] for name in shard}) as writer:
+      for name in shard:
+        writer.write(name, tensor(name))
+        progress(_num_bytes(*layout[name]))
     index.update(dict.fromkeys(shard, file))
   if len(shards) > 1:
     files.write_json(new / 'model.safetensors.index.json', {
-        'metadata': {'total_size': total}, 'weight_map': index})
+        'metadata': {'total_size': sum(sizes)}, 'weight_map': index})
+
+
+def _shape_on_disk(cfg, leaves, pattern) -> tuple[int, ...]:
+  """A tensor's shape on disk, from those of the leaves of one layer in it."""
+  shapes = model.flat_shapes(cfg)
+  leaf = leaves[0]
+  shape = shapes[leaf] if leaf in shapes else shapes[f'block/{leaf}'][1:]
+  if len(leaves) > 1:
+    shape = (len(leaves), *shape)
+  disk, ours = pattern.split(' -> ')
+  sizes = dict(zip(ours.split(), shape, strict=True))
+  return tuple(math.prod(sizes[letter] for letter in group.strip('()').split())
+               for group in re.findall(r'\(.*?\)|\S+', disk))
+
+
+def _num_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
+  return math.prod(shape) * dtype.itemsize
 
 
 def _reverse(pattern: str) -> str:

@@ -37,8 +37,10 @@ def save(
   """
   hf.check_shapes(cfg, variables)
   leaves = {k: np.asarray(v) for k, v in paths.items(variables['params'])}
-  with files.new_directory(directory, overwrite=overwrite) as new:
-    shapes = {k: (v.shape, v.dtype) for k, v in leaves.items()}
+  shapes = {k: (v.shape, v.dtype) for k, v in leaves.items()}
+  size = sum(v.nbytes for v in leaves.values())
+  with files.new_directory(
+      directory, overwrite=overwrite, size=size) as new:
     with files.Writer(new / 'model.safetensors', shapes) as writer:
       for name, value in leaves.items():
         writer.write(name, value)
@@ -56,6 +58,9 @@ def describe(
   if companions is None:
     return
   companions = pathlib.Path(companions)
+  if not companions.is_dir():
+    raise UserError(f'companions={str(companions)!r} is no directory; expected'
+                    ' one with the tokenizer that goes with the model')
   source = read_source(companions)
   if source is not None:
     files.write_json(new / 'source.json', source)

@@ -79,15 +79,8 @@ def open(directory: str | os.PathLike) -> Opened:
   Raises:
     UserError: none of them, or one with a fault, by name.
   """
-  where = _weights(directory)
-  if checkpoint.is_workdir(where):
-    settings, params = checkpoint.load_params(where)
-    cfg, variables = ModelConfig(**settings['model']), {'params': params}
-  elif native.is_saved(pathlib.Path(where)):
-    cfg, variables = native.restore(where)
-  else:
-    cfg, variables = hf.load_hf(where)
-  beside = companions(directory)
+  cfg, variables = load(directory)
+  where, beside = _weights(directory), companions(directory)
   tokenizer = None
   if tokenizer_lib.has_tokenizer(beside):
     tokenizer = tokenizer_lib.load(beside)
@@ -95,6 +88,17 @@ def open(directory: str | os.PathLike) -> Opened:
   # The exit of a run's source is not that of what became of it.
   exit = exits.load(where) if str(beside) == where else None
   return Opened(cfg, variables, tokenizer, beside, exit)
+
+
+def load(directory: str | os.PathLike) -> tuple[ModelConfig, dict]:
+  """The config and the variables that `open` gives, and nothing else."""
+  where = _weights(directory)
+  if checkpoint.is_workdir(where):
+    settings, params = checkpoint.load_params(where)
+    return ModelConfig(**settings['model']), {'params': params}
+  if native.is_saved(pathlib.Path(where)):
+    return native.restore(where)
+  return hf.load_hf(where)
 
 
 def source(directory: str | os.PathLike) -> Source:

@@ -1,4 +1,4 @@
-"""One model made smaller in three ways, all uptrained alike, in one table.
+"""One model made smaller in three ways, with the same uptraining, in a table.
 
 The original; its stepwise layers once, without looping; looped; looped and
 relaxed. This is the paper's question (tables 3 and I.2) in one command.
@@ -11,14 +11,15 @@ import time
 from typing import Any
 
 from recursive_tx import data, evaluate, files, train
+from recursive_tx.errors import UserError
 from recursive_tx.store import convert, native, opening
+from recursive_tx.text.columns import columns
 from recursive_tx.train import log as log_lib
 from recursive_tx.tying.relax import reduce
 
 NAMES = ('original', 'reduced', 'recursive', 'relaxed')
-_COLUMNS = (
-    ('model', 10), ('loops', 6), ('unique parameters', 18),
-    ('bits/byte before', 17), ('after', 8), ('seconds', 9))
+_HEADINGS = ('model', 'loops', 'unique parameters', 'bits/byte before', 'after',
+             'seconds')
 
 
 def compare(
@@ -32,7 +33,7 @@ def compare(
       vanilla model, and the other runs differ in `model` and `init` only.
     workdir: gets a directory for each run, table.json and curves.png. Runs
       that it holds are resumed.
-    report: given a line at each step.
+    report: called with a line before each model.
 
   Returns:
     A row for each of NAMES: 'model', 'loops', 'parameters' (unique),
@@ -40,8 +41,11 @@ def compare(
     'seconds' (compilation included) and 'curve', rows of metrics.
 
   Raises:
-    UserError: as `train`, or an original that is not vanilla.
+    UserError: as `train`, an original that is not vanilla, or a workdir that
+      is not on disk.
   """
+  if '://' in workdir:
+    raise UserError(f'--workdir={workdir} is not on disk; name a directory')
   folder = pathlib.Path(workdir)
   cfg, variables, *_ = opening.open(config.init_from)
   heldout = data.heldout(
@@ -71,14 +75,10 @@ def compare(
 
 def table(rows: list[dict[str, Any]]) -> str:
   """The rows as text."""
-  lines = [''.join(name.rjust(width) for name, width in _COLUMNS)]
-  for row in rows:
-    cells = (row['model'], str(row['loops']), f'{row["parameters"]:,}',
-             f'{row["before"]:.4f}', f'{row["after"]:.4f}',
-             f'{row["seconds"]:.0f}')
-    lines.append(''.join(cell.rjust(width) for cell, (_, width)
-                         in zip(cells, _COLUMNS, strict=True)))
-  return '\n'.join(lines)
+  return columns([_HEADINGS, *(
+      (row['model'], str(row['loops']), f'{row["parameters"]:,}',
+       f'{row["before"]:.4f}', f'{row["after"]:.4f}', f'{row["seconds"]:.0f}')
+      for row in rows)])
 
 
 def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:

@@ -1,11 +1,11 @@
-"""A training run as one value, and what no part of it can check alone."""
+"""A training run as one value, and the checks across its sections."""
 
 import dataclasses
 
 from recursive_tx import losses
 from recursive_tx.config import ModelConfig, Run
 from recursive_tx.data import DataConfig
-from recursive_tx.errors import UserError
+from recursive_tx.errors import UserError, check_ranges, in_range
 from recursive_tx.losses.terms import LossConfig
 from recursive_tx.machine.mesh import MeshConfig
 from recursive_tx.store.checkpoint import CheckpointConfig
@@ -18,14 +18,21 @@ class EvalConfig:
   """When to score the held-out set, and how much of it.
 
   Attributes:
-    every: steps between evaluations; 0 evaluates at the start and the end.
-    max_tokens: size of the fixed set; 0 is all there is.
+    every: steps between evaluations, in [0, inf); 0 evaluates at the start
+      and the end.
+    max_tokens: size of the fixed set, in [0, inf), see `data.heldout`; 0 is
+      all there is.
     prompts: texts that the model continues, greedily, at each evaluation.
   """
 
   every: int = 0
   max_tokens: int = 0
   prompts: tuple[str, ...] = ()
+
+  RANGES = dict(every='[0, inf)', max_tokens='[0, inf)')
+
+  def __post_init__(self):
+    check_ranges('eval', self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,18 +44,19 @@ class Config:
     data: the text and the shape of its batches.
     optim: the optimizer and the number of steps.
     losses: terms and their weights per loop.
-    seed: of fresh parameters and of what relaxing draws.
+    seed: of fresh parameters and of what relaxing draws, in
+      [0, 4294967296).
     init_from: directory of the first weights: a Hugging Face one, one of
       ours, or another run's workdir. Where `model` is recursive and the source
-      is not, it is relaxed on the way in. '' starts from random weights.
+      is not, it is relaxed on the way in. '' is random weights.
     init: how the block is then made of the source's layers.
-    lora: how the adapters start, 'svd' or 'zero'.
+    lora: initialisation of the adapters, 'svd' or 'zero'.
     tokenizer: directory of the tokenizer; '' is init_from's.
     teacher: directory, of the same kinds, of the model to distil from, or one
       of the top-k logits that the verb `teach` saved of it.
     mesh: devices along each axis.
     checkpoint: when to save.
-    log: what to tell.
+    log: what to log.
     eval: when to evaluate.
     run: how the models are executed. The teacher is held in its dtype.
   """
@@ -69,9 +77,14 @@ class Config:
   eval: EvalConfig = EvalConfig()
   run: Run = Run()
 
+  RANGES = dict(seed='[0, 4294967296)')
+
+  def __post_init__(self):
+    in_range('seed', self.seed, self.RANGES['seed'], int)
+
 
 def check(config: Config) -> None:
-  """Raises UserError for what no part of the config can see alone."""
+  """Raises UserError where sections of the config contradict each other."""
   config.losses.weights(config.model.loops)
   if losses.uses_teacher(config.losses) and not config.teacher:
     raise UserError(

@@ -1,4 +1,4 @@
-"""What a run tells besides its training loss."""
+"""What a run logs besides its training loss."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ def peak() -> float | None:
 def samples(
     config: Config, variables: Any, tokenizer: Any
 ) -> dict[str, str]:
-  """How the model goes on from each of eval.prompts, greedily."""
+  """Greedy continuations of eval.prompts: {prompt: continuation}."""
   news = engine.generate(
       config.model, variables,
       [tokenizer.opening + tokenizer.encode(prompt)

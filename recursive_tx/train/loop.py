@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import contextlib
 import dataclasses
 import math
+import pathlib
+import tempfile
 import time
 from typing import Any
 
@@ -22,18 +24,18 @@ from recursive_tx.errors import UserError
 from recursive_tx.store import checkpoint, hf, native, opening
 from recursive_tx.text import tokenizer as tokenizer_lib
 from recursive_tx.train import figures
+from recursive_tx.train import skips as skips_lib
 from recursive_tx.train import state as state_lib
 from recursive_tx.train import step as step_lib
 from recursive_tx.train import teacher_cache as teacher_lib
 from recursive_tx.train.config import Config, check
 from recursive_tx.train.log import History, read_metrics
 from recursive_tx.train.saves import Saves
-from recursive_tx.train.skips import Skips
 from recursive_tx.train.step import TrainState
 
 
 def train(config: Config, workdir: str) -> TrainState:
-  """Trains, or goes on training, and leaves the model in `workdir`/model.
+  """Trains, or resumes, and leaves the model in `workdir`/model.
 
   Args:
     config: the run.
@@ -46,8 +48,10 @@ def train(config: Config, workdir: str) -> TrainState:
 
   Raises:
     UserError: settings that contradict each other, the machine, the files
-      they name, or the run that the workdir holds; or it cannot be written.
-    SystemExit: told by SIGTERM to stop, it has saved; the status is 0.
+      they name, or the run that the workdir holds; it cannot be written; or
+      nothing was learned: steps were skipped as `optim.max_skips` has it, all
+      of them, or a parameter is not finite. The last good checkpoint stays.
+    SystemExit: it saved after SIGTERM; the status is 0.
   """
   began = time.time()
   check(config)
@@ -73,7 +77,8 @@ def train(config: Config, workdir: str) -> TrainState:
     logging.info('Model: %s.', config.model)
     tx, abstract = step_lib.abstract_state(config, mesh)
     checkpoint.check_writable(workdir, state_lib.num_bytes(abstract))
-    teacher, teacher_variables = state_lib.load_teacher(config, mesh)
+    teacher, teacher_variables = state_lib.load_teacher(
+        config, mesh, tokenizer)
     step_fn = step_lib.jit_step(config, mesh, tx, abstract, teacher)
 
     logging.info('State: from the workdir, else init_from, else fresh.')
@@ -99,9 +104,14 @@ def train(config: Config, workdir: str) -> TrainState:
     history.parameters(abstract.params)
     saves = Saves(config.checkpoint, start=done, last=steps,
                   best=checkpoints.best and checkpoints.best[1])
-    skips = Skips(config.optim.max_skips, tokenizer.decode, workdir)
+    skips = skips_lib.Skips(config.optim.max_skips, tokenizer.decode, workdir)
+
+    def check_state(step):
+      skips.in_row()
+      skips_lib.check_state(state, step=step, steps=steps, workdir=workdir)
 
     def evaluate_at(step):
+      check_state(step)
       variables = {'params': state.params}
       result = figures.heldout_loss(
           config, mesh, config.model, variables, heldout)
@@ -116,6 +126,7 @@ def train(config: Config, workdir: str) -> TrainState:
       return saves.best(result) if step else None
 
     def save_at(step, score):
+      check_state(step)
       checkpoints.save(
           step, state=state, position=stream.save(), settings=settings,
           score=score,
@@ -137,10 +148,10 @@ def train(config: Config, workdir: str) -> TrainState:
       skips.update(step, metrics, local)
       checkpoints.check()
       if preemption.reached(step) and step < steps:
-        # No time to evaluate: the continuation does it.
+        # No time to evaluate: the resumed run does it.
         save_at(step, None)
         checkpoints.wait()
-        _say_goodbye(step, workdir)
+        _stop(step, workdir)
       score = None
       if _due(step, config.eval.every, steps):
         score = evaluate_at(step)
@@ -159,13 +170,13 @@ def train(config: Config, workdir: str) -> TrainState:
 def _steps_done(
     config: Config, mesh: Mesh, workdir: str, settings: dict[str, Any]
 ) -> int | None:
-  """Where the workdir's run is, if it holds one that can go on here."""
+  """The steps done of the workdir's run, if it holds one that fits here."""
   done = checkpoint.latest_step(workdir)
-  seen = machine.agree(-1 if done is None else done)
-  if seen != (-1 if done is None else done):
+  common = machine.agree(-1 if done is None else done)
+  if common != (-1 if done is None else done):
     raise UserError(
         f'{workdir} holds checkpoint {done} for process {jax.process_index()}'
-        f' and {seen} for process 0; all need the same directory, on a file'
+        f' and {common} for process 0; all need the same directory, on a file'
         ' system or bucket that they share.'
     )
   if done is None:
@@ -177,7 +188,7 @@ def _steps_done(
     fits = [n for n in range(1, rows + 1) if rows % n == 0]
     raise UserError(
         f'{workdir} holds a run of {rows} sequences at once, which {parts}'
-        f' devices (mesh data x fsdp) cannot share evenly; go on with one of'
+        f' devices (mesh data x fsdp) cannot share evenly; resume with one of'
         f' {fits}, the other devices being mesh tensor, so that the batch'
         ' stays what it was.'
     )
@@ -185,8 +196,10 @@ def _steps_done(
 
 
 def _is_evaluated(config: Config, workdir: str, step: int) -> bool:
-  """Whether what there is to evaluate at a step has been: one saved in a
-  hurry was not."""
+  """Whether a step needs no evaluation any more.
+
+  A step that was saved on SIGTERM may be due, and was not evaluated.
+  """
   if step and not _due(step, config.eval.every, config.optim.steps):
     return True
   rows = read_metrics(workdir) if step and machine.is_main() else []
@@ -199,37 +212,62 @@ def _is_evaluated(config: Config, workdir: str, step: int) -> bool:
 
 @contextlib.contextmanager
 def _plain_errors(workdir: str) -> Iterator[None]:
-  """A full disk and its like, as one line."""
+  """Errors of the file system, such as a full disk, in one line."""
   try:
     yield
   except OSError as error:
     raise UserError(
-        f'{error}; when that is mended, the same command goes on from the last'
+        f'{error}; when that is mended, the same command resumes from the last'
         f' checkpoint in {workdir}.'
     ) from error
 
 
-def _say_goodbye(step: int, workdir: str) -> None:
+def _stop(step: int, workdir: str) -> None:
   if machine.is_main():
     folder = epath.Path(workdir) / 'checkpoints' / str(step)
-    print(f'Told to stop (SIGTERM): saved step {step} to {folder}. Run the'
-          ' same command to go on.', flush=True)
+    print(f'Stopped by SIGTERM: saved step {step} to {folder}. Run the same'
+          ' command to resume.', flush=True)
   raise SystemExit(0)
 
 
 def _save_model(config: Config, workdir: str) -> None:
   """Writes the last checkpoint's model, with the tokenizer: workdir/model."""
   if machine.is_main():
-    model = epath.Path(workdir) / 'model'
     _, params = checkpoint.load_params(workdir)
-    native.save(
-        model, config.model, {'params': params}, overwrite=True,
-        companions=(opening.companions(config.init_from)
-                    if config.init_from else None),
-    )
-    if config.tokenizer:
-      hf.copy_companions(opening.companions(config.tokenizer), model)
+    with _on_disk(epath.Path(workdir) / 'model') as model:
+      native.save(
+          model, config.model, {'params': params}, overwrite=True,
+          companions=(opening.companions(config.init_from)
+                      if config.init_from else None),
+      )
+      if config.tokenizer:
+        hf.copy_companions(opening.companions(config.tokenizer), model)
   machine.wait('the model is saved')
+
+
+@contextlib.contextmanager
+def _on_disk(target: epath.Path) -> Iterator[pathlib.Path]:
+  """A directory on disk that becomes `target`, which may be in a bucket.
+
+  A bucket has no atomic rename, so config.json, by which a directory is known
+  as a model, is copied last.
+  """
+  if '://' not in str(target):
+    yield pathlib.Path(target)
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    local = pathlib.Path(folder, 'model')
+    yield local
+    publish(local, target)
+
+
+def publish(local: pathlib.Path, target: epath.Path) -> None:
+  """Copies all files of a directory to another place, config.json last."""
+  found = [path for path in sorted(local.rglob('*')) if path.is_file()]
+  for path in sorted(found, key=lambda path: path == local / 'config.json'):
+    copy = target / str(path.relative_to(local))
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    epath.Path(path).copy(copy, overwrite=True)
 
 
 def _due(step: int, every: int, last: int) -> bool:

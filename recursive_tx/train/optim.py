@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from recursive_tx.errors import UserError, one_of
+from recursive_tx.errors import UserError, check_ranges, in_range, one_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,21 +31,26 @@ class OptimConfig:
   authors' later code.
 
   Attributes:
-    steps: updates in all.
-    lr: the peak learning rate.
+    steps: updates in all, in [1, 2147483648).
+    lr: the peak learning rate, in [0, inf).
     schedule: 'cosine', from the peak down to `min_ratio` of it at the last
       step, or 'constant'.
-    warmup: steps in which the rate rises linearly to the peak.
-    min_ratio: where the cosine ends, as a share of the peak.
-    b1: decay of AdamW's first moment.
-    b2: decay of AdamW's second moment.
-    eps: what AdamW adds to the root of the second moment.
-    weight_decay: multiplied by a row's `decay` and the learning rate.
-    clip: largest global norm of the gradient; 0 does not clip.
-    accumulate: parts the batch is cut into, one after the other.
+    warmup: steps in which the rate rises linearly to the peak, in [0, inf),
+      at most `steps`.
+    min_ratio: where the cosine ends, as a share of the peak, in [0, 1].
+    b1: decay of AdamW's first moment, in [0, 0.999999]; float32 rounds what
+      is nearer to 1 to 1.
+    b2: decay of AdamW's second moment, in [0, 0.999999].
+    eps: what AdamW adds to the root of the second moment, in [1e-37, inf);
+      less is 0 to a device, and 0 / 0 where a gradient is 0.
+    weight_decay: multiplied by a row's `decay` and the learning rate, in
+      [0, inf).
+    clip: largest global norm of the gradient, in [0, inf); 0 does not clip.
+    accumulate: parts the batch is cut into, one after the other, in [1, inf).
     max_skips: updates skipped in a row, because the loss or the gradient was
-      not finite, that end the run; 0 never does.
-    table: rows `(pattern, lr, decay)`, see the module.
+      not finite, that end the run, in [0, inf); 0 never does.
+    table: rows `(pattern, lr, decay)`, see the module; both factors are in
+      [0, inf).
   """
 
   steps: int
@@ -62,22 +67,37 @@ class OptimConfig:
   max_skips: int = 10
   table: tuple[tuple[str, float, float], ...] = (('.*', 1.0, 1.0),)
 
+  RANGES = dict(
+      steps='[1, 2147483648)', lr='[0, inf)', warmup='[0, inf)',
+      min_ratio='[0, 1]', b1='[0, 0.999999]', b2='[0, 0.999999]',
+      eps='[1e-37, inf)', weight_decay='[0, inf)', clip='[0, inf)',
+      accumulate='[1, inf)', max_skips='[0, inf)')
+
   def __post_init__(self):
     one_of('optim.schedule', self.schedule, ('cosine', 'constant'))
-    if not 0 <= self.warmup <= self.steps:
+    check_ranges('optim', self)
+    if self.warmup > self.steps:
       raise UserError(
           f'optim.warmup is {self.warmup}; expected 0 to optim.steps,'
           f' {self.steps}.'
       )
-    if self.accumulate < 1:
-      raise UserError(
-          f'optim.accumulate is {self.accumulate}; expected 1 or more.'
-      )
     for row in self.table:
-      if len(row) != 3:
-        raise UserError(
-            f'A row of optim.table is {row}; expected (pattern, lr, decay).'
-        )
+      _check_row(row)
+
+
+def _check_row(row: Any) -> None:
+  where = f'A row of optim.table is {row!r}'
+  if not isinstance(row, tuple) or len(row) != 3:
+    raise UserError(f'{where}; expected (pattern, lr, decay).')
+  pattern, lr, decay = row
+  try:
+    re.compile(pattern)
+  except (TypeError, re.error) as error:
+    raise UserError(
+        f'{where}; {pattern!r} is not a regular expression ({error}).'
+    ) from None
+  in_range(f'{where}; its lr', lr, '[0, inf)')
+  in_range(f'{where}; its decay', decay, '[0, inf)')
 
 
 def learning_rate(config: OptimConfig, step: Any) -> jax.Array:

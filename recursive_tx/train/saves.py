@@ -10,9 +10,9 @@ from recursive_tx.store.checkpoint import CheckpointConfig
 
 
 class Saves:
-  """Says at every step whether it is one to be saved.
+  """Decides at every step whether to save it.
 
-  All processes ask, at every step, and get the same answer.
+  All processes call it at every step and get the same answer.
   """
 
   def __init__(
@@ -60,9 +60,10 @@ class Saves:
     self._since, self._start, self._look = self._clock(), step, step + 1
 
   def _minutes_passed(self, step: int) -> bool:
-    # Clocks differ, so process 0's counts; but to ask it at every step would
-    # make hosts wait for each other. It says when to ask again: when the time
-    # will be up at the speed so far, yet before the steps double.
+    # Clocks differ, so process 0's counts. Hosts that exchanged it at every
+    # step would wait for each other. So process 0 also names the next step at
+    # which to look: where the time will be up at the speed so far, at most
+    # twice the steps done.
     if not self._config.minutes or step < self._look:
       return False
     done = step - self._start

@@ -1,6 +1,7 @@
 """Where the first state and the teacher come from, onto the mesh."""
 
 from collections.abc import Iterable
+import re
 from typing import Any
 
 from flax.linen import meta
@@ -15,9 +16,14 @@ from recursive_tx.config import ModelConfig
 from recursive_tx.errors import UserError
 from recursive_tx.files import paths
 from recursive_tx.store import opening
+from recursive_tx.text import tokenizer as tokenizer_lib
+from recursive_tx.text.tokenizer import Tokenizer
 from recursive_tx.train import step, teacher_cache
 from recursive_tx.train.config import Config
 from recursive_tx.train.step import TrainState
+
+# '<s>', '<|im_start|>', '[INST]' and their like, perhaps among other text.
+_SPECIAL = re.compile(r'<[^<>\s]+>|\[[^\[\]\s]+\]')
 
 
 def first_state(
@@ -52,8 +58,23 @@ def num_bytes(abstract: Any) -> int:
   )
 
 
-def load_teacher(config: Config, mesh: Mesh) -> tuple[ModelConfig | None, Any]:
-  """The teacher's model and its variables, in the run's dtype, if it runs."""
+def load_teacher(
+    config: Config, mesh: Mesh, tokenizer: Tokenizer
+) -> tuple[ModelConfig | None, Any]:
+  """The teacher's model and its variables, in the run's dtype.
+
+  Args:
+    config: the run.
+    mesh: where it runs.
+    tokenizer: the run's.
+
+  Returns:
+    (None, None) where there is no teacher, or only its saved top-k logits.
+
+  Raises:
+    UserError: a directory that `opening.source` refuses, or a teacher of
+      another vocabulary or tokenizer.
+  """
   if not config.teacher or teacher_cache.is_saved(config.teacher):
     return None, None
   origin = opening.source(config.teacher)
@@ -62,9 +83,42 @@ def load_teacher(config: Config, mesh: Mesh) -> tuple[ModelConfig | None, Any]:
         f'The teacher {config.teacher} has a vocabulary of {origin.cfg.V}, the'
         f' model of {config.model.V}; distillation needs the same.'
     )
+  if tokenizer_lib.has_tokenizer(origin.companions):
+    check_tokenizers(
+        tokenizer, tokenizer_lib.load(origin.companions), config.teacher)
   abstract = step.abstract_params(config, origin.cfg, mesh)
   params = place_parts(opening.parts(origin), abstract, config.run.dtype)
   return origin.cfg, {'params': params}
+
+
+def check_tokenizers(own: Tokenizer, other: Tokenizer, teacher: str) -> None:
+  """Checks that a teacher's ids mean what the run's do.
+
+  Every piece of either vocabulary, as text, must have the same ids in both.
+  Their files may differ: SentencePiece and `tokenizers` may hold one
+  vocabulary, and special tokens, on which kinds of files disagree, are left
+  out.
+
+  Raises:
+    UserError: a piece has other ids.
+  """
+  if own.digest == other.digest:
+    return
+  pieces = sorted({
+      one.decode([i]) for one in (own, other) for i in range(one.vocab_size)})
+  pieces = [piece for piece in pieces if not _SPECIAL.search(piece)]
+  differ = [
+      found for found in zip(
+          pieces, own.encode_batch(pieces), other.encode_batch(pieces),
+          strict=True)
+      if found[1] != found[2]]
+  if differ:
+    text, mine, theirs = differ[0]
+    raise UserError(
+        f'The teacher {teacher} has another tokenizer: {len(differ)} of'
+        f' {len(pieces)} pieces have other ids, such as {text!r}, which is'
+        f' {mine} for the run and {theirs} for the teacher; name a teacher of'
+        ' the same tokenizer, or the teacher\'s with --config.tokenizer=')
 
 
 def place_parts(

@@ -23,7 +23,7 @@ from recursive_tx.train import optim
 from recursive_tx.train.config import Config
 
 # (variables, batch) -> every loop's hidden states h_LBTD, the exit gates'
-# logits where they are asked for, and the head.
+# logits where they are wanted, and the head.
 Forward = Callable[
     [Any, Mapping[str, jax.Array]],
     tuple[jax.Array, jax.Array | None, losses.Head],
@@ -48,7 +48,7 @@ def make_step(
   """The update: (state, batch, teacher's variables) -> (state, metrics)."""
   student = forward(
       config, config.model, mesh, gates=losses.uses_gate(config.losses),
-      leave=True)
+      early=True)
   teach = teacher and forward(config, teacher, mesh)
 
   def loss_fn(params, batch, teacher_variables, norm):
@@ -197,12 +197,12 @@ def chunk(config: Config, mesh: Mesh) -> int:
 
 def forward(
     config: Config, cfg: ModelConfig, mesh: Mesh, *, gates: bool = False,
-    leave: bool = False,
+    early: bool = False,
 ) -> Forward:
   """A model on the mesh, up to its head.
 
-  With `gates`, its exit gates too; with `leave`, tokens leave after as many
-  loops as a batch's depth_BT says, where it does.
+  With `gates`, its exit gates too; with `early`, tokens exit after the number
+  of loops in a batch's `depth_BT`, if it has one.
   """
   decoder = model.Decoder(cfg, run=config.run)
   letters = rules(config, cfg, mesh)
@@ -212,7 +212,7 @@ def forward(
     with nn.logical_axis_rules(letters):
       found = decoder.apply(
           variables, batch['token_BT'], batch['segment_BT'],
-          batch['position_BT'], batch.get('depth_BT') if leave else None,
+          batch['position_BT'], batch.get('depth_BT') if early else None,
           method='hidden_and_gates' if gates else 'hidden',
       )
     h_LBTD, gate_LBT = found if gates else (found, None)

@@ -1,7 +1,7 @@
 """A teacher's top-k logits at every position of a run's batches, on disk.
 
 The stream is a function of config and step, so a teacher can run before its
-students, once for all of them, and they read what it said:
+students, once for all of them, and they read its top-k logits:
 
   teacher.json                  of which teacher, data and tokenizer
   steps/00000001/00000-00008/   rows 0 to 7 of the first batch, as
@@ -13,7 +13,7 @@ students, once for all of them, and they read what it said:
 A step's rows may be cut in any way: a run may have other processes than the
 teacher had. Each part is there whole or not at all.
 
-Knows batches and files. Does not know models: whoever calls runs them.
+Knows batches and files. Does not know models: the caller runs them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,7 +37,7 @@ from recursive_tx.text.tokenizer import Tokenizer
 VERSION = 1
 _FORMAT = 'recursive_tx teacher'
 # Steps between positions, a megabyte each, from which an interrupted teacher
-# goes on without reading all that came before.
+# resumes without reading all that came before.
 _POSITION_EVERY = 50
 
 Batch = Mapping[str, np.ndarray]
@@ -89,7 +89,7 @@ def save(
   """Writes the top-k logits of the steps that are not there yet.
 
   Args:
-    directory: on disk, the same for all processes; what an earlier call left
+    directory: on disk, the same for all processes; what an earlier call wrote
       is kept.
     about: of `facts`.
     stream: at its start.
@@ -144,7 +144,7 @@ def reader(
     directory: of `save`; of anything else, batches stay as they are.
     data, tokenizer, V: the run's.
     rows: this process's, as its batches have them.
-    steps: those it will ask for.
+    steps: those that will be read.
 
   Returns:
     (step, batch) -> the batch, with `teacher_id_BTC` and `teacher_log_p_BTC`.
@@ -187,7 +187,7 @@ def reader(
 
 
 def _begin(directory: pathlib.Path, about: dict[str, Any]) -> None:
-  """Writes teacher.json, or checks that it says the same."""
+  """Writes teacher.json, or checks that it holds the same facts."""
   path = directory / 'teacher.json'
   if path.exists():
     found = files.read_json(path)
@@ -211,6 +211,12 @@ def _check_same(where: pathlib.Path, key: str, found: Any, wanted: Any) -> None:
   if isinstance(found, dict) and isinstance(wanted, dict):
     for part in {**wanted, **found}:
       _check_same(where, f'{key}.{part}', found.get(part), wanted.get(part))
+  elif found != wanted and key == 'tokenizer':
+    raise UserError(
+        f'{where} holds top-k logits for another tokenizer (digest, BOS, EOS:'
+        f' {found!r}, not {wanted!r}); name the one that it was made with, or'
+        ' make it anew with `teach`.'
+    )
   elif found != wanted:
     raise UserError(
         f'{where} holds top-k logits for {key}={found!r}, not {wanted!r}; name'

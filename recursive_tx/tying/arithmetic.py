@@ -58,7 +58,7 @@ def factor(
 
   Equations 4 and 5: with U S V^T the residual, `a` holds the first left
   singular vectors and `b` the right ones times their singular values. A
-  direction without residual gets the usual start, Gaussian and zero
+  direction without residual is initialised as LoRA is, Gaussian and zero
   (appendix C).
 
   Args:
@@ -97,8 +97,8 @@ def gram(matrix: np.ndarray) -> np.ndarray:
 
 
 def leading(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-  """The first squared singular values, falling, and vectors on that side of
-  the matrix which is shorter: [rank] and [side, rank], fp64."""
+  """The largest squared singular values, descending, and singular vectors of
+  the shorter side of the matrix: [rank] and [side, rank], fp64."""
   square = gram(matrix).astype(np.float64, copy=False)
   last = len(square) - 1
   energy, vectors = scipy.linalg.eigh(
@@ -114,8 +114,8 @@ def merge(
 
   Args:
     cfg, variables: any model of this library. An adapter of the head and an
-      exit gate are dropped, which is said: a vanilla model has no exits
-      before its end.
+      exit gate are dropped, with a warning: a vanilla model has no early
+      exits.
 
   Returns:
     Its unrolled config and variables, fp32 wherever an
@@ -136,7 +136,7 @@ def merge(
   for name, what in (('head', 'adapter of the head'), ('exit', 'exit gate')):
     if looped.pop(name, None):
       logging.warning(
-          'Dropped the %s: it is for exits before the end.', what)
+          'Dropped the %s: it is for early exits.', what)
   parts = [params[name] for name in ('prelude', 'block', 'coda')
            if name in params]
   middle = 'prelude' in params

@@ -9,8 +9,8 @@ from recursive_tx import config as config_lib
 from recursive_tx import tying
 from recursive_tx.tying.fit.layers import Read
 
-# What a loop adds: a [*in, R] and b [R, *out], the residual's energy that
-# they keep, and that there was.
+# Factors of a loop, a [*in, R] and b [R, *out], the energy of the residual
+# that they keep, and the energy of the residual.
 Factors = tuple[np.ndarray, np.ndarray, float, float]
 # (kernel's name, place in the block) -> the shared kernel, and the factors of
 # every loop; none at rank 0.
@@ -70,7 +70,7 @@ def product(factors: Factors) -> np.ndarray:
 
 
 class Store:
-  """The kernels of one start, in files of a directory."""
+  """The kernels of one initialisation, in files of a directory."""
 
   def __init__(self, directory: pathlib.Path, loops: int):
     directory.mkdir()
@@ -78,7 +78,7 @@ class Store:
 
   def put(self, name: str, place: int, shared: np.ndarray,
           factors: list[Factors]) -> None:
-    """Stores a place's."""
+    """Stores the kernels of a place."""
     np.save(self._path(name, place, 'shared.npy'), shared)
     for loop, row in enumerate(factors):
       self.replace(name, place, loop, row)
@@ -92,7 +92,7 @@ class Store:
     return np.load(self._path(name, place, 'shared.npy'))
 
   def kernel(self, name: str, place: int) -> tuple[np.ndarray, list[Factors]]:
-    """As `Kernel` says."""
+    """As `Kernel` does."""
     factors = [self.factors(name, place, loop) for loop in range(self._loops)]
     return self.shared(name, place), [row for row in factors if row]
 

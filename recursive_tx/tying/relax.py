@@ -1,8 +1,8 @@
 """relax(): a vanilla model becomes a looped one with adapters.
 
-Says which layers are shared, how the shared block starts, and where each
-residual goes. Relaxed Recursive Transformers, section 2; the start from data
-is of `fit`.
+Decides which layers are shared, how the shared block is initialised, and
+where each residual goes. Relaxed Recursive Transformers, section 2; the
+initialisation from data is in `fit`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -49,15 +49,15 @@ def relax(
       of so much rank everywhere, spread over the kernels by what they gain.
     init: of the shared block: 'stepwise' (the paper's choice without
       adapters), 'average' (with them), 'lower' or 'random'; or 'fit', the
-      shared kernels and factors that change least what the model says of the
-      calibration tokens, unless one of the paper's first three is nearer to
-      the original on an eighth of them kept apart.
+      shared kernels and factors that change the model's predictions on the
+      calibration tokens least, unless one of the paper's first three is
+      nearer to the original on an eighth of them kept apart.
     loop_norms: keep each loop's own norm scales and biases, without which no
       rank restores the original; False is the paper's tying.
     prelude, coda: first and last layers that stay out of the loops.
-    lora: 'svd' of each layer's residual, or 'zero': start as if tied.
+    lora: 'svd' of each layer's residual, or 'zero', as if tied.
     calibration: for 'fit': token ids, an integer array [N, T] or an iterable
-      of such batches; None has the model say some itself.
+      of such batches; None samples some from the model.
     seed: of 'random', of directions without residual, and of what 'fit'
       draws.
 
@@ -75,7 +75,7 @@ def relax(
     return np.asarray(
         paths.get(variables['params'], path)[() if layer is None else layer])
   params = {}
-  with begun(cfg, rcfg, read, init=init, lora=lora, seed=seed,
+  with initialised(cfg, rcfg, read, init=init, lora=lora, seed=seed,
              token_NT=token_NT) as (rcfg, _, found):
     for path, shape in model.flat_shapes(rcfg).items():
       paths.put(params, path, np.empty(shape, np.float32))
@@ -142,7 +142,7 @@ def tokens(
   Args:
     cfg: the vanilla model.
     init, calibration, seed: as for `relax`.
-    variables: gives the model's, called where it has to say tokens itself.
+    variables: gives the model's; called where tokens are sampled from it.
   """
   if init == 'fit':
     return (fit.sample(cfg, variables(), seed=seed) if calibration is None
@@ -154,23 +154,25 @@ def tokens(
 
 
 @contextlib.contextmanager
-def begun(
+def initialised(
     cfg: config_lib.ModelConfig, rcfg: config_lib.ModelConfig, read: Read, *,
     init: str, lora: str = 'svd', seed: int = 0,
     energy: dict | None = None, token_NT: np.ndarray | None = None,
     scratch: str | os.PathLike | None = None,
     report: Callable[[float], Any] = lambda share: None,
 ) -> Iterator[tuple[config_lib.ModelConfig, str, Parts]]:
-  """The relaxed config, the init that was kept, and `parts`, for a while.
+  """The relaxed config, the init that was kept, and `parts`.
+
+  Use as a context manager, within which the parts can be read.
 
   Args:
     cfg, rcfg, read, init, lora, seed, energy: as for `parts`. Where 'fit'
       chooses ranks, the config is another.
     token_NT: for 'fit', see `tokens`.
-    scratch: where 'fit' has a directory of moments and starts for a while;
-      None is the system's.
-    report: given, for 'fit', the share of the work before the first part that
-      was done since.
+    scratch: where 'fit' makes a temporary directory of moments and
+      candidates; None is the system's.
+    report: called, for 'fit', with the share of the work before the first
+      part that was done since the last call.
   """
   if init != 'fit':
     yield rcfg, init, parts(cfg, rcfg, read, init=init, lora=lora, seed=seed,
@@ -179,10 +181,10 @@ def begun(
   rivals = {name: functools.partial(_paper_kernel, rcfg, read, name, lora,
                                     seed) for name in _RIVALS}
   with tempfile.TemporaryDirectory(prefix='.fit.', dir=scratch) as folder:
-    start = fit.nearest(cfg, rcfg, read, rivals, token_NT,
-                        pathlib.Path(folder), seed=seed, report=report)
-    yield start.rcfg, start.init, _parts(
-        cfg, start.rcfg, start.read, start.rule, start.kernel, seed, energy)
+    best = fit.nearest(cfg, rcfg, read, rivals, token_NT,
+                       pathlib.Path(folder), seed=seed, report=report)
+    yield best.rcfg, best.init, _parts(
+        cfg, best.rcfg, best.read, best.rule, best.kernel, seed, energy)
 
 
 def parts(
@@ -212,7 +214,7 @@ def parts(
 
 
 def _parts(cfg, rcfg, read, init, kernel, seed, energy):
-  """Parts of what the init's rule says of vectors, and `kernel` of kernels."""
+  """Parts: vectors by the init's rule, kernels by `kernel`."""
   after = rcfg.num_layers - rcfg.coda
   for path in model.flat_shapes(cfg):
     if not path.startswith('block/'):

@@ -8,8 +8,6 @@ from benchmarks import kneser_ney
 import numpy as np
 import pytest
 
-from recursive_tx.errors import UserError
-
 UNK, BOS, EOS, A, B = range(5)
 
 
@@ -181,7 +179,7 @@ def test_bits_per_byte():
 
 
 def test_keys_that_do_not_fit_are_refused():
-  with pytest.raises(UserError, match='at most order 6'):
+  with pytest.raises(ValueError, match='at most order 6'):
     _model([[A]], order=7, vocab_size=1024, modified=True)
-  with pytest.raises(UserError, match='no documents'):
+  with pytest.raises(ValueError, match='no documents'):
     _model([], order=2, vocab_size=5, modified=True)

@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import tiny
 
-from recursive_tx.errors import UserError
-
 SCRIPT = tiny.TESTS / 'benchmarks' / 'throughput.py'
 SEEDS = range(60)
 
@@ -208,7 +206,7 @@ def test_the_expected_ratio_is_that_of_full_slots():
 ])
 def test_what_cannot_be_scheduled_is_refused(samples, change, error):
   options = {'rule': 'cdb', 'capacity': 32, 'loops': 3, **change}
-  with pytest.raises(UserError, match=error):
+  with pytest.raises(ValueError, match=error):
     schedulers.schedule(samples, options.pop('rule'), **options)
 
 
@@ -219,7 +217,7 @@ def test_what_cannot_be_scheduled_is_refused(samples, change, error):
     ([3, 2], [1, 1], [1, 1], 'never fall'),
 ])
 def test_what_is_no_workload_is_refused(arrival, tokens, depths, error):
-  with pytest.raises(UserError, match=error):
+  with pytest.raises(ValueError, match=error):
     schedulers.Workload(*map(np.array, (arrival, tokens, depths)))
 
 

@@ -333,6 +333,10 @@ def test_arguments_take_the_types_of_their_defaults():
         ('teacher=DIR', "teacher is 'DIR'; expected teacher alone"),
         ('exits=often', "exits is 'often'; expected exits alone"),
         ('exits=-1', 'a weight above 0'),
+        ('tokens=nan', 'tokens is nan, expected a finite number above 0'),
+        ('tokens=-1', 'tokens is -1.0, expected a finite number above 0'),
+        ('gate=-8', 'gate is -8, expected a whole number of at least 0'),
+        ('loops=-1', 'does not divide'),
         ('exits=nan', 'a weight above 0'),
         ('loops=1,exits', 'has no earlier exit'),
         ('loops=1,gate=8', 'gate=8 with a model of one loop'),
@@ -384,6 +388,12 @@ def test_a_value_that_is_not_set_is_named():
         (['--config=configs/demo.py', '--config.optim.lrr=1'], "mean 'lr'"),
         (['--config=configs/nemo.py'], 'there is no such file'),
         (['--config=configs/gemma_2b.py:teacher'], '--config.teacher='),
+        (['--config=demo', '--config.optim.clip=-1.0'],
+         'optim.clip is -1.0, expected a finite number of at least 0'),
+        (['--config=demo', '--config.losses.next_token=(1e999,)'],
+         'a number of losses.next_token=(inf,) is inf'),
+        (['--config=demo', '--processes=-2'], '--processes is -2'),
+        (['--config=demo', '--process=-3'], '--process is -3'),
     ],
 )
 def test_the_command_line_refuses_in_one_line(tmp_path, args, said):

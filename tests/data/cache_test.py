@@ -275,7 +275,7 @@ def test_a_cache_that_fails_leaves_nothing(made, tmp_path, monkeypatch):
     for task, split, part, parts in jobs:
       path = folder / task.name / units.part_name(split, part, parts)
       path.write_bytes(b'part')
-    raise ValueError('the disk is full')
+    raise UserError('the disk is full')
 
   monkeypatch.setattr(cache_writer, '_run', run)
   with pytest.raises(UserError, match='the disk is full'):

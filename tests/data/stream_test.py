@@ -13,6 +13,8 @@ import sys
 import numpy as np
 import pytest
 from tiny_data import make_tfds, pieces_of
+from tiny_tokenizers import byte_level_dir as byte_level_dir
+from tiny_tokenizers import sentencepiece_dir as sentencepiece_dir
 import tokenizers
 
 from recursive_tx import data
@@ -540,7 +542,64 @@ def test_heldout_is_fixed_and_limited(tok, corpus):
   few = data.heldout(config, tok, max_tokens=500)
   tokens = sum(batch['weight_BT'].sum() for batch in few.batches)
   assert 400 < tokens <= 500
-  assert data.heldout(config, tok, max_tokens=1).num_documents == 1
+  assert few.num_tokens == tokens and not few.is_cut
+
+
+# One document of T = 32 and more tokens, each of one character and one byte.
+@pytest.mark.parametrize('max_tokens', [1, 2, 31, 32, 33, 700, 999])
+def test_max_tokens_cuts_inside_a_long_document(tok, tmp_path, max_tokens):
+  novel = ''.join(random.Random(1).choices(ALPHABET[:-1], k=1000))
+  (tmp_path / 'train').write_text('a')
+  (tmp_path / 'held').write_text(novel)
+  task = data.Task('t', 'text', f'{tmp_path}/train', heldout=f'{tmp_path}/held')
+  held = data.heldout(config_of(task), tok, max_tokens=max_tokens)
+  assert held.is_cut and held.num_documents == 1
+  assert held.num_tokens == max_tokens == sum(
+      batch['weight_BT'].sum() for batch in held.batches)
+  # BOS is given, so that each prediction is a character of the text.
+  assert bag(pieces_of(held.batches)) == bag(
+      cut([tok.bos_id, *tok.encode(novel[:max_tokens])]))
+  assert held.num_bytes == max_tokens
+  whole = data.heldout(config_of(task), tok, max_tokens=1001)
+  assert not whole.is_cut
+  assert (whole.num_tokens, whole.num_bytes) == (1001, 1000)
+
+
+def test_a_document_is_cut_only_if_less_than_half_is_filled(tok, tmp_path):
+  (tmp_path / 'train').write_text('a')
+  (tmp_path / 'held').write_text(
+      ''.join(f'{"ab"[n > 20] * n}\n{SEPARATOR}\n' for n in (9, 9, 300)))
+  task = data.Task('t', 'text', f'{tmp_path}/train', document=SEPARATOR,
+                   heldout=f'{tmp_path}/held')
+
+  def found(max_tokens):
+    held = data.heldout(config_of(task), tok, max_tokens=max_tokens)
+    return held.num_documents, held.num_tokens, held.num_bytes, held.is_cut
+
+  # One block, whose documents come in order: 10, 10 and 301 predictions.
+  assert found(40) == (2, 20, 18, False)
+  assert found(41) == (3, 41, 18 + 21, True)
+  assert found(320) == (3, 320, 18 + 300, True)
+  assert found(321) == (3, 321, 318, False)
+
+
+@pytest.mark.parametrize('kind', ['byte_level_dir', 'sentencepiece_dir'])
+def test_bytes_of_a_cut_document_are_those_of_its_tokens(
+    kind, request, tmp_path
+):
+  tok = tokenizer.load(request.getfixturevalue(kind))
+  text = 'the cat é sat 漢字 on 🎉 the mat\n  and the dog ate it'
+  (tmp_path / 'train').write_text('a')
+  (tmp_path / 'held').write_text(text, encoding='utf-8')
+  task = data.Task('t', 'text', f'{tmp_path}/train', heldout=f'{tmp_path}/held')
+  ids = [*tok.opening, *tok.encode(text), tok.eos_id]
+  for max_tokens in range(1, len(ids) - 1):
+    held = data.heldout(config_of(task), tok, max_tokens=max_tokens)
+    kept = ids[len(tok.opening) : max_tokens + 1]
+    # Whole characters only.
+    prefix = max((text[:n] for n in range(len(text) + 1)
+                  if tok.decode(kept).startswith(text[:n])), key=len)
+    assert held.num_bytes == len(prefix.encode()), (max_tokens, prefix)
 
 
 def test_heldout_takes_tasks_in_turn(tok, corpus):
@@ -821,9 +880,9 @@ def test_a_file_that_disappears_stops_the_run_in_one_line(tok, tmp_path):
         ({'kind': 'jsonl', 'document': 'file'}, "others document='record'"),
         ({'document': 'a\nb'}, 'is more than one line'),
         ({'document': None}, 'document is None, expected a string'),
-        ({'weight': 0.0}, 'weight is 0.0, expected a number above 0'),
-        ({'weight': float('nan')}, 'weight is nan, expected a number'),
-        ({'weight': '1'}, "weight is '1', expected a number"),
+        ({'weight': 0.0}, 'weight is 0.0, expected a finite number above 0'),
+        ({'weight': float('nan')}, 'weight is nan, expected a finite'),
+        ({'weight': '1'}, "weight is '1', expected a finite"),
         ({'dataset': 'c4'}, "kind 'tfds' needs the dataset's name"),
         ({'kind': 'tfds'}, "kind 'tfds' needs the dataset's name"),
         ({'kind': 'tfds', 'dataset': 'c4'}, 'one split to train on and one'),
@@ -845,7 +904,7 @@ def test_bad_tasks(fields, message):
         ({'batch': 4.0}, 'data.batch is 4.0, expected a whole number'),
         ({'shards': True}, 'data.shards is True, expected a whole number'),
         ({'seed': -1}, 'data.seed is -1'),
-        ({'heldout_fraction': 0.6}, 'above 0.0 and at most 0.5'),
+        ({'heldout_fraction': 0.6}, 'above 0 and at most 0.5'),
     ],
 )
 def test_bad_configs(fields, message):
@@ -865,3 +924,139 @@ def test_bad_arguments(tok, corpus):
 def test_configs_are_hashable(corpus):
   config = config_of(separated(corpus, train=[f'{corpus}/*.txt']))
   assert hash(config) == hash(config_of(separated(corpus)))
+
+
+# Names and bytes of real files.
+
+
+@pytest.mark.parametrize('name', [
+    'a[1].txt', 'a*.txt', 'a?.txt', '[ab].txt', 'a[!1].txt', '**', 'd[1]/x.txt',
+    'd[1]/e[2]/x.txt', 'a b.txt', 'a[.txt'])
+def test_a_path_that_exists_is_that_path(tok, tmp_path, name):
+  for other in ('a1.txt', 'a.txt', 'd1/x.txt', 'd1/e2/x.txt', name):
+    path = tmp_path / other
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('a' if other == name else 'bbbb')
+  task = data.Task('t', 'text', f'{tmp_path}/{name}')
+  assert files.find(task, 'train') == [f'{tmp_path}/{name}']
+  held = dataclasses.replace(
+      task, train=(f'{tmp_path}/**/*.txt',), heldout=task.train)
+  assert files.find(held, 'heldout') == [f'{tmp_path}/{name}']
+  assert f'{tmp_path}/{name}' not in files.find(held, 'train')
+  assert data.heldout(config_of(held), tok).num_bytes == 1
+
+
+def test_a_glob_below_a_folder_that_exists(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for name in ('d[1]/x.txt', 'd[1]/y.txt', 'd1/z.txt', 'e1/z.txt'):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('a')
+
+  def found(pattern):
+    return files.find(data.Task('t', 'text', pattern), 'train')
+
+  assert found('d[1]/*.txt') == ['d[1]/x.txt', 'd[1]/y.txt']
+  assert found(f'{tmp_path}/d[1]/[y].txt') == [f'{tmp_path}/d[1]/y.txt']
+  assert found('e[1]/*.txt') == ['e1/z.txt']
+  assert found('**/z.txt') == ['d1/z.txt', 'e1/z.txt']
+
+
+# What str.splitlines takes for ends of lines, and JSON lines do not.
+_BREAKS = '\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e'
+
+
+@pytest.mark.parametrize('block', [1 << 20, 7])
+def test_lines_end_at_newlines_alone(tmp_path, monkeypatch, block):
+  monkeypatch.setattr(documents, '_LEAST_BLOCK_BYTES', block)
+  monkeypatch.setattr(documents, '_BLOCKS', 1 << 20)
+  texts = [f'{i}{_BREAKS}{SEPARATOR}{_BREAKS}b\r\n' for i in range(9)]
+  (tmp_path / 'a.jsonl').write_bytes(''.join(
+      json.dumps({'text': text}, ensure_ascii=False) + '\r\n'[i % 2:]
+      for i, text in enumerate(texts)).encode())
+  (tmp_path / 'a.txt').write_bytes(
+      f'{SEPARATOR}\n'.join(texts).encode())
+  for task in (data.Task('t', 'jsonl', f'{tmp_path}/a.jsonl'),
+               data.Task('t', 'text', f'{tmp_path}/a.txt',
+                         document=SEPARATOR)):
+    found = documents.Documents(task, 'train', fraction=0.0)
+    units = [found.unit(i) for i in range(found.num_units)]
+    assert not any(faults for _, faults in units)
+    read = [text.decode() for texts, _ in units for text in texts]
+    if task.kind == 'text':
+      read = [f'{text}\r\n' for text in read]
+    assert read == texts
+
+
+@pytest.mark.parametrize('block', [1 << 20, 7])
+def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch, block):
+  monkeypatch.setattr(documents, '_LEAST_BLOCK_BYTES', block)
+  monkeypatch.setattr(documents, '_BLOCKS', 1 << 20)
+  mark = b'\xef\xbb\xbf'
+  # Only the first is a mark.
+  lines = [b'{"text": "a"}', b'{"text": "\xef\xbb\xbfb"}', b'no', mark + b'{}']
+  (tmp_path / 'a.jsonl').write_bytes(mark + b'\n'.join(lines))
+  (tmp_path / 'a.txt').write_bytes(mark + b'a\n' + mark + b'b')
+  separator = SEPARATOR.encode()
+  (tmp_path / 'b.txt').write_bytes(
+      mark + separator + b'\na\n' + separator + b'\n' + mark + b'b')
+  (tmp_path / 'c.txt').write_bytes(mark)
+
+  def read(*args, **kwargs):
+    found = documents.Documents(
+        data.Task('t', *args, **kwargs), 'train', fraction=0.0)
+    units = [found.unit(i) for i in range(found.num_units)]
+    return ([text for texts, _ in units for text in texts],
+            [str(fault).split(':')[1] if fault.offset else fault.kind
+             for _, faults in units for fault in faults])
+
+  assert read('jsonl', f'{tmp_path}/a.jsonl') == (
+      [b'a', mark + b'b'], ['3', '4'])
+  assert read('text', f'{tmp_path}/a.txt') == ([b'a\n' + mark + b'b'], [])
+  assert read('text', f'{tmp_path}/b.txt', document=SEPARATOR) == (
+      [b'a', mark + b'b'], [])
+  assert read('text', f'{tmp_path}/c.txt') == ([], ['empty'])
+
+
+def test_a_heldout_file_under_another_path_is_not_trained_on(
+    tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  for name in 'abcd':
+    (tmp_path / name).write_text(name)
+  (tmp_path / 'link').symlink_to(tmp_path / 'd')
+  task = data.Task('t', 'text', '?', heldout=(
+      './a', f'{tmp_path}/b', 'link'))
+  assert files.find(task, 'train') == ['c']
+  assert len(files.find(task, 'heldout')) == 3
+
+
+@pytest.mark.parametrize('kind', ['text', 'jsonl'])
+def test_compressed_files_are_named_as_such(tmp_path, kind):
+  import bz2
+  import gzip
+  import lzma
+
+  for name, module in (('gzip', gzip), ('bzip2', bz2), ('xz', lzma)):
+    path = tmp_path / name
+    path.write_bytes(module.compress(b'{"text": "a"}\n' * 9))
+    with pytest.raises(UserError, match=f'begins as {name} does; unpack'):
+      documents.Documents(
+          data.Task('t', kind, str(path)), 'train', fraction=0.0).check()
+
+
+def test_a_pipe_is_refused(tmp_path):
+  os.mkfifo(tmp_path / 'pipe')
+  with pytest.raises(UserError, match='is no file; write what a pipe gives'):
+    files.find(data.Task('t', 'text', f'{tmp_path}/pipe'), 'train')
+
+
+def test_a_record_may_hold_any_number_beside_its_text(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  path.write_text('{"text": "a", "n": %s}\n{"text": "b", "n": NaN}\n'
+                  '{"text": 5}\n' % ('9' * 5000))
+  found = documents.Documents(
+      data.Task('t', 'jsonl', str(path)), 'train', fraction=0.0)
+  texts, faults = found.unit(0)
+  assert texts == [b'a', b'b']
+  assert [fault.kind for fault in faults] == ['no_text']

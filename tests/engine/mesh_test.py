@@ -39,7 +39,7 @@ for cfg in (tiny.MIXED, tiny.FAMILIES['gpt_neox'])[:int(sys.argv[1])]:
         got[event.id].append((event.token, event.depth))
     told['tokens'].append(list(got.values()))
     told['compiled'].append(engine._burst._cache_size() - before)
-  told['cache'] = str(served._state.cache.k.machine.spec)
+  told['cache'] = str(served._state.cache.k.sharding.spec)
   told['depths'] = sorted({depth for row in got.values() for _, depth in row})
   rows.append(told)
 try:

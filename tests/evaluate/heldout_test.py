@@ -18,6 +18,7 @@ import recursive_tx as rtx
 from recursive_tx import data, losses, machine
 from recursive_tx.data import packing
 from recursive_tx.errors import UserError
+from recursive_tx.evaluate import table
 from recursive_tx.evaluate.heldout import evaluate
 
 T = 24
@@ -147,6 +148,42 @@ def test_nothing_to_predict_is_refused(variables, heldout):
       for batch in heldout.batches]
   with pytest.raises(UserError, match='no token to predict'):
     evaluate(CFG, variables, data.Heldout(empty, 5, 1))
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_no_result(variables, heldout, value):
+  broken = jax.tree.map(lambda x: np.full_like(x, value), variables)
+  with tiny.refused('loss of loop 1', 'float32'):
+    evaluate(CFG, broken, heldout)
+
+
+def test_progress_sees_every_batch(variables, heldout):
+  seen = []
+
+  def progress(batches):
+    for batch in batches:
+      yield batch
+      seen.append(len(batches))
+
+  assert evaluate(CFG, variables, heldout, progress=progress) == evaluate(
+      CFG, variables, heldout)
+  assert seen == [len(heldout.batches)] * len(heldout.batches)
+
+
+def test_a_tables_columns_stay_apart():
+  """Also where perplexity is huge, as of a model that was never trained."""
+  rows = [dict(loop=loop, loss=loss, perplexity=math.exp(loss),
+               bits_per_byte=loss / 2) for loop, loss in enumerate(
+                   (24.266, 1.5, 30.0, 700.0), 1)]
+  first, *lines = table(
+      dict(documents=3, bytes=1234567, tokens=99999, loops=rows)).splitlines()
+  assert first == '3 documents, 1,234,567 bytes, 99,999 tokens'
+  assert [line.split() for line in lines] == [
+      ['loop', 'nats/token', 'perplexity', 'bits/byte'],
+      ['1', '24.2660', '3.456e+10', '12.1330'],
+      ['2', '1.5000', '4.482', '0.7500'],
+      ['3', '30.0000', '1.069e+13', '15.0000'],
+      ['4', '700.0000', '1.014e+304', '350.0000']]
 
 
 @pytest.mark.slow

@@ -286,6 +286,39 @@ def test_the_chosen_thresholds_keep_to_delta(cfg):
   assert 'chosen' in cli.table(result)
 
 
+def test_progress_sees_every_phase():
+  """And changes nothing."""
+  seen = []
+
+  def progress(items, phase):
+    for item in items:
+      yield item
+      seen.append(phase)
+
+  with_it, without = (calibrate.calibrate(
+      BARE, tiny.variables(BARE), heldout_of(BARE, 4), rule='margin', delta=0.4,
+      confidence=0.6, **given) for given in (dict(progress=progress), {}))
+  assert with_it == without
+  assert seen.count('full depth') == 4
+  assert seen.count('search') == len(thresholds._PRICES)
+  # The one at which it ended is not reported as done.
+  assert seen.count('thresholds') in (
+      len(without.points), len(without.points) - 1)
+  assert seen == sorted(seen, key=['full depth', 'search', 'thresholds'].index)
+
+
+def test_a_tables_columns_stay_apart():
+  points = tuple(calibrate.Point((1e-9, tried), 1.0, 3.0, 1e-300)
+                 for tried in (0.123456789, 2.0))
+  text = cli.table(calibrate.Result(
+      'top', 0.01, 0.95, 10, 12_345, points, points[1], 1.5, (0.5, 0.75),
+      (0.25, math.nan)))
+  assert [line.split() for line in text.splitlines()[-3:]] == [
+      ['thresholds', 'agreement', 'mean', 'depth', 'p-value'],
+      ['0.000000', '0.123457', '1.0000', '3.0000', '1e-300'],
+      ['0.000000', '2.000000', '1.0000', '3.0000', '1e-300', '<-', 'chosen']]
+
+
 def test_agreement_has_few_thresholds():
   result = calibrate.calibrate(
       BARE, tiny.variables(BARE), heldout_of(BARE, 2), rule='agreement',
@@ -301,6 +334,9 @@ def test_agreement_has_few_thresholds():
     (BARE, dict(rule='agrement'), ("'agreement'",)),
     (BARE, dict(delta=0.0), ('delta is 0.0',)),
     (BARE, dict(confidence=1.0), ('confidence is 1.0',)),
+    *((BARE, {name: value}, (f'{name} is {value}', 'above 0 and below 1'))
+      for name in ('delta', 'confidence')
+      for value in (math.nan, math.inf, -0.1, 1.5)),
     (BARE, dict(), ('6 sequences', '337', '--text')),
     (dataclasses.replace(BARE, exit_gate=0), {}, ('model.exit_gate=0',)),
     (dataclasses.replace(BARE, exit_gate=0, loops=1, rank='0'), {},

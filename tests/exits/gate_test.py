@@ -60,7 +60,7 @@ def test_a_small_mlp_for_every_loop_but_the_final_one():
       'b': ('loops', 'E'), 'b_bias': ('loops',)}
   with tiny.refused('model.exit_gate=5', 'loops=1'):
     dataclasses.replace(CFG, loops=1)
-  with tiny.refused('model.exit_gate=-1', 'at least 0'):
+  with tiny.refused('model.exit_gate is -1', 'at least 0'):
     dataclasses.replace(CFG, exit_gate=-1)
 
 

@@ -83,7 +83,10 @@ def test_static_leaves_after_its_loop(loop):
 
 @pytest.mark.parametrize('make, parts', [
     (lambda: exits.Exit('agrement'), ("'agrement'", "'agreement'", 'oracle')),
-    (lambda: exits.Exit('top', (0.5, float('nan'))), ('NaN',)),
+    *((lambda value=value: exits.Exit('top', (0.5, value)),
+       ('(0.5,', 'from 0', 'to 1, or 2')) for value in (
+           float('nan'), float('inf'), -1e-9, 2.5, 95, 10**400, 'x', None)),
+    (lambda: exits.Exit('top', 0.5), ('thresholds 0.5', 'to 1, or 2')),
     (lambda: exits.static(0, 3), ('loop 0', '1 to 3')),
     (lambda: exits.static(4, 3), ('loop 4', '1 to 3')),
     (lambda: exits.Exit('top').check(CFG), ('0 thresholds', 'give 2')),
@@ -126,6 +129,9 @@ def test_saved_beside_the_weights_it_is_read_back(tmp_path):
     ('{', 'is not JSON'), ('[]', 'holds list'), ('{}', "lacks 'rule'"),
     ('{"rule": "top"}', 'calibrate anew'),
     ('{"rule": "top", "thresholds": ["1"]}', 'calibrate anew'),
+    ('{"rule": "top", "thresholds": [1e400]}', 'to 1, or 2'),
+    ('{"rule": "top", "thresholds": [NaN]}', 'to 1, or 2'),
+    ('{"rule": "top", "thresholds": [1%s]}' % ('0' * 400), 'to 1, or 2'),
     ('{"rule": "tip", "thresholds": []}', "did you mean 'top'")])
 def test_a_spoilt_file_is_refused(tmp_path, text, part):
   (tmp_path / 'exit.json').write_text(text)

@@ -1,4 +1,4 @@
-"""Thresholds that leave earliest for what they get wrong."""
+"""Thresholds of the least depth for their share of wrong tokens."""
 
 import itertools
 
@@ -8,7 +8,7 @@ from recursive_tx.exits import thresholds
 
 
 def some(tokens=12, exits=2, seed=0):
-  """Scores on a coarse grid, so that there are ties, and what they tell."""
+  """Scores on a coarse grid, so that there are ties, and what they predict."""
   rng = np.random.default_rng(seed)
   score_ET = rng.integers(0, 5, (exits, tokens)) / 4
   return score_ET, rng.random((exits, tokens)) < 0.4 + 0.5 * score_ET
@@ -27,8 +27,8 @@ def judged(score_ET, same_ET, tried):
 
 def test_tokens_leave_at_the_first_loop_that_lets_them():
   score_ET = np.array([[0.9, 0.1, 0.1, 0.5], [0.9, 0.9, 0.1, 0.1]])
-  assert thresholds.leave(score_ET, (0.5, 0.6)).tolist() == [0, 1, 2, 0]
-  assert thresholds.leave(score_ET[:, :, None], (2.0, 0.05)).tolist() == [
+  assert thresholds.exit_loop(score_ET, (0.5, 0.6)).tolist() == [0, 1, 2, 0]
+  assert thresholds.exit_loop(score_ET[:, :, None], (2.0, 0.05)).tolist() == [
       [1], [1], [1], [1]]
 
 
@@ -45,6 +45,15 @@ def test_no_pair_is_better_in_both():
       # One loop at a time may end beside the best pair, not behind it.
       better = (everywhere[:, 0] < depth) & (everywhere[:, 1] < wrong)
       assert not better.any()
+
+
+def test_the_example_of_the_docstring():
+  score_ET = np.array([[0.9, 0.8, 0.6, 0.4]])
+  same_ET = np.array([[True, True, False, True]])
+  assert thresholds.path(score_ET, same_ET) == [(0.8,), (0.4,)]
+  for price, expected in ((2.0, 0.8), (1.0, 0.4)):
+    change_T = np.where(same_ET[0], 0.0, price) - 1
+    assert thresholds._best(score_ET[0], change_T) == expected
 
 
 def test_the_path_goes_from_careful_to_bold():

@@ -133,9 +133,9 @@ def test_an_unknown_dtype_is_named(tmp_path):
     files.Reader(tmp_path)
 
 
-@pytest.mark.parametrize('text', ['{}', '{"weight_map": 3}', '[]', 'x'])
+@pytest.mark.parametrize('text', [
+    '{}', '{"weight_map": 3}', '{"weight_map": {"a": null}}', '[]', 'x'])
 def test_an_index_that_makes_no_sense_is_refused(text, tmp_path):
-  _write(tmp_path, {'a': np.ones(2, np.float32)})
   (tmp_path / 'model.safetensors.index.json').write_text(text)
   with tiny.refused('model.safetensors.index.json'):
     files.Reader(tmp_path)
@@ -236,3 +236,15 @@ def test_a_file_in_the_way_is_not_replaced(tmp_path):
     with files.new_directory(target):
       raise AssertionError('not reached')
   assert target.read_text() == 'mine'
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+  (tmp_path / 'model.safetensors').write_text(
+      'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n')
+  with tiny.refused('model.safetensors', 'git lfs pull'):
+    files.Reader(tmp_path)
+
+
+def test_json_may_begin_with_a_byte_order_mark(tmp_path):
+  (tmp_path / 'a.json').write_bytes(b'\xef\xbb\xbf{"a": "\xc3\xa9"}')
+  assert files.read_json(tmp_path / 'a.json') == {'a': 'é'}

@@ -354,6 +354,35 @@ def test_gpu_node_tells_the_hosts_of_each_other(world):
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
 
 
+def test_interop_names_what_fails_and_exits_with_1(world, tmp_path):
+  """An interpreter whose environments cannot resolve [tpu]."""
+  installer = tmp_path / 'pip'
+  installer.write_text('#!/bin/sh\ncase "$*" in *"[tpu]"*) exit 1; esac\n')
+  command = tmp_path / 'recursive-tx'
+  command.write_text('#!/bin/sh\n')
+  interpreter = tmp_path / 'other-python'
+  interpreter.write_text(
+      '#!/bin/sh\n'
+      'case "$1 $2" in\n'
+      f'"-m venv") mkdir -p $3/bin; cp {installer} {command} $3/bin\n'
+      '  cp $0 $3/bin/python ;;\n'
+      '"-c import platform"*) echo 3.11.99 ;;\n'
+      'esac\n')
+  for path in (installer, command, interpreter):
+    path.chmod(0o755)
+  done = world.run('interop.sh', str(interpreter))
+  assert done.returncode == 1, done.stderr
+  page = (world.checkout / 'docs' / 'results' / 'interop.md').read_text()
+  assert '## Python 3.11.99' in page and str(tmp_path) not in page
+  failed = [line for line in page.splitlines() if line.startswith('- FAIL')]
+  assert failed == [
+      '- FAIL: recursive_tx[tpu] resolves against constraints.txt']
+  assert page.count('- OK: ') == 12
+  # Without that fault.
+  installer.write_text('#!/bin/sh\n')
+  assert world.run('interop.sh', str(interpreter)).returncode == 0
+
+
 @pytest.mark.parametrize('script', AFAR)
 def test_every_option_is_in_the_help_and_a_typo_names_the_nearest(script):
   text = (ROOT / 'launch' / script).read_text()

@@ -58,7 +58,7 @@ def test_compilers_devices_are_known():
   pytest.importorskip('libtpu')
   code = '''
 from jax.experimental import topologies
-from recursive_tx import chips
+from recursive_tx.machine import chips
 for name in ('v4:2x2x1', 'v5e:2x2', 'v5p:2x2x1', 'v6e:2x2'):
   devices = topologies.get_topology_desc(
       platform='tpu', topology_name=name).devices

@@ -214,7 +214,8 @@ def test_one_process_reads_without_the_others(two):
 @pytest.mark.parametrize(
     'given',
     [('127.0.0.1:1', 2), ('127.0.0.1:1', 2, 2), ('', 2, 0), ('host', 2, 0),
-     ('127.0.0.1:1', 0, 0)],
+     ('127.0.0.1:1', 0, 0), ('127.0.0.1:0', 2, 0), ('127.0.0.1:x', 2, 0),
+     (':1', 2, 0), ('127.0.0.1:65536', 2, 0)],
 )
 def test_half_an_address_is_refused(given):
   with pytest.raises(UserError, match='Give all three or none') as error:

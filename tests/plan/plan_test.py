@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 
 import jax
 import pytest
@@ -13,8 +14,8 @@ import tiny
 import recursive_tx as rtx
 from recursive_tx import losses, machine, plan, train
 from recursive_tx.data import DataConfig, Task
-from recursive_tx.errors import UserError
 from recursive_tx.machine import flops
+from recursive_tx.plan import process, topology
 from recursive_tx.train import optim
 
 ROOT = tiny.ROOT
@@ -84,9 +85,9 @@ def test_the_table_tells_facts_from_estimates(four):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('topology', ['v4:2x2x1', 'v5p:2x2x1', 'v6e:2x2'])
-def test_every_family_of_tpus_compiles(topology):
-  found = plan.plan(CONFIG, topology, report=quiet)
+@pytest.mark.parametrize('name', ['v4:2x2x1', 'v5p:2x2x1', 'v6e:2x2'])
+def test_every_family_of_tpus_compiles(name):
+  found = plan.plan(CONFIG, name, report=quiet)
   assert found['fits'] and found['source'] == 'compiled'
   assert found['attention'] == 'splash'
   assert found['compiled_flops'] > 0 and found['sent_bytes']
@@ -124,15 +125,53 @@ def test_gpus_are_planned_by_arithmetic():
   assert more['bytes']['optimizer'] == found['bytes']['optimizer']
 
 
-@pytest.mark.parametrize(
-    ('topology', 'said'),
-    [('v9:2x2', "'v9:2x2' is not known.*v5e:4x4"), ('v5e', 'v5e:4x4'),
-     ('v5e:3x7', 'v5e:3x7'), ('h100:2x2', 'number of GPUs'),
-     ('h100:3', 'does not divide')])
-def test_bad_topologies_are_refused(topology, said):
-  with pytest.raises(UserError, match=said) as error:
-    plan.plan(CONFIG, topology, report=quiet)
-  assert '\n' not in str(error.value)
+@pytest.mark.parametrize('name, part', [
+    ('v9:2x2', "'v9:2x2' is not known"), ('v5e', "'v5e' is not known"),
+    ('v5e:', 'v5e:4x4'), ('', 'v5e:4x4'), ('v5e:2x2x', 'v5e:4x4'),
+    ('v5e:-2x2', 'v5e:4x4'), ('v5e:2.5x2', 'v5e:4x4'), ('v5e:٤x٤', 'v5e:4x4'),
+    ('v5litepod-16', 'v5e:4x4'), ('v4-8', 'v4:2x2x1'),
+    ('v5e:4x4x4', 'slice of v5e has 2 dimensions'),
+    ('v6e:2x2x2', 'slice of v6e has 2 dimensions'),
+    ('v5e:16', 'has 2 dimensions'), ('v4:4x4', 'slice of v4 has 3 dimensions'),
+    ('v5e:0x4', 'pod of 16x16'), ('v5e:1000x1000', 'pod of 16x16'),
+    ('v5e:8x32', 'pod of 16x16'), ('v5p:28x20x17', 'pod of 16x20x28'),
+    ('v5e:' + '9' * 40 + 'x1', 'v5e:4x4'), ('v5e:3x7', "'v5e:3x7'"),
+    ('h100:2x2', 'number of GPUs'), ('h100:0', 'GPUs from 1'),
+    ('h100:999999999', 'GPUs from 1'), ('h100:3', 'does not divide')])
+def test_bad_topologies_are_refused(name, part):
+  """By what exists, or by the compiler; never by its death."""
+  with tiny.refused(part):
+    plan.plan(CONFIG, name, report=quiet)
+
+
+def test_another_fault_of_the_child_keeps_its_traceback(monkeypatch):
+  monkeypatch.setattr(process, '_CHILD', '1 / 0')
+  with pytest.raises(RuntimeError, match='Traceback(.|\n)*ZeroDivisionError'):
+    plan.plan(CONFIG, 'v5e:2x2', report=quiet)
+
+
+@pytest.mark.parametrize('name, chips', [
+    ('v5e:1x1', 1), ('v6e:1x1', 1), ('v5e:2x4', 8), ('v5e:04x04', 16),
+    ('V5E:4x8', 32), ('v4:2x2x1', 4), ('v5p:2x2x2', 8), ('v5p:28x16x20', 8960),
+    ('H100:8', 8)])
+def test_topologies_that_exist_have_their_chips(name, chips):
+  """Cores of a chip are one device each, or one together."""
+  devices, chip = plan.devices_of(name)
+  assert len(devices) == chips
+  assert chip.hbm_bytes >= 16 << 30
+
+
+def test_a_compiler_that_aborts_is_an_error_message(monkeypatch, tmp_path):
+  """What it does for a slice of v5e with three dimensions, if asked to."""
+  monkeypatch.setitem(topology._PODS, 'v5e', (16, 16, 16))
+  monkeypatch.setattr(process, '_CHILD', (
+      'from recursive_tx.plan import process, topology;'
+      "topology._PODS['v5e'] = (16, 16, 16); process.main()"))
+  monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+  with tiny.refused('v5e:4x4x4', 'SIGABRT', 'chip_bounds().z', 'another'):
+    plan.plan(changed(CONFIG, data=dict(batch=64)), 'v5e:4x4x4', report=quiet)
+  # What the compiler had written is gone.
+  assert not list(tmp_path.iterdir())
 
 
 def test_the_command_prints_json():

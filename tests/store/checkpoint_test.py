@@ -218,7 +218,7 @@ def test_what_was_whole_but_cannot_be_read_is_named(tmp_path):
 SAVING = """
 import sys
 import jax.numpy as jnp
-from recursive_tx import checkpoint
+from recursive_tx.store import checkpoint
 with checkpoint.Checkpoints(
     sys.argv[1], checkpoint.CheckpointConfig(keep=0)) as checkpoints:
   for step in range(1, 1000):
@@ -256,7 +256,7 @@ def test_killed_while_saving(tmp_path):
 FULL = """
 import resource, sys
 import jax.numpy as jnp
-from recursive_tx import checkpoint
+from recursive_tx.store import checkpoint
 checkpoints = checkpoint.Checkpoints(
     sys.argv[1], checkpoint.CheckpointConfig())
 def save(step, size):

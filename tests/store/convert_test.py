@@ -41,8 +41,8 @@ def test_fitting_streams_too(source, tmp_path):
   assert cfg == expected
   tiny.assert_same_tree(variables, values)
   assert report['init'] == report['kept'] == 'fit'
-  assert 'start:' not in convert.table(report)
-  assert 'start: lower' in convert.table({**report, 'kept': 'lower'})
+  assert 'init:' not in convert.table(report)
+  assert 'init: lower' in convert.table({**report, 'kept': 'lower'})
   # What is told comes to the whole, little by little; nothing stays behind.
   totals, done = zip(*told, strict=True)
   assert len(set(totals)) == 1 and len(done) > 30
@@ -125,3 +125,29 @@ def test_an_output_that_exists_is_kept_unless_told(source, tmp_path):
   assert (tmp_path / 'new' / 'precious').exists()
   convert.convert(source, tmp_path / 'new', loops=2, overwrite=True)
   assert native.is_saved(tmp_path / 'new')
+
+
+def test_the_source_is_not_replaced(source):
+  with tiny.refused('is the source itself'):
+    convert.convert(source, source, loops=2, overwrite=True)
+  assert (source / 'model.safetensors').exists()
+
+
+def test_a_checked_export_is_compared_and_reported(source, tmp_path):
+  (source / 'tokenizer.model').unlink()
+  convert.convert(source, tmp_path / 'new', loops=2, rank=3)
+  reported = {}
+  found = {}
+  for dtype in ('float32', 'bfloat16'):
+    def progress(what, total, done):
+      before = reported.setdefault((what, total), 0)
+      reported[what, total] = before + done
+    reported.clear()
+    found[dtype] = export.export(
+        tmp_path / 'new', tmp_path / dtype, dtype=dtype, check=True,
+        progress=progress)
+    assert [what for what, _ in reported] == ['export', 'check']
+    assert all(total == done for (_, total), done in reported.items())
+  assert found['float32']['max_logit_difference'] < 1e-4
+  assert found['bfloat16']['max_logit_difference'] > 1e-3
+  assert export.export(tmp_path / 'new', tmp_path / 'unchecked') is None

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import tiny
 import recursive_tx as rtx
 from recursive_tx import files
 from recursive_tx.files import paths
-from recursive_tx.store import hf
+from recursive_tx.store import convert, export, hf
 
 # Bits of each dtype seen as integers, to compare without rounding.
 _BITS = {'float32': np.int32, 'float16': np.int16, 'bfloat16': np.int16}
@@ -231,6 +233,85 @@ def test_fused_rows_are_by_head(tmp_path):
           bias[rows], block['vectors'][letter]['bias'][2, head])
 
 
+# What transformers reads where files are many.
+
+
+def test_a_whole_file_wins_over_shards(checkpoint, tmp_path, caplog):
+  transformers = pytest.importorskip('transformers', reason=tiny.TORCH)
+  directory, made = checkpoint('llama_gqa')
+  both = tmp_path / 'both'
+  made.save_pretrained(both, max_shard_size='20KB')
+  shutil.copy(directory / 'model.safetensors', both)
+  tiny.edit_tensors(directory_of(both, tmp_path), lambda t: t.update(
+      {UP: 2 * t[UP]}))
+  with caplog.at_level('WARNING'):
+    cfg, values = rtx.load_hf(both)
+  assert 'model.safetensors.index.json' in caplog.text
+  assert len(caplog.text.strip().splitlines()) == 1
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(both)
+  token_BT = tiny.tokens(cfg, 1, 60)
+  logits_BTV = tiny.decoder(cfg)(values, token_BT)
+  assert tiny.distance(
+      logits_BTV, tiny.torch_logits(theirs, token_BT)) < 1e-5
+  assert tiny.distance(
+      logits_BTV, tiny.torch_logits(made, token_BT)) > 1e-3
+
+
+def directory_of(both, tmp_path):
+  """A place where only the whole file is, linked to the one in `both`."""
+  alone = tmp_path / 'alone'
+  alone.mkdir()
+  (alone / 'model.safetensors').symlink_to(both / 'model.safetensors')
+  return alone
+
+
+@pytest.mark.parametrize('name', ['llama_gqa', 'gpt_neox_tied'])
+def test_a_model_without_its_head_has_no_prefix(name, checkpoint, tmp_path):
+  transformers = pytest.importorskip('transformers', reason=tiny.TORCH)
+  base = tmp_path / 'base'
+  if name == 'gpt_neox_tied':
+    made = checkpoint('gpt_neox')[1]
+    made = type(made)(type(made.config)(**{
+        **made.config.to_dict(), 'tie_word_embeddings': True})).eval()
+  else:
+    made = checkpoint(name)[1]
+  made.base_model.save_pretrained(base)
+  assert not any(key.startswith(('model.', 'gpt_neox.'))
+                 for key in files.Reader(base).shapes)
+  cfg, values = rtx.load_hf(base)
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
+  token_BT = tiny.tokens(cfg, 1, 60)
+  logits_BTV = tiny.decoder(cfg)(values, token_BT)
+  assert tiny.distance(
+      logits_BTV, tiny.torch_logits(theirs, token_BT)) < 1e-5
+  stored = json.loads((base / 'config.json').read_text())
+  assert stored['architectures'] == [type(made.base_model).__name__]
+  rtx.save_hf(tmp_path / 'out', cfg, values, hf=stored)
+  written = json.loads((tmp_path / 'out/config.json').read_text())
+  assert written['architectures'] == [type(made).__name__]
+  tiny.edit_config(base, lambda hf: hf.update(tie_word_embeddings=False))
+  with tiny.refused('is not there', 'tie_word_embeddings'):
+    rtx.load_hf(base)
+
+
+# As they are loaded.
+
+
+@pytest.mark.parametrize('name', tiny.FAMILIES)
+def test_loaded_arrays_work_under_every_transformation(name, tmp_path):
+  tiny.make_ours(tmp_path / 'model', tiny.FAMILIES[name])
+  cfg, values = rtx.load_hf(tmp_path / 'model')
+  token_BT = tiny.tokens(cfg)
+  expected_BTV = tiny.decoder(cfg)(values, token_BT)
+  decoder = rtx.Decoder(cfg)
+  def one(token_T):
+    return decoder.apply(values, token_T[None])[0]
+  for logits_BTV in (
+      tiny.jit(lambda token_BT: decoder.apply(values, token_BT))(token_BT),
+      jax.vmap(one)(token_BT), jax.lax.map(one, jnp.asarray(token_BT))):
+    assert tiny.distance(logits_BTV, expected_BTV) < 1e-5
+
+
 # Bad input.
 
 
@@ -368,6 +449,52 @@ def test_companions_go_along(model_directory, tmp_path):
   assert {p.name for p in (tmp_path / 'out').iterdir()} == {
       'config.json', 'model.safetensors', 'tokenizer.json', 'LICENSE',
       'README.md'}
+
+
+def test_terms_and_templates_go_along(model_directory, tmp_path):
+  names = ('LICENSE.txt', 'USE_POLICY.md', 'Notice', 'tokenizer.model.v3',
+           'additional_chat_templates/rag.jinja', 'chat_template.json')
+  for name in names:
+    (model_directory / name).parent.mkdir(exist_ok=True)
+    (model_directory / name).write_text(name)
+    (model_directory / name).chmod(0o444)
+  rtx.save_hf(tmp_path / 'out', LLAMA, tiny.variables(LLAMA),
+              companions=model_directory)
+  for name in names:
+    assert (tmp_path / 'out' / name).read_text() == name
+
+
+@pytest.mark.parametrize('value, parts', [
+    (7e4, ('up to 70000', 'float16 cannot hold', 'bfloat16')),
+    (np.nan, ('NaN',))])
+def test_values_that_a_dtype_cannot_hold_are_not_exported(
+    value, parts, tmp_path):
+  values = tiny.variables(LLAMA)
+  values['params']['block']['layers']['mlp']['up']['kernel'][1, 0, 0] = value
+  with tiny.refused(UP, *parts):
+    rtx.save_hf(tmp_path / 'out', LLAMA, values, dtype=np.float16)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_rope_that_was_changed_is_exported_in_one_dialect(
+    checkpoint, tmp_path):
+  directory, _ = checkpoint('llama_mqa')
+  cfg, values = rtx.load_hf(directory)
+  cfg = dataclasses.replace(cfg, rope_scaling=(4.0,))
+  stored = json.loads((directory / 'config.json').read_text())
+  rtx.save_hf(tmp_path / 'out', cfg, values, hf=stored)
+  assert rtx.load_hf(tmp_path / 'out')[0] == cfg
+
+
+def test_every_end_of_text_is_written_back(model_directory, tmp_path):
+  ends = dict(bos_token_id=1, eos_token_id=[2, 7, 9])
+  tiny.edit_config(model_directory, lambda hf: hf.update(ends))
+  (model_directory / 'generation_config.json').write_text(json.dumps(ends))
+  convert.convert(model_directory, tmp_path / 'new', loops=2)
+  export.export(tmp_path / 'new', tmp_path / 'out')
+  for name in ('config.json', 'generation_config.json'):
+    written = json.loads((tmp_path / 'out' / name).read_text())
+    assert {k: written[k] for k in ends} == ends
 
 
 def test_an_output_that_exists_is_not_touched(model_directory):

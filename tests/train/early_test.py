@@ -111,7 +111,7 @@ def test_a_step_learns_from_what_left(variables, batch):
   mesh = machine.make_mesh(config.mesh)
   depth_BT = step_lib._depths(config, jnp.int32(0), batch)
   with jax.set_mesh(mesh):
-    h_LBTD, _, head = step_lib.forward(config, CFG, mesh, leave=True)(
+    h_LBTD, _, head = step_lib.forward(config, CFG, mesh, early=True)(
         variables, {**batch, 'depth_BT': depth_BT})
     loss, _ = losses.total(
         config.losses, h_LBTD, batch, head, norm=batch['weight_BT'].sum())

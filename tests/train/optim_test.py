@@ -159,8 +159,13 @@ def test_a_parameter_without_a_row_is_named(params):
     [
         (dict(schedule='cosin'), "did you mean 'cosine'"),
         (dict(warmup=11), 'expected 0 to optim.steps, 10'),
-        (dict(accumulate=0), 'expected 1 or more'),
+        (dict(accumulate=0), 'of at least 1'),
         (dict(table=(('.*', 1.0),)), 'expected .pattern, lr, decay'),
+        (dict(table=('.*',)), 'expected .pattern, lr, decay'),
+        (dict(table=(('(', 1.0, 1.0),)), 'not a regular expression'),
+        (dict(table=((1, 1.0, 1.0),)), 'not a regular expression'),
+        (dict(table=(('.*', -1.0, 1.0),)), 'its lr is -1.0, .* at least 0'),
+        (dict(table=(('.*', 1.0, math.nan),)), 'its decay is nan'),
         (dict(table=(('.*', 0.0, 1.0),)), 'freezes every parameter'),
     ],
 )

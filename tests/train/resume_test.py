@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+from etils import epath
 import jax
 import numpy as np
 import processes
@@ -21,6 +22,7 @@ from recursive_tx.errors import UserError
 from recursive_tx.store import checkpoint
 from recursive_tx.store.checkpoint import CheckpointConfig
 from recursive_tx.train import log as log_lib
+from recursive_tx.train import loop
 from recursive_tx.train.saves import Saves
 from recursive_tx.train.skips import Skips
 
@@ -81,8 +83,8 @@ def test_told_to_stop_it_saves_and_goes_on(
   assert stopped.value.code == 0
   assert signal.getsignal(signal.SIGTERM) == former
   assert capsys.readouterr().out == (
-      f'Told to stop (SIGTERM): saved step 2 to {tmp_path}/checkpoints/2. Run'
-      ' the same command to go on.\n')
+      f'Stopped by SIGTERM: saved step 2 to {tmp_path}/checkpoints/2. Run'
+      ' the same command to resume.\n')
   assert checkpoint.latest_step(str(tmp_path)) == 2
   state = train.train(short, str(tmp_path))
   jax.tree.map(np.testing.assert_array_equal, state, expected)
@@ -376,15 +378,16 @@ def get_config(arg=None):
       if started[-1].poll() is not None:
         break
     said = processes.finish(started)
-    (line,) = [x for x in said[0].splitlines() if x.startswith('Told to stop')]
-    assert all('Told' not in other for other in said[1:])
+    (line,) = [x for x in said[0].splitlines() if x.startswith(
+        'Stopped by')]
+    assert all('Stopped by' not in other for other in said[1:])
     return line
 
   line = told_at(4)
   step = checkpoint.latest_step(str(workdir))
   assert line == (
-      f'Told to stop (SIGTERM): saved step {step} to {workdir}/checkpoints/'
-      f'{step}. Run the same command to go on.')
+      f'Stopped by SIGTERM: saved step {step} to {workdir}/checkpoints/'
+      f'{step}. Run the same command to resume.')
   told_at(step + 3)
   assert checkpoint.latest_step(str(workdir)) > step
   steps = list(losses(workdir))
@@ -397,3 +400,49 @@ def test_the_helper_notices_another_example(tmp_path):
     processes.examples(tmp_path)
   (tmp_path / 'examples_0').write_text(json.dumps([1, {'0': 'a'}]))
   assert processes.examples(tmp_path) == {1: {'0': 'a'}}
+
+
+# Runs that learn nothing.
+
+
+def test_parameters_that_are_not_finite_are_not_saved(short, files, tmp_path):
+  # Each step's loss and gradient are finite; what the update leads to is not.
+  workdir = str(tmp_path)
+  config = processes.config(
+      files, **ONE_LOOP, checkpoint=dict(every=1),
+      optim=dict(steps=2, lr=3e38, warmup=0, table=(('.*', 9.0, 0.0),)))
+  with pytest.raises(UserError) as error:
+    train.train(config, workdir)
+  said = str(error.value)
+  assert re.search(r"After step 1 parameter '\S+' is not finite", said)
+  assert 'Lower optim.lr' in said and '\n' not in said
+  assert checkpoint.latest_step(workdir) is None
+  assert not (tmp_path / 'model').exists()
+
+
+def test_a_run_of_skipped_steps_only_is_an_error(files, tmp_path):
+  # 3e38 times any loss is infinite.
+  config = processes.config(
+      files, model=ONE_LOOP['model'], losses=dict(next_token=(3e38,)),
+      checkpoint=dict(every=1), optim=dict(steps=2, warmup=0))
+  with pytest.raises(UserError, match='All 2 steps were skipped') as error:
+    train.train(config, str(tmp_path))
+  assert '\n' not in str(error.value)
+  assert checkpoint.latest_step(str(tmp_path)) is None
+  assert not (tmp_path / 'model').exists()
+
+
+def test_a_published_model_is_the_one_on_disk(tmp_path):
+  for name in ('config.json', 'model.safetensors', 'templates/tool.jinja'):
+    path = tmp_path / 'local' / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(name.encode())
+  loop.publish(tmp_path / 'local', epath.Path(tmp_path / 'there'))
+  copies = [path for path in (tmp_path / 'there').rglob('*') if path.is_file()]
+  assert len(copies) == 3
+  for path in copies:
+    name = str(path.relative_to(tmp_path / 'there'))
+    assert path.read_bytes() == name.encode()
+  # By config.json a directory is known as a model.
+  assert max(copies, key=lambda path: path.stat().st_ctime_ns).name == (
+      'config.json')

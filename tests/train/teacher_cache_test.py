@@ -116,7 +116,7 @@ def test_a_step_is_as_with_the_teacher_itself(config, ids):
   with jax.set_mesh(mesh):
     tx, abstract = train.abstract_state(config, mesh)
     first = train.first_state(config, tx, abstract)
-    cfg, variables = state.load_teacher(config, mesh)
+    cfg, variables = state.load_teacher(config, mesh, ids)
     best = jax.jit(step.make_top_k(config, cfg, mesh, V))(variables, batch)
     _, expected = jax.jit(train.make_step(config, mesh, tx, cfg))(
         first, batch, variables)
@@ -130,7 +130,7 @@ def test_a_step_is_as_with_the_teacher_itself(config, ids):
 def test_all_ids_saved_train_as_the_teacher_itself(config, ids, tmp_path):
   mesh = machine.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
-    cfg, variables = state.load_teacher(config, mesh)
+    cfg, variables = state.load_teacher(config, mesh, ids)
     best = jax.jit(step.make_top_k(config, cfg, mesh, V),
                    out_shardings=machine.rows(mesh))
     teacher_cache.save(
@@ -139,7 +139,7 @@ def test_all_ids_saved_train_as_the_teacher_itself(config, ids, tmp_path):
         lambda batch: best(variables, machine.place_rows(batch, mesh)),
         rows=list(range(B)), steps=range(1, 4))
     assert state.load_teacher(dataclasses.replace(
-        config, teacher=str(tmp_path / 'top_k')), mesh) == (None, None)
+        config, teacher=str(tmp_path / 'top_k')), mesh, ids) == (None, None)
   found = {}
   for name in ('top_k', 'teacher'):
     run = config if name == 'teacher' else dataclasses.replace(
@@ -243,7 +243,7 @@ def _other(config, ids, change):
     (dict(seed=1), 'data.seed=0, not 1'),
     (dict(seq_len=12), 'data.seq_len=24, not 12'),
     (dict(batch=4), 'data.batch=8, not 4'),
-    ('tokenizer', 'tokenizer='),
+    ('tokenizer', 'for another tokenizer'),
 ])
 def test_guesses_of_another_run_are_refused(config, ids, saved, change, said):
   other = _other(config, ids, change)

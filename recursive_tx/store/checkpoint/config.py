@@ -5,7 +5,7 @@ import dataclasses
 import re
 from typing import Any
 
-from recursive_tx.errors import UserError
+from recursive_tx.errors import UserError, check_ranges
 
 _SCORE = r'eval/loop(\d+)/(loss|perplexity|bits_per_byte)'
 
@@ -15,9 +15,10 @@ class CheckpointConfig:
   """When to save; the end of a run and SIGTERM save it in any case.
 
   Attributes:
-    every: steps between checkpoints; 0 does not count steps.
-    minutes: save as well when so many have passed since the last; 0 never.
-    keep: how many of the latest to keep; 0 keeps all.
+    every: steps between checkpoints, in [0, inf); 0 does not count steps.
+    minutes: save as well when so many have passed since the last, in
+      [0, inf); 0 never.
+    keep: how many of the latest to keep, in [0, inf); 0 keeps all.
     best: a figure of the held-out set, such as 'eval/loop2/bits_per_byte'.
       Every evaluation at which it is lower than ever before is saved, and the
       lowest is kept beside the latest. '' does not look for one.
@@ -28,12 +29,10 @@ class CheckpointConfig:
   keep: int = 2
   best: str = ''
 
+  RANGES = dict(every='[0, inf)', minutes='[0, inf)', keep='[0, inf)')
+
   def __post_init__(self):
-    for name in ('every', 'minutes', 'keep'):
-      if getattr(self, name) < 0:
-        raise UserError(
-            f'checkpoint.{name} is {getattr(self, name)}; expected 0 or more.'
-        )
+    check_ranges('checkpoint', self)
     if self.best and not re.fullmatch(_SCORE, self.best):
       raise UserError(
           f'checkpoint.best is {self.best!r}; expected the name of a figure of'

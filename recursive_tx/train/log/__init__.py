@@ -1,4 +1,4 @@
-"""What a run tells: `History`, and its rows read back."""
+"""What a run logs: `History`, and its rows read back."""
 
 from recursive_tx.train.log.log import History as History
 from recursive_tx.train.log.log import LogConfig as LogConfig

@@ -1,4 +1,4 @@
-"""What a run tells: progress line, metrics.jsonl and TensorBoard.
+"""What a run logs: progress line, metrics.jsonl and TensorBoard.
 
 Knows names and numbers. Does not know what they measure.
 """
@@ -15,7 +15,7 @@ from etils import epath
 import jax
 import tqdm
 
-from recursive_tx.errors import UserError
+from recursive_tx.errors import check_ranges
 from recursive_tx.train.log.goodput import Sessions
 from recursive_tx.train.log.rows import Rows, read_metrics
 from recursive_tx.train.log.trace import Trace
@@ -24,16 +24,17 @@ from recursive_tx.train.log.window import Window, Work
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-  """What a run tells.
+  """What a run logs.
 
   Attributes:
-    every: steps between rows of metrics; a row is the mean over them.
+    every: steps between rows of metrics, in [1, inf); a row is the mean over
+      them.
     progress: a line with the loss, tokens/s, MFU and the time left.
     tensorboard: event files in the workdir.
-    profile_step: the step at which a profile starts; 0 is none. A file
-      `profile` in the workdir (`touch WORKDIR/profile`) starts one after the
-      next row.
-    profile_steps: how many steps a profile takes.
+    profile_step: the step at which a profile starts, in [0, inf); 0 is none.
+      A file `profile` in the workdir (`touch WORKDIR/profile`) starts one
+      after the next row.
+    profile_steps: how many steps a profile takes, in [1, inf).
   """
 
   every: int = 10
@@ -42,11 +43,11 @@ class LogConfig:
   profile_step: int = 0
   profile_steps: int = 3
 
+  RANGES = dict(
+      every='[1, inf)', profile_step='[0, inf)', profile_steps='[1, inf)')
+
   def __post_init__(self):
-    for name in ('every', 'profile_steps'):
-      if getattr(self, name) < 1:
-        raise UserError(
-            f'log.{name} is {getattr(self, name)}; expected at least 1 step.')
+    check_ranges('log', self)
 
 
 class History:
@@ -86,10 +87,10 @@ class History:
     """Opens the outputs.
 
     Args:
-      config: what to tell.
+      config: what to log.
       workdir: where the files go.
-      start: steps done already; rows of later ones are dropped, since what
-        they tell is about to happen again.
+      start: steps done already; rows of later ones are dropped, since
+        those steps will be repeated.
       steps: in all.
       tokens: in a step.
       settings: of the run, JSON values, kept as workdir/config.json.
@@ -162,7 +163,7 @@ class History:
     })
 
   def parameters(self, params: Any) -> None:
-    """Tells names, shapes and places of all parameters, arrays or abstract."""
+    """Logs names, shapes and shardings of all parameters or abstract ones."""
     if not self._main:
       return
     from clu import parameter_overview
@@ -174,7 +175,7 @@ class History:
       self._writer.write_texts(self._done, {'parameters': _verbatim(table)})
 
   def samples(self, step: int, texts: Mapping[str, str]) -> None:
-    """Tells how the model continues prompts: {prompt: continuation}."""
+    """Logs how the model continues prompts: {prompt: continuation}."""
     self._flush()
     if not self._main:
       return
@@ -238,19 +239,19 @@ class History:
 
   def _report(self, step: int, loss: float, now: float) -> None:
     """The progress line."""
-    told, speeds = [f'loss {loss:.3f}'], self._window.speeds()
+    parts, speeds = [f'loss {loss:.3f}'], self._window.speeds()
     if speeds:
-      told.append(f'{speeds["tokens_per_second"]:,.0f} tokens/s')
+      parts.append(f'{speeds["tokens_per_second"]:,.0f} tokens/s')
     if 'mfu' in speeds:
-      told.append(f'MFU {speeds["mfu"]:.1%}')
+      parts.append(f'MFU {speeds["mfu"]:.1%}')
     if self._pace is None:
       # Counted from the first step's end: before it is the compilation.
       self._pace = step, now
     else:
       first, then = self._pace
       left = (now - then) / (step - first) * (self._steps - step)
-      told.append(f'ETA {tqdm.tqdm.format_interval(left)}')
-    self._bar.set_postfix_str(', '.join(told), refresh=False)
+      parts.append(f'ETA {tqdm.tqdm.format_interval(left)}')
+    self._bar.set_postfix_str(', '.join(parts), refresh=False)
     self._bar.update()
 
   def _summarize(self, step: int, now: float) -> None:

@@ -1,4 +1,4 @@
-"""A profile of a few steps, at a planned step or whenever it is asked for.
+"""A profile of a few steps, at a planned step or on request.
 
 It is written where TensorBoard looks for it, workdir/plugins/profile.
 """

@@ -1,4 +1,4 @@
-"""A start from data: what kernels see and do, and what is shared for that."""
+"""The initialisation from data: second moments, and what is shared by them."""
 
 from recursive_tx.tying.fit.layers import Read as Read
 from recursive_tx.tying.fit.moments import Moments as Moments

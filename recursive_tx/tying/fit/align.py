@@ -1,6 +1,6 @@
-"""Tied layers brought into step before they share: the MLP's hidden units.
+"""Hidden units of tied MLPs, permuted to match before the layers share.
 
-Hidden units stand in no order: a layer whose units are permuted, in all its
+Hidden units have no order: a layer whose units are permuted, in all its
 kernels alike, computes the same. So each tied layer's are put where they are
 most like those of the layers before it.
 """
@@ -25,7 +25,7 @@ class Aligned:
   def __init__(
       self, read: Read, moments: Moments, orders: dict[int, np.ndarray]
   ):
-    """`orders`: [F] of each layer whose units move: which comes where."""
+    """`orders`: [F] of each permuted layer, which unit comes where."""
     self._read, self._moments, self._orders = read, moments, orders
 
   def read(self, path: str, layer: int | None) -> np.ndarray:
@@ -41,24 +41,24 @@ class Aligned:
 
   def input(self, kernel: str, layer: int) -> np.ndarray:
     """As `Moments.input`."""
-    return self._moved(
+    return self._permuted(
         self._moments.input(kernel, layer), layer, kernel == 'down')
 
   def mean(self, kernel: str, layer: int) -> np.ndarray:
     """As `Moments.mean`."""
-    return self._moved(
+    return self._permuted(
         self._moments.mean(kernel, layer), layer, kernel == 'down')
 
   def output(self, kernel: str, layer: int) -> np.ndarray:
     """As `Moments.output`."""
-    return self._moved(self._moments.output(kernel, layer), layer,
+    return self._permuted(self._moments.output(kernel, layer), layer,
                        kernel in ('gate', 'up'))
 
   def stream(self, layer: int) -> np.ndarray:
-    """As `Moments.stream`: what a layer reads has the order that it had."""
+    """As `Moments.stream`: the residual stream is not permuted."""
     return self._moments.stream(layer)
 
-  def _moved(self, moment, layer, hidden):
+  def _permuted(self, moment, layer, hidden):
     order = self._orders.get(layer)
     if order is None or not hidden:
       return moment
@@ -69,7 +69,7 @@ class Aligned:
 def orders(
     rcfg: config_lib.ModelConfig, read: Read, moments: Moments
 ) -> dict[int, np.ndarray]:
-  """Which unit goes where, [F], of each tied layer but the first of a place.
+  """Which unit comes where, [F], of each tied layer but the first of a place.
 
   Args:
     rcfg: which layers are tied.
@@ -87,11 +87,11 @@ def _orders(rcfg, read, moments, tied):
   """Orders of the tied layers but the first, one after the other.
 
   If units u and v, of weights a and b, share a vector, the best is their
-  weighted mean, and the error a b / (a + b) ||u - v||^2 (Ward, 1963). What
-  has been matched goes on as one unit, with the sum of the weights.
+  weighted mean, and the error a b / (a + b) ||u - v||^2 (Ward, 1963). A
+  matched pair then counts as one unit, with the sum of the weights.
   """
   names = [name for name in ('gate', 'up', 'down') if name in rcfg.kernels]
-  found, held = {}, {}
+  found, merged = {}, {}
   metrics = {name: sum(
       (moments.output if name == 'down' else moments.input)(name, layer)
       .astype(np.float64) for layer in tied) for name in names}
@@ -100,27 +100,27 @@ def _orders(rcfg, read, moments, tied):
     for name in names:
       units, weights = _units(rcfg, read, moments, name, layer)
       new[name] = units, weights
-      if held:
-        cost = cost + _costs(*held[name], units, weights, metrics[name])
-    if held:
+      if merged:
+        cost = cost + _costs(*merged[name], units, weights, metrics[name])
+    if merged:
       order = scipy.optimize.linear_sum_assignment(cost)[1]
       found[layer] = order
       new = {name: (units[order], weights[order])
              for name, (units, weights) in new.items()}
     for name, (units, weights) in new.items():
-      if held:
-        old, before = held[name]
+      if merged:
+        old, before = merged[name]
         total = np.maximum(before + weights, np.finfo(np.float64).tiny)
         units = ((before[:, None] * old + weights[:, None] * units)
                  / total[:, None])
         weights = total
       new[name] = units, weights
-    held = new
+    merged = new
   return found
 
 
 def _units(rcfg, read, moments, name, layer):
-  """What a kernel has for each hidden unit, [F, D], and its weight, [F]."""
+  """A kernel's vector of each hidden unit, [F, D], and its weight, [F]."""
   units = kernels.matrix(rcfg, read, name, layer)
   if name == 'down':
     moment = moments.input(name, layer)
@@ -132,9 +132,9 @@ def _units(rcfg, read, moments, name, layer):
 
 def _costs(one, a, other, b, metric):
   """Error of every pair of units, [F, F]."""
-  moved = matrices.columns(other, metric)
+  weighted = matrices.columns(other, metric)
   squares = (
       np.einsum('fd,fd->f', matrices.columns(one, metric), one)[:, None]
-      - 2 * one @ moved.T + np.einsum('fd,fd->f', moved, other))
+      - 2 * one @ weighted.T + np.einsum('fd,fd->f', weighted, other))
   total = np.maximum(a[:, None] + b, np.finfo(np.float64).tiny)
   return a[:, None] * b / total * squares

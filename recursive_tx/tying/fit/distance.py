@@ -14,7 +14,7 @@ from recursive_tx.tying.fit import layers
 def final(
     cfg: config_lib.ModelConfig, read: layers.Read, token_NT: np.ndarray
 ) -> np.ndarray:
-  """What comes out of a vanilla model's last layer, [N, T, D] fp32."""
+  """The output of a vanilla model's last layer, [N, T, D] fp32."""
   stream = layers.stream(cfg, read, layers.ends(cfg, read), token_NT)
   return collections.deque(stream, maxlen=1).pop()
 
@@ -23,11 +23,11 @@ def divergence(
     cfg: config_lib.ModelConfig, read: layers.Read, one_NTD: np.ndarray,
     other_NTD: np.ndarray,
 ) -> float:
-  """KL(one || other), mean nats a token, of two models' `final`.
+  """KL(one || other) in nats a token, the mean, of two models' `final`.
 
   Args:
-    cfg, read: whose norm and head both have.
-    one_NTD, other_NTD: of the same tokens.
+    cfg, read: a model whose final norm and head both models share.
+    one_NTD, other_NTD: fp32, of the same tokens.
   """
   variables = layers.ends(cfg, read)
   N, T, _ = one_NTD.shape

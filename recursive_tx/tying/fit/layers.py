@@ -1,6 +1,6 @@
-"""A vanilla model run one layer at a time, with what its kernels see and give.
+"""A vanilla model run one layer at a time, with its kernels' activations.
 
-Layers are read when their turn comes, so that the model is never held whole.
+A layer is read when it runs, so that the model is never in memory whole.
 """
 
 from collections.abc import Callable, Iterator
@@ -47,7 +47,7 @@ def read_layer(cfg: config_lib.ModelConfig, read: Read, layer: int) -> dict:
 
 
 def ends(cfg: config_lib.ModelConfig, read: Read) -> dict:
-  """Variables of what lies around the layers, fp32, where JAX computes."""
+  """Variables of embedding, final norm and head, fp32, on the device."""
   params = {}
   for path in model.flat_shapes(cfg):
     if not path.startswith('block/'):
@@ -56,8 +56,7 @@ def ends(cfg: config_lib.ModelConfig, read: Read) -> dict:
 
 
 def batches(token_NT: np.ndarray, row_bytes: int = 0) -> Iterator[slice]:
-  """Rows to run at once; `row_bytes`: of the logits of one, if they are made.
-  """
+  """Rows to run at once; `row_bytes`: of one row's logits, 0 without them."""
   N, T = token_NT.shape
   rows = max(1, _TOKENS // T)
   if row_bytes:
@@ -69,7 +68,7 @@ def batches(token_NT: np.ndarray, row_bytes: int = 0) -> Iterator[slice]:
 def embed(
     cfg: config_lib.ModelConfig, variables: dict, token_NT: np.ndarray
 ) -> np.ndarray:
-  """What the first layer reads, [N, T, D] fp32."""
+  """The input of the first layer, [N, T, D] fp32."""
   enter = jax.jit(lambda values, token: model.Decoder(cfg).apply(
       values, token, None, None, method='enter')[0])
   return np.concatenate([
@@ -80,7 +79,7 @@ def stream(
     cfg: config_lib.ModelConfig, read: Read, variables: dict,
     token_NT: np.ndarray,
 ) -> Iterator[np.ndarray]:
-  """What every layer reads, and last what comes out, [N, T, D] fp32.
+  """The input of every layer, then the output of the last, [N, T, D] fp32.
 
   Args:
     cfg, read: a vanilla model.
@@ -105,7 +104,10 @@ def forward(cfg, values, x_BTD):
 
 @functools.partial(jax.jit, static_argnums=0)
 def backward(cfg, values, x_BTD, d_BTD):
-  """What the layer does to a gradient, and what its kernels see.
+  """Backpropagation through one layer.
+
+  Args:
+    d_BTD: gradient in the layer's output.
 
   Returns:
     The gradient in the layer's input; the inputs of its kernels by the names
@@ -113,35 +115,37 @@ def backward(cfg, values, x_BTD, d_BTD):
   """
   inputs = {}
 
-  def outputs_moved(x_BTD, moves):
-    def move(linear, y, x):
+  # Gradients in outputs are those in zeros that are added to them.
+  def shifted(x_BTD, shifts):
+    def shift(linear, y, x):
       if INPUT[linear] == linear:
         inputs[linear] = x
-      return y + moves[linear].reshape(y.shape)
-    y_BTD = _run(cfg, values, x_BTD, move)
+      return y + shifts[linear].reshape(y.shape)
+    y_BTD = _run(cfg, values, x_BTD, shift)
     return y_BTD, dict(inputs)
 
   tokens = x_BTD.shape[0] * x_BTD.shape[1]
-  still = {name: jnp.zeros((tokens, cfg.in_out(name)[1]))
+  zeros = {name: jnp.zeros((tokens, cfg.in_out(name)[1]))
            for name in cfg.kernels}
-  _, pull, seen = jax.vjp(outputs_moved, x_BTD, still, has_aux=True)
-  d_BTD, d_outputs = pull(d_BTD)
+  _, vjp, inputs = jax.vjp(shifted, x_BTD, zeros, has_aux=True)
+  d_BTD, d_outputs = vjp(d_BTD)
   return d_BTD, {name: x.reshape(tokens, -1)
-                 for name, x in seen.items()}, d_outputs
+                 for name, x in inputs.items()}, d_outputs
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
-def seen(cfg, values, ours, x_BTD, y_BTD, name):
-  """What a kernel of one layer reads, and of the same layer in another model.
+def both_inputs(cfg, values, ours, x_BTD, y_BTD, name):
+  """The inputs of a kernel in one layer, and in the same of another model.
 
   Args:
-    cfg, values: the layer, which reads x_BTD.
-    ours: the other model's layer, which reads y_BTD.
+    cfg, values: the layer, whose input is x_BTD.
+    ours: the other model's layer, whose input is y_BTD.
     name: of the kernel.
 
   Returns:
-    Its inputs in `values` and in `ours`, [tokens, rows]; and how much more the
-    former have in the stream that it adds to, [tokens, D], None if to none.
+    The kernel's inputs in `values` and in `ours`, [tokens, rows]; and the
+    residual stream that its output is added to, in `values` less in `ours`,
+    [tokens, D]; None for kernels that do not write to the stream.
   """
   inputs, attended = [], []
 
@@ -164,7 +168,7 @@ def seen(cfg, values, ours, x_BTD, y_BTD, name):
 
 @functools.partial(jax.jit, static_argnums=0)
 def logprobs(cfg, variables, x_BTD):
-  """Log-probabilities [B, T, V] of what comes out of the last layer."""
+  """Log-probabilities [B, T, V] by the output of the last layer, x_BTD."""
   def head(decoder, x_BTD):
     return decoder.logits(decoder.leave(x_BTD, None, None)[0])
   return jax.nn.log_softmax(
@@ -172,7 +176,7 @@ def logprobs(cfg, variables, x_BTD):
 
 
 def _run(cfg, values, x_BTD, change):
-  """The layer; `change(kernel's name, output, input)` stands for outputs."""
+  """The layer; `change(kernel's name, output, input)` replaces outputs."""
   def watch(inner, args, kwargs, context):
     y = inner(*args, **kwargs)
     if isinstance(context.module, Linear) and (

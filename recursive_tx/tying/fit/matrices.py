@@ -1,4 +1,4 @@
-"""Matrices of moments, that are whole, [n, n], or diagonals, [n]."""
+"""Arithmetic of second moments that are whole, [n, n], or diagonals, [n]."""
 
 import numpy as np
 import scipy.linalg

@@ -26,7 +26,7 @@ def is_wide(size: int) -> bool:
 
 
 class Moments:
-  """Those of every layer, and what it read, in files of a directory, fp32."""
+  """Those of every layer, and its input, in files of a directory, fp32."""
 
   def __init__(self, directory: pathlib.Path):
     self._directory = directory
@@ -40,11 +40,12 @@ class Moments:
     return np.load(self._path(layers.INPUT[kernel], layer, 'mean'))
 
   def output(self, kernel: str, layer: int) -> np.ndarray:
-    """Of the gradient in its output: [columns, columns] or [columns]."""
+    """E[g g^T] of the gradient in its output: [columns, columns], or its
+    diagonal [columns]."""
     return np.load(self._path(kernel, layer, 'output'))
 
   def stream(self, layer: int) -> np.ndarray:
-    """What the layer read of the tokens, [N, T, D]."""
+    """The layer's input, the residual stream, [N, T, D]."""
     return np.load(self._directory / f'{layer}.npy')
 
   def put(self, kernel: str, layer: int, side: str, value: np.ndarray):
@@ -52,7 +53,7 @@ class Moments:
     np.save(self._path(kernel, layer, side), value.astype(np.float32))
 
   def put_stream(self, layer: int, x_NTD: np.ndarray):
-    """Stores what a layer read."""
+    """Stores a layer's input."""
     np.save(self._directory / f'{layer}.npy', x_NTD)
 
   def _path(self, kernel, layer, side):
@@ -67,15 +68,15 @@ def measure(
   """Runs the vanilla model over the tokens and back.
 
   The gradients are of -log p(next token), the token drawn from the model's
-  own distribution, so that their moments are the Fisher matrix's: by those
-  the KL divergence grows as a kernel is moved.
+  own distribution, so that their second moments are a factor of the Fisher
+  matrix, by which the KL divergence grows with a change of the kernel.
 
   Args:
     cfg, read: the model.
     token_NT: int32 token ids, sequences of one length.
     directory: for what `Moments` has; holds nothing else.
     seed: of the drawn tokens.
-    report: given the share of the work done since it was last told.
+    report: given the share of the work done since the last report.
   """
   variables, moments = layers.ends(cfg, read), Moments(directory)
   for layer, x_NTD in enumerate(
@@ -91,10 +92,10 @@ def measure(
       d_BTD, inputs, outputs = layers.backward(
           cfg, values, x_NTD[rows], d_NTD[rows])
       d_NTD[rows] = d_BTD
-      for side, seen, moment in (
+      for side, values_by_name, moment in (
           ('input', inputs, _square), ('mean', inputs, _sum),
           ('output', outputs, _square)):
-        for name, x in seen.items():
+        for name, x in values_by_name.items():
           sums[name, side] = sums.get((name, side), 0.0) + moment(
               np.asarray(x))
     for (name, side), total in sums.items():

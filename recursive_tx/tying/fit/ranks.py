@@ -1,4 +1,4 @@
-"""One budget of factors' parameters, spread over kernels by what it gains."""
+"""One budget of factors' parameters, spread over kernels by their gain."""
 
 import dataclasses
 
@@ -8,13 +8,13 @@ from recursive_tx import config as config_lib
 
 
 def may_differ(rcfg: config_lib.ModelConfig) -> bool:
-  """Whether the config's rank is one number for all, and none but some."""
+  """Whether the rank is one number for all kernels, above 0 and not full."""
   return rcfg.rank.isdecimal() and bool(
       any(rcfg.ranks.values())) and not is_full(rcfg)
 
 
 def is_full(rcfg: config_lib.ModelConfig) -> bool:
-  """Whether factors can hold any residual, so that nothing is lost."""
+  """Whether factors can represent any residual exactly."""
   return all(rank == min(rcfg.in_out(name))
              for name, rank in rcfg.ranks.items())
 

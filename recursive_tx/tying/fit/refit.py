@@ -1,11 +1,11 @@
-"""Layers anew, one by one, for the inputs that they will really get.
+"""Layers fitted again, one by one, for the inputs that they will really get.
 
-The layers before a converted one give it another stream than the original's.
-So its factors are fitted to do to that stream what brings it to where the
-original's is after the same kernel; those that write to it also make up for
-what went astray before (as GPTQ does within a kernel; Frantar et al., 2022).
-Where kernels have no factors, the loop's norm before them does what it can.
-A loop's own biases keep the means of what its kernels give.
+The layers before a converted one give it another residual stream than the
+original's. So its factors are fitted by least squares: from that stream, the
+kernel's output shall be the original's. Kernels that write to the stream also
+compensate its error so far (as GPTQ does within a kernel; Frantar et al.,
+2022). Where kernels have no factors, the loop's norm before them is fitted.
+A loop's own biases keep the means of its kernels' outputs.
 """
 
 from collections.abc import Callable
@@ -25,11 +25,11 @@ from recursive_tx.tying.fit.share import factors
 # Kernels that are fitted at once; the next ones read what these give.
 _STAGES = (('q', 'k', 'v'), ('o',), ('gate', 'up'), ('down',))
 _NORMS = {'v': 'attn_norm', 'up': 'mlp_norm'}  # By a stage's last kernel.
-# Pulls what a kernel shall do to what the original's does, as a share of the
-# input moment's mean diagonal: some thousand tokens say little of most
-# directions. Of 0.001 to 1, the best on held-out text.
+# Pulls a kernel towards the original's, as a share of the input moment's mean
+# diagonal: some thousand tokens determine few directions. Of 0.001 to 1, the
+# best on held-out text.
 _DAMPING = 0.3
-# The same for what a norm's scales shall do, of which there are few.
+# The same for a norm's scales, of which there are few.
 _NORM_DAMPING = 0.01
 
 
@@ -62,7 +62,7 @@ def refit(
     rcfg: the recursive model.
     converted: its layers, unrolled.
     store: its kernels.
-    report: given the share of the work done since it was last told.
+    report: given the share of the work done since the last report.
 
   Returns:
     The loops' norms and biases, if they have their own, by path and layer.
@@ -87,9 +87,9 @@ def refit(
 
 
 def _refit(rcfg, layer, values, ours, store, output, sums_of):
-  """One layer: its factors in `store`; all that it becomes in `ours`."""
+  """One layer: its factors into `store`; the layer itself into `ours`."""
   loop, place = divmod(layer - rcfg.prelude, rcfg.layers_per_loop)
-  for name in refitted(rcfg):  # Until its turn, a kernel is the original's.
+  for name in refitted(rcfg):  # Until it is fitted, it is the original's.
     paths.put(ours, _path(name), paths.get(values, _path(name)))
   for stage in _STAGES:
     stage = [name for name in stage if name in rcfg.kernels]
@@ -121,34 +121,35 @@ def _refit(rcfg, layer, values, ours, store, output, sums_of):
 
 
 def _balance(rcfg, name, values, ours, sums, mean):
-  """Sets the bias that gives back what the kernel's output lacks on average;
-  `mean`: of what the kernel reads."""
+  """Sets the bias that keeps the mean of the kernel's output; `mean`: of its
+  input."""
   bias = values['vectors'][name]['bias']
-  given = (sums.mean + sums.gone) @ _matrix(rcfg, name, values) + sums.lacks
+  given = (sums.mean + sums.shift) @ _matrix(rcfg, name, values) + sums.lack
   ours['vectors'][name]['bias'] = (bias + np.reshape(
       given - mean @ _matrix(rcfg, name, ours), bias.shape)).astype(np.float32)
 
 
 def _scale(rcfg, norm, factor):
-  """Multiplies what a norm gives, by its leaves."""
+  """Multiplies a norm's output, by its leaves."""
   for leaf, value in norm.items():
-    # What is stored may be by how much a scale differs from 1.
+    # What is stored may be the scale less 1.
     base = rcfg.norm == 'rms+1' and leaf == 'scale'
     norm[leaf] = ((base + value) * factor - base).astype(np.float32)
 
 
 def _factor(moment, found):
-  """By what to multiply a norm's output z, [D], so that kernels give what they
-  should: least squares, each kernel's errors weighted by S.
+  """The factor f, [D], of a norm's output z, so that kernels' outputs are the
+  wanted ones: least squares, each kernel's errors weighted by S.
 
-  `moment` is C, of z. Of each kernel: what it is pulled to, itself M, and S.
-  sum_k z_k M_k (f_k - 1) shall be z X, X what would be added to M: the system
-  is the sum of C * (M S M^T), elementwise.
+  `moment` is C, of z. `found` has for each kernel its `_pull`, itself M, and
+  S, the second moment of the gradient in its output. sum_k z_k M_k (f_k - 1)
+  shall be z X, X what would be added to M: the system is the sum of
+  C * (M S M^T), elementwise.
   """
   system, wanted = 0.0, 0.0
-  for pull, kernel, moved in found:
+  for pull, kernel, output_moment in found:
     weighted = matrices.columns(
-        kernel.astype(np.float64), moved.astype(np.float64))
+        kernel.astype(np.float64), output_moment.astype(np.float64))
     system = system + moment * (weighted @ kernel.T)
     wanted = wanted + (weighted * (moment @ _solved(moment, pull))).sum(axis=1)
   return 1 + scipy.linalg.solve(
@@ -166,22 +167,28 @@ def _matrix(cfg, name, values):
 
 
 class _Sums(NamedTuple):
-  """Of a kernel's input z in the converted model, x in the original, and s,
-  what its stream lacks (0 without one): E[z], E[x - z], E[s], and unless z is
-  wide E[z z^T], E[z (x - z)^T], E[z s^T]."""
+  """Means over tokens, of a kernel's input z in the converted model and x in
+  the original, and of s, the original's stream less the converted one (0 for
+  kernels that do not write to it). The last three are [1] where z is wide.
+
+  Attributes:
+    mean, shift, lack: E[z], E[x - z], E[s].
+    square, cross_shift, cross_lack: E[z z^T], E[z (x - z)^T], E[z s^T].
+  """
   mean: np.ndarray
-  gone: np.ndarray
-  lacks: np.ndarray
-  square: np.ndarray | float
-  moved: np.ndarray | float
-  stream: np.ndarray | float
+  shift: np.ndarray
+  lack: np.ndarray
+  square: np.ndarray
+  cross_shift: np.ndarray
+  cross_lack: np.ndarray
 
 
 def _sums(cfg, values, ours, x_NTD, y_NTD, name) -> _Sums:
   total, ours = [0.0] * 6, jax.device_put(ours)
   wide = moments.is_wide(cfg.in_out(name)[0])
   for rows in layers.batches(x_NTD[..., 0]):
-    x, z, s = layers.seen(cfg, values, ours, x_NTD[rows], y_NTD[rows], name)
+    x, z, s = layers.both_inputs(
+        cfg, values, ours, x_NTD[rows], y_NTD[rows], name)
     z = np.asarray(z)
     right = [z, np.asarray(x) - z, np.zeros((len(z), 1), z.dtype) if (
         s is None) else np.asarray(s)]
@@ -192,18 +199,18 @@ def _sums(cfg, values, ours, x_NTD, y_NTD, name) -> _Sums:
 
 
 def _centred(sums: _Sums) -> _Sums:
-  """The same of z less its mean: what is left where a bias is free."""
+  """The same of z less its mean, where a bias is fitted as well."""
   return _Sums(
-      np.zeros_like(sums.mean), sums.gone, sums.lacks,
+      np.zeros_like(sums.mean), sums.shift, sums.lack,
       *(value - np.outer(sums.mean, mean) for value, mean in zip(
           sums[3:], sums[:3], strict=True)))
 
 
 def _pull(cfg, name, values, ours, sums):
   """E[z g^T], [rows, columns], g = x W + b + s - (z M + c): what the kernel's
-  output lacks. fp32: some thousand tokens tell no more."""
+  output lacks. fp32: some thousand tokens are no more exact."""
   kernel, mine = (_matrix(cfg, name, layer) for layer in (values, ours))
-  pull = sums.moved.astype(np.float32) @ kernel + sums.stream
+  pull = sums.cross_shift.astype(np.float32) @ kernel + sums.cross_lack
   if cfg.has_bias(name):
     pull += np.outer(sums.mean, np.ravel(
         values['vectors'][name]['bias'] - ours['vectors'][name]['bias']))
@@ -214,7 +221,7 @@ def _pull(cfg, name, values, ours, sums):
 
 def _solved(moment, pull):
   """What to add to the kernel: damped least squares, [rows, columns]."""
-  # So damped, the system is no harder than fp32 can tell.
+  # So damped, the system is well conditioned in fp32.
   return scipy.linalg.solve(
       matrices.damped(moment, _DAMPING).astype(np.float32),
       pull.astype(np.float32), assume_a='pos')

@@ -1,4 +1,5 @@
-"""The start from data, unless one of the paper's is nearer to the original."""
+"""The initialisation from data, unless one of the paper's is nearer to the
+original."""
 
 from collections.abc import Callable
 import dataclasses
@@ -17,15 +18,16 @@ from recursive_tx.tying.fit.layers import Read
 from recursive_tx.tying.fit.refit import fits_bias, fits_norms, refit, refitted
 from recursive_tx.tying.fit.share import factors, share, spectra
 
-# How much more a loop's error counts than the next one's, which read what it
-# gives. Without factors errors are so large that the gradients do not tell:
-# of three models one was nearest with 1, two with 3.
+# How much more a loop's error counts than that of the next one, which reads
+# its output. Without factors errors are so large that the gradients, taken at
+# the original, do not show it: of three models one was nearest with 1, two
+# with 3.
 _EARLIER = (1.0, 3.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
-  """What a recursive model begins with.
+class Initialisation:
+  """What a recursive model is made of.
 
   Attributes:
     init: 'fit', or the rival that was nearer.
@@ -45,18 +47,27 @@ def nearest(
     cfg: config_lib.ModelConfig, rcfg: config_lib.ModelConfig, read: Read,
     rivals: dict[str, kernels.Kernel], token_NT: np.ndarray,
     folder: pathlib.Path, *, seed: int, report: Callable[[float], Any],
-) -> Start:
-  """Makes every start, and keeps the one that is nearest to the original.
+) -> Initialisation:
+  """Makes every candidate, and keeps the one nearest to the original.
+
+  An example of one kernel, 1 x 1, in two tied layers: W = 1 and W = 3, whose
+  inputs have second moments C = 1 and C = 3, without factors, all gradients
+  alike. The shared M with the least sum of C (M - W)^2 is the weighted mean
+  (1 * 1 + 3 * 3) / (1 + 3) = 2.5, of error 3.0; `average`, M = 2, has 4.0 and
+  `stepwise`, M = 1, has 12.0. Where the first loop's error counts three times
+  as much (_EARLIER), its weight is 3 as well, and M = 2. All these models then
+  read the tokens that were kept apart, and the one with the least KL divergence
+  from the original is returned: the error above is only its local estimate.
 
   Args:
     cfg, read: the original.
     rcfg: of the recursive model. One rank for all is taken as a budget: the
       fit spreads its parameters over the kernels.
-    rivals: other starts, by the init that also gives norms and biases.
+    rivals: other candidates, by the init that also gives norms and biases.
     token_NT: calibration tokens; an eighth is kept apart, to choose by.
-    folder: empty, and left with what the start reads.
+    folder: empty; keeps the files that the result reads.
     seed: of what is drawn.
-    report: given the share of the work done since it was last told.
+    report: given the share of the work done since the last report.
   """
   kept = max(1, len(token_NT) // 8)
   (folder / 'moments').mkdir()
@@ -65,28 +76,28 @@ def nearest(
       report=lambda share: report(share / 4))
   final_NTD = distance.final(cfg, read, token_NT[-kept:])
 
-  def nearer(best, start, store, where):
+  def nearer(best, made, store, where):
     nats = distance.divergence(cfg, read, final_NTD, distance.final(
-        cfg, kernels.unrolled(start.rcfg, start.read, start.rule, store),
+        cfg, kernels.unrolled(made.rcfg, made.read, made.rule, store),
         token_NT[-kept:]))
     logging.info('%s: KL %.4f nats a token on %d tokens kept apart',
                  where.name, nats, token_NT[-kept:].size)
     if best is None:
-      return nats, start, where
-    won, lost = sorted((best, (nats, start, where)), key=lambda row: row[0])
+      return nats, made, where
+    won, lost = sorted((best, (nats, made, where)), key=lambda row: row[0])
     shutil.rmtree(lost[2])
     return won
 
-  # Factors that hold everything hold each layer as it is.
+  # Factors of full rank represent each layer as it is.
   aligned = align.Aligned(read, measured, {} if ranks.is_full(rcfg) else (
       align.orders(rcfg, read, measured)))
   best, weights = None, (1.0,) if any(rcfg.ranks.values()) else _EARLIER
   for earlier in weights:
     where = folder / f'fit{earlier:g}'
     store = kernels.Store(where, rcfg.loops)
-    start = _fitted(cfg, rcfg, aligned, store, earlier,
-                    lambda share: report(share * 9 / 16 / len(weights)))
-    best = nearer(best, start, store, where)
+    made = _fitted(cfg, rcfg, aligned, store, earlier,
+                   lambda share: report(share * 9 / 16 / len(weights)))
+    best = nearer(best, made, store, where)
   shutil.rmtree(folder / 'moments')
   for init, rival in rivals.items():
     store = kernels.Store(folder / init, rcfg.loops)
@@ -94,13 +105,13 @@ def nearest(
       for place in range(rcfg.layers_per_loop):
         store.put(name, place, *rival(name, place))
     report(3 / 16 / len(rivals))
-    best = nearer(best, Start(init, rcfg, read, init, store.kernel), store,
-                  folder / init)
+    best = nearer(best, Initialisation(
+        init, rcfg, read, init, store.kernel), store, folder / init)
   return best[1]
 
 
-def _fitted(cfg, rcfg, aligned, store, earlier, report) -> Start:
-  """What is best by the moments, and then for the inputs it really gets."""
+def _fitted(cfg, rcfg, aligned, store, earlier, report) -> Initialisation:
+  """The best by the moments, fitted again for the inputs it really gets."""
   exact = ranks.is_full(rcfg)  # The original itself, as it is.
   if ranks.may_differ(rcfg):
     rcfg = ranks.spread(rcfg, {
@@ -129,34 +140,34 @@ def _fitted(cfg, rcfg, aligned, store, earlier, report) -> Start:
     return norms[path, layer] if (path, layer) in norms else aligned.read(
         path, layer)
 
-  return Start('fit', rcfg, fitted, 'average', store.kernel)
+  return Initialisation('fit', rcfg, fitted, 'average', store.kernel)
 
 
 def _shared(rcfg, tied, name, with_factors):
   """Shared kernel, and factors if they are wanted."""
   rank, rows = rcfg.ranks[name], []
   shared = share(*tied, rank)
-  for original, seen, moved in zip(*tied, strict=True) if (
+  for original, input_moment, output_moment in zip(*tied, strict=True) if (
       rank and with_factors) else ():
     rows.append(kernels.kept(rcfg, name, original - shared, *factors(
-        original, shared, seen, moved, rank)))
+        original, shared, input_moment, output_moment, rank)))
   letters = ''.join(config_lib.split(rcfg.kernels[name]))
   return shared.reshape(rcfg.shape(letters)), rows
 
 
 def _tied(rcfg, aligned, earlier, name, place):
-  """The kernels that share, and second moments of inputs and outputs; the
-  latter carry how much each loop's error counts."""
+  """The kernels that share, and second moments of their inputs and of their
+  output gradients; the latter are scaled by each loop's weight."""
   tied = kernels.virtual(rcfg, place)
   return ([kernels.matrix(rcfg, aligned.read, name, layer) for layer in tied],
-          [_seen(rcfg, aligned, name, layer) for layer in tied],
+          [_input_moment(rcfg, aligned, name, layer) for layer in tied],
           [aligned.output(name, layer) * earlier**-loop
            for loop, layer in enumerate(tied)])
 
 
-def _seen(rcfg, aligned, name, layer):
+def _input_moment(rcfg, aligned, name, layer):
   """Second moment of a kernel's input; about its mean where a loop's own bias
-  makes up for the mean."""
+  keeps the mean of the output."""
   moment = aligned.input(name, layer)
   return matrices.centred(moment, aligned.mean(name, layer)) if (
       fits_bias(rcfg, name)) else moment

@@ -1,10 +1,10 @@
 """One kernel for several layers, and a layer's factors, by weighted error.
 
-The error of a kernel M that stands for W is the mean square of what x M and
-x W do differently to the output: ||C^(1/2) (M - W) S^(1/2)||^2, where C is the
-second moment of the kernel's input x and S that of the gradient of the
-model's loss in the kernel's output (the two Kronecker factors of the Fisher
-matrix; Martens and Grosse, 2015). Arrays in, arrays out.
+The error of a kernel M in place of W is ||C^(1/2) (M - W) S^(1/2)||^2, where C
+is the second moment of the kernel's input x and S that of the gradient of the
+model's loss in the kernel's output: the two Kronecker factors of the Fisher
+matrix (Martens and Grosse, 2015), by which it estimates twice the KL divergence
+a token. Arrays in, arrays out.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from recursive_tx import tying
 from recursive_tx.tying.fit import matrices
 
 # Added to a second moment, as a share of its mean diagonal: directions that
-# few tokens show, and noise, weigh no less than this. A gradient is noisier
+# few tokens have, and noise, weigh no less than this. A gradient is noisier
 # than an input, since every token gives one draw of it.
 _INPUT_DAMPING = 1e-4
 _OUTPUT_DAMPING = 1e-2
@@ -52,7 +52,7 @@ def share(
   roots, right = _roots(inputs, outputs)
   wide, shared, inverse = _mean(kernels, roots, right)
   if 0 < rank < min(shared.shape):
-    shared -= _taken_off(wide, shared, roots, inverse, rank)
+    shared -= _absorbed(wide, shared, roots, inverse, rank)
   return matrices.columns_back(shared, right).astype(np.float32)
 
 
@@ -79,24 +79,25 @@ def spectra(
 
 
 def factors(
-    kernel: np.ndarray, shared: np.ndarray, seen: np.ndarray,
-    moved: np.ndarray, rank: int,
+    kernel: np.ndarray, shared: np.ndarray, input_moment: np.ndarray,
+    output_moment: np.ndarray, rank: int,
 ) -> tuple[np.ndarray, np.ndarray]:
   """One layer's factors beside a shared kernel, of least weighted error.
 
   Args:
     kernel, shared: [rows, columns].
-    seen, moved: second moments of the input, and of the gradient in the
-      output, or their diagonals.
+    input_moment, output_moment: second moments of the input, [rows, rows],
+      and of the gradient in the output, [columns, columns], or their
+      diagonals.
     rank: at least 1.
 
   Returns:
     a [rows, rank] with orthonormal columns and b [rank, columns], fp32.
   """
   root = matrices.root(matrices.damped(
-      seen.astype(np.float64), _INPUT_DAMPING))
+      input_moment.astype(np.float64), _INPUT_DAMPING))
   right = matrices.root(matrices.damped(
-      moved.astype(np.float64), _OUTPUT_DAMPING))
+      output_moment.astype(np.float64), _OUTPUT_DAMPING))
   residual = kernel.astype(np.float32) - shared
   rows, columns = residual.shape
   if rank == min(rows, columns):  # Nothing is lost, whatever it weighs.
@@ -158,13 +159,13 @@ def _roots(inputs, outputs):
           for moment, size in zip(damped, sizes, strict=True)], right
 
 
-def _taken_off(wide, mean, roots, inverse, rank):
-  """What the factors take off the shared kernel, [rows, columns].
+def _absorbed(wide, mean, roots, inverse, rank):
+  """What the factors, and not the shared kernel, represent, [rows, columns].
 
   Let F_i = Z_i^T (W_i - mean), and P_i = U_i b_i the factors of layer i in
   its root's coordinates. The best shared kernel for them leaves to layer i
   R_i = F_i + sum_j H_ij P_j, H_ij = Z_i^T (sum_j Z_j Z_j^T)^-1 Z_j. A round
-  turns each U_i by a step of subspace iteration on R_i, and then solves for
+  updates each U_i by a step of subspace iteration on R_i, and then solves for
   all b at once. Its products are all thin: R is never made.
   """
   # fp32 does: H is a projection, and the factors are made anew afterwards.
@@ -174,7 +175,7 @@ def _taken_off(wide, mean, roots, inverse, rank):
   H = [[matrices.product(half, other).astype(np.float32) for other in roots]
        for half in halves]
   places = range(len(F))
-  U = _begun(F, H, rank)
+  U = _initial(F, H, rank)
   b, error = _solve(F, H, U)
   errors = [error]
   for _ in range(_MOST_ROUNDS):
@@ -192,12 +193,12 @@ def _taken_off(wide, mean, roots, inverse, rank):
       for i in places)
 
 
-def _begun(F, H, rank):
-  """Where the search begins: every layer alone takes what is most to it.
+def _initial(F, H, rank):
+  """Where the search begins: the leading directions of every layer alone.
 
-  Of two layers the second takes what is most once the first has what it takes,
-  for alone both would take the same, and one is enough. If they weigh all
-  alike there is nothing better.
+  Of two layers the second has the leading directions of what the first leaves:
+  alone both would have the same, and once is enough. Where both layers have
+  the same weights, this is the optimum.
   """
   U = []
   for left in F:

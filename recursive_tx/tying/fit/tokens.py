@@ -1,4 +1,4 @@
-"""Calibration tokens: those given, checked, or those a model says itself."""
+"""Calibration tokens: those given, checked, or those a model samples."""
 
 from collections.abc import Iterable
 import itertools
@@ -14,7 +14,7 @@ from recursive_tx.engine import sampling
 from recursive_tx.errors import UserError
 from recursive_tx.text.tokenizer import Tokenizer
 
-_SEQUENCES, _LENGTH = 96, 128  # Of what a model says.
+_SEQUENCES, _LENGTH = 96, 128  # Of sampled tokens.
 _TEXT_LENGTH = 256
 
 
@@ -23,7 +23,7 @@ def checked(cfg: config_lib.ModelConfig, calibration: Any) -> np.ndarray:
 
   Raises:
     UserError: not integers, not two-dimensional, ids outside the
-      vocabulary, or too few tokens to tell anything.
+      vocabulary, or too few tokens to estimate anything.
   """
   if not hasattr(calibration, 'shape') and isinstance(calibration, Iterable):
     rows = [np.asarray(batch) for batch in calibration]
@@ -56,10 +56,10 @@ def checked(cfg: config_lib.ModelConfig, calibration: Any) -> np.ndarray:
 def sample(
     cfg: config_lib.ModelConfig, variables: dict, *, seed: int
 ) -> np.ndarray:
-  """Sequences that a model says itself, [96, 128], int32.
+  """Sequences sampled from a model, [96, 128], int32.
 
-  Each opens with a token drawn uniformly, since a config does not say what
-  opens a document (as LLM-QAT does; Liu et al., 2023).
+  The first token of each is drawn uniformly, since a config does not know what
+  begins a document (as LLM-QAT does; Liu et al., 2023).
   """
   rng = np.random.default_rng(seed)
   first = rng.integers(0, cfg.V, (_SEQUENCES, 1))
@@ -87,7 +87,7 @@ def read(
     UserError: there is no such text, or less than a sequence of it.
   """
   try:
-    text = pathlib.Path(path).read_text('utf-8')
+    text = pathlib.Path(path).read_text('utf-8-sig')
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f'{path} is no text that can be read ({error}); name a '
                      f'UTF-8 file') from None

@@ -1,5 +1,5 @@
-"""The start from data: exact at full rank, best by its measure, never worse
-than the paper's starts on what it kept apart."""
+"""The initialisation from data: exact at full rank, best by its measure, never
+worse than the paper's on what it kept apart."""
 
 import dataclasses
 
@@ -20,8 +20,8 @@ from recursive_tx.tying.fit import (
   moments,
   refit,
 )
-from recursive_tx.tying.fit import search as start_lib
-from recursive_tx.tying.relax import begun, parts, target
+from recursive_tx.tying.fit import search as search_lib
+from recursive_tx.tying.relax import initialised, parts, target
 
 LLAMA = tiny.FAMILIES['llama']
 N, T = 16, 12
@@ -135,7 +135,7 @@ def test_it_is_a_function_of_its_arguments_in_whatever_batches():
 
 
 @pytest.mark.slow
-def test_without_calibration_the_model_says_the_tokens():
+def test_without_calibration_the_tokens_are_sampled_from_the_model():
   values = tiny.variables(LLAMA)
   token_NT = fit.sample(LLAMA, values, seed=3)
   assert token_NT.shape == (96, 128) and token_NT.max() < LLAMA.V
@@ -153,7 +153,7 @@ def test_energy_is_of_the_residual_that_is_left():
   values, energy = tiny.variables(LLAMA), {}
   rcfg = target(LLAMA, loops=2, rank='attn3+mlp3', init='fit', lora='svd',
                 prelude=0, coda=0, loop_norms=True)
-  with begun(LLAMA, rcfg, _read(values), init='fit', energy=energy,
+  with initialised(LLAMA, rcfg, _read(values), init='fit', energy=energy,
              token_NT=tiny.tokens(LLAMA, N, T)) as (kept, init, found):
     held = {(path, at): array for path, at, array in found}
   assert (kept, init) == (rcfg, 'fit')
@@ -246,7 +246,7 @@ def test_a_loops_biases_keep_the_means(rank, tmp_path):
   rcfg = dataclasses.replace(cfg, loops=2, layers_per_loop=3, rank=rank)
   measured = fit.measure(cfg, _read(values), token_NT, tmp_path, seed=0)
   store = kernels.Store(tmp_path / 'store', 2)
-  start = start_lib._fitted(
+  start = search_lib._fitted(
       cfg, rcfg, align.Aligned(_read(values), measured, {}), store, 1.0,
       lambda share: None)
   converted = kernels.unrolled(start.rcfg, start.read, start.rule, store)
@@ -287,7 +287,7 @@ def test_where_only_the_first_loop_counts_the_fit_is_lower(tmp_path):
   store = kernels.Store(tmp_path / 'store', 2)
   aligned = align.Aligned(_read(values), measured, align.orders(
       rcfg, _read(values), measured))
-  start_lib._fitted(LLAMA, rcfg, aligned, store, 1e9, lambda share: None)
+  search_lib._fitted(LLAMA, rcfg, aligned, store, 1e9, lambda share: None)
   for name in rcfg.kernels:
     for place in range(3):
       assert tiny.distance(
@@ -306,7 +306,7 @@ def test_what_the_last_kernel_lacks_is_all_the_layer_lacks(name):
                   for seed in (0, 1))
   x_NTD, y_NTD = np.random.default_rng(0).normal(
       size=(2, 2, T, cfg.D)).astype(np.float32)
-  _, z, _ = layers.seen(cfg, values, ours, x_NTD, y_NTD, 'down')
+  _, z, _ = layers.both_inputs(cfg, values, ours, x_NTD, y_NTD, 'down')
   lacks = (layers.forward(cfg, values, x_NTD)
            - layers.forward(cfg, ours, y_NTD)).reshape(2 * T, cfg.D)
 

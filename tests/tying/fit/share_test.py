@@ -47,6 +47,19 @@ def _as_the_paper(problem, rank):
                    rng=np.random.default_rng(0))[:2] for kernel in kernels]
 
 
+@pytest.mark.parametrize('earlier, mean, error', [(1, 2.5, 3.0), (3, 2.0, 4.0)])
+def test_the_example_of_nearest(earlier, mean, error):
+  """Its docstring's figures, of one kernel in two layers."""
+  kernels, inputs = [np.eye(1), 3 * np.eye(1)], [np.eye(1), 3 * np.eye(1)]
+  shared = share(
+      kernels, inputs, [np.eye(1), np.eye(1) * earlier**-1.0], 0)
+  assert shared[0, 0] == pytest.approx(mean)
+  errors = {M: _error((kernels, inputs, [np.eye(1)] * 2), np.full((1, 1), M),
+                      []) for M in (mean, 2.0, 1.0)}
+  assert errors[mean] == pytest.approx(error)
+  assert (errors[2.0], errors[1.0]) == (4.0, 12.0)
+
+
 def test_without_factors_it_is_the_weighted_mean():
   kernels, inputs, outputs = problem = _problem(3)
   shared, factors = _share(problem, 0)
