@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 
+from absl import flags
+from absl.testing import flagsaver
 import pytest
 import tiny
 import tiny_tokenizers
@@ -15,6 +17,7 @@ import tiny_tokenizers
 import recursive_tx as rtx
 from recursive_tx import exits
 from recursive_tx.cli import exits as exit_flags
+from recursive_tx.cli import generate
 from recursive_tx.text import tokenizer
 
 ROOT = tiny.ROOT
@@ -149,6 +152,19 @@ def test_a_stop_is_not_shown(directory):
   assert code == 0 and output == 'the cat' + new[:new.index(stop)] + '\n'
 
 
+@pytest.mark.parametrize('name, content, prompts', [
+    ('a.txt', '\ufeffa\u2028b\x0cc\x85d\r\n\ne', ['a\u2028b\x0cc\x85d', 'e']),
+    ('a.jsonl', '\ufeff{"prompt": "a\u2028b"}\r\n{"text": "c\x85"}\n',
+     ['a\u2028b', 'c\x85'])])
+def test_records_end_at_line_feeds_alone(tmp_path, name, content, prompts):
+  """And a byte order mark is no text."""
+  path = tmp_path / name
+  path.write_bytes(content.encode())
+  with flagsaver.flagsaver():
+    flags.FLAGS(['generate', f'--prompts={path}'])
+    assert generate.prompts() == prompts
+
+
 def test_the_flag_of_exits():
   assert exit_flags.parse('none', CFG) == exits.Exit()
   assert exit_flags.parse('static=2', CFG) == exits.static(2, 3)
@@ -157,7 +173,7 @@ def test_the_flag_of_exits():
       ('tip=1,1', "did you mean 'top'"), ('top', 'top=0.9,0.8'),
       ('top=', 'expected'), ('top=a,b', 'expected'), ('static=1.5', 'static='),
       ('static=4', '1 to 3'), ('static=1,2', 'static=LOOP'),
-      ('oracle', 'expected one of'), ('top=nan,1', 'NaN')):
+      ('oracle', 'expected one of'), ('top=nan,1', 'numbers from 0')):
     with tiny.refused(*says):
       exit_flags.parse(text, CFG)
 

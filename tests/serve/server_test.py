@@ -13,10 +13,11 @@ import subprocess
 import sys
 import time
 
+from bodies import BAD, CHAT, GOOD
 import numpy as np
 import openai
 import pytest
-from servers import CFG, EXIT, MAX_LEN, QUEUE, ROOT, SLOTS, started
+from servers import CFG, EXIT, QUEUE, ROOT, SLOTS, started
 
 import recursive_tx as rtx
 from recursive_tx.text import tokenizer as tokenizer_lib
@@ -202,59 +203,6 @@ def test_models_health_page_and_no_way_for_other_sites(server):
 
 
 # What it survives.
-
-
-GOOD = {'prompt': 'the cat', 'max_tokens': 3}
-CHAT = {'messages': [{'role': 'user', 'content': 'the cat'}]}
-# (path, body, status, what the message says)
-BAD = [
-    ('completions', '{', 400, 'not JSON'),
-    ('completions', '', 400, 'not JSON'),
-    ('completions', '[1]', 400, 'object'),
-    ('completions', '[' * 9999, 400, 'not JSON'),
-    ('completions', b'{"prompt": "\xff"}', 400, 'UTF-8 at byte 12'),
-    ('completions', '{"prompt": "\\ud800"}', 400, 'surrogate'),
-    ('completions', '{"prompt": "x", "temperature": NaN}', 400, 'NaN'),
-    ('completions', '{"prompt": "x", "temperature": 1e999}', 400, '0 to 2'),
-    ('completions', '{"seed": 1' + '0' * 5000 + '}', 400, 'JSON'),
-    ('completions', {}, 400, "'prompt' is missing"),
-    ('completions', GOOD | {'promt': 1}, 400, "did you mean 'prompt'"),
-    ('completions', GOOD | {'prompt': 7}, 400, 'token ids'),
-    ('completions', GOOD | {'prompt': []}, 400, 'token ids'),
-    ('completions', GOOD | {'prompt': [1, True]}, 400, 'token ids'),
-    ('completions', GOOD | {'prompt': [290]}, 400, '0 to 289'),
-    ('completions', GOOD | {'prompt': ['x'] * 6}, 400, 'at most 5'),
-    ('completions', GOOD | {'max_tokens': 0}, 400, 'from 1'),
-    ('completions', GOOD | {'max_tokens': True}, 400, 'integer'),
-    ('completions', GOOD | {'max_tokens': MAX_LEN}, 400, str(MAX_LEN)),
-    ('completions', GOOD | {'prompt': [1] * (MAX_LEN + 1)}, 400, str(MAX_LEN)),
-    ('completions', GOOD | {'temperature': '1'}, 400, '0 to 2'),
-    ('completions', GOOD | {'top_p': 0}, 400, 'above 0'),
-    ('completions', GOOD | {'top_k': -1}, 400, 'integer'),
-    ('completions', GOOD | {'n': 2}, 400, "'n' is 2"),
-    ('completions', GOOD | {'stop': ['a'] * 5}, 400, 'up to 4'),
-    ('completions', GOOD | {'stop': ['']}, 400, 'not empty'),
-    ('completions', GOOD | {'stop': [1]}, 400, 'string'),
-    ('completions', GOOD | {'stream': 1}, 400, 'true or false'),
-    ('completions', GOOD | {'stream_options': {}}, 400, 'needs'),
-    ('completions', GOOD | {'logprobs': 2}, 400, '0 to 1'),
-    ('completions', GOOD | {'echo': True}, 400, 'not supported'),
-    ('completions', GOOD | {'suffix': 'x'}, 400, 'not supported'),
-    ('completions', GOOD | {'model': 'gpt'}, 404, "this is 'tiny'"),
-    ('completions', GOOD | {'user': 'x' * 60000}, 413, '60000 bytes'),
-    ('chat/completions', GOOD, 400, "did you mean 'prompt"),
-    ('chat/completions', {'messages': []}, 400, 'list of messages'),
-    ('chat/completions', {'messages': ['x']}, 400, 'messages[0]'),
-    ('chat/completions', {'messages': [{'role': 'cat', 'content': ''}]}, 400,
-     'one of system'),
-    ('chat/completions', {'messages': [{'role': 'user'}]}, 400, 'a string'),
-    ('chat/completions', {'messages': [{'role': 'user', 'content': [
-        {'type': 'image_url', 'image_url': 'x'}]}]}, 400, 'type text'),
-    ('chat/completions', CHAT | {'tools': [{}]}, 400, 'not supported'),
-    ('chat/completions', CHAT | {'response_format': {'type': 'json_object'}},
-     400, 'not supported'),
-    ('chat/completions', CHAT | {'logprobs': 1}, 400, 'true or false'),
-]
 
 
 def test_faults_are_answered_in_openais_form(server):

@@ -4,6 +4,7 @@
 added tokens; transformers' AutoTokenizer where it reads the same file.
 """
 
+import dataclasses
 import json
 
 import pytest
@@ -13,7 +14,9 @@ from tiny_tokenizers import copy, train, write
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+import recursive_tx as rtx
 from recursive_tx.errors import UserError
+from recursive_tx.store import native
 from recursive_tx.text import tokenizer
 
 SPECIAL = ('<s>', '</s>', '<unk>', '[INST]', '[/INST]')
@@ -331,3 +334,23 @@ def test_bytes_of_tokens_make_the_text(mistral, byte_level_dir, tmp_path, kind):
   for text in ('the cat', 'naïve 漢字 🎉', '\n\t \x7f ÿ'):
     made = b''.join(map(ours.token_bytes, ours.encode(text)))
     assert made == (b'' if kind == 'byte_level' else b' ') + text.encode()
+
+
+def test_a_list_of_ends_survives_conversion_and_export(mistral, tmp_path):
+  """In config.json and in generation_config.json."""
+  cfg = dataclasses.replace(tiny.FAMILIES['llama'], V=290)
+  source = tmp_path / 'source'
+  tiny.make_ours(source, cfg)
+  copy(mistral, source)
+  tiny.edit_config(source, lambda hf: hf.update(eos_token_id=[4, 5]))
+  write(source, 'generation_config.json', {'eos_token_id': [6, 7]})
+  model = rtx.open(source)
+  rtx.save(tmp_path / 'saved', *model[:2], companions=source)
+  hf = native.read_source(tmp_path / 'saved')
+  del hf['dtype_on_disk']
+  rtx.save_hf(tmp_path / 'export', *model[:2], hf=hf,
+              companions=tmp_path / 'saved')
+  for name in ('source', 'saved', 'export'):
+    assert tokenizer.load(tmp_path / name).end_ids == (6, 7)
+  found = json.loads((tmp_path / 'export' / 'config.json').read_text())
+  assert found['eos_token_id'] == [4, 5]
