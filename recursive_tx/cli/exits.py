@@ -1,4 +1,4 @@
-"""The flags of when tokens leave, for the verbs that generate."""
+"""The flags of when tokens exit, for the verbs that generate."""
 
 from collections.abc import Callable
 
@@ -19,14 +19,14 @@ _FORM = ("expected none, static=LOOP, or a rule and a threshold for every loop"
 def define() -> Callable[[Opened], tuple[exits.Exit, str]]:
   """Defines them. Returns what reads a model's exit and fill."""
   rule = flags.DEFINE_string(
-      'exit', '', 'When a token leaves the loops: none, after the last;'
+      'exit', '', 'When a token exits the loops: none, after the last;'
       ' static=LOOP, after that loop, from 1; RULE=THRESHOLD,... with a'
       ' threshold for every loop but the last, RULE being top, margin, entropy,'
       " agreement or gate. Empty: the checkpoint's exit.json, else none.")
   fill = flags.DEFINE_string(
       'fill', 'propagate', 'Keys and values of the loops that a token skips:'
-      ' propagate (made of what it left with) or complete (it goes through'
-      ' them all the same).')
+      ' propagate (computed from the state it exited with) or complete (the'
+      ' slot runs those loops as well).')
 
   def read(model: Opened) -> tuple[exits.Exit, str]:
     found = (parse(rule.value, model.config) if rule.value else

@@ -4,8 +4,8 @@
   python -m recursive_tx generate --checkpoint=DIR --prompts=FILE --show_depth
 
 One prompt is shown with what follows it as that comes; several in their order,
-each under its number. --show_depth colours each token by the loop that it left
-at.
+each under its number. --show_depth colours each token by the loop after which
+it exited.
 """
 
 from collections.abc import Iterator
@@ -49,7 +49,7 @@ _STOP = flags.DEFINE_multi_string(
 _SLOTS = flags.DEFINE_integer(
     'slots', 32, 'Prompts continued at once; at least 1.')
 _SHOW_DEPTH = flags.DEFINE_bool(
-    'show_depth', False, 'Colour each token by the loop that it left at.')
+    'show_depth', False, 'Colour each token by the loop that it exited at.')
 flags.DEFINE_alias('show-depth', 'show_depth')
 _COLOR = flags.DEFINE_enum(
     'color', 'auto', ['auto', 'always', 'never'],

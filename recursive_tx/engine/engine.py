@@ -91,9 +91,9 @@ class Engine:
       cfg, variables: any model of this library.
       slots: tokens that a step computes, at least 1.
       max_len: most tokens of a prompt and its continuation, at least 1.
-      exit: when a token leaves the loops.
+      exit: when a token exits the loops.
       fill: keys and values of the loops that it skips: 'propagate' (made of
-        the hidden state that it left with) or 'complete' (of those loops,
+        the hidden state that it exited with) or 'complete' (of those loops,
         which it goes through though it is out).
       schedule: 'cdb', 'csb' or 'static', see step.py.
       eos_id: the token that ends a continuation, or several of which each

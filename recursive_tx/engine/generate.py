@@ -26,7 +26,7 @@ def generate(
     prompts: token ids, one list a prompt, none empty.
     max_new_tokens: most tokens to add to each, at least 1.
     sampler: how tokens are drawn; its seed, plus the number of the prompt.
-    exit: when a token leaves the loops.
+    exit: when a token exits the loops.
     eos_id: a token that ends a continuation and is not returned, or several.
     known_V: tokens that may be generated, bool [V]; None is all of them.
     run: how the model is executed.

@@ -48,7 +48,7 @@ class Replicas:
     self._engines[which].cancel(number)
 
   def poll(self) -> list[Event]:
-    """Runs a burst of each, and tells the tokens they gave."""
+    """Runs a burst of each engine and returns their events."""
     logs = [engine.dispatch() for engine in self._engines]
     return [
         event._replace(id=event.id * self.replicas + which)

@@ -26,8 +26,8 @@ class Slots(NamedTuple):
     loop: the loop of that pass.
     token: the token that was chosen, -1 until then.
     likeliest: token after the preceding loop, -1 if not asked for.
-    done: all passes of its token are done, or it has left and nothing is
-      left to do; it waits for the others, where the schedule says so.
+    done: all passes of its token are done, or it has exited and there is
+      nothing more to do; it waits for the others if the schedule wants that.
   """
   row: jax.Array
   x_BD: jax.Array
@@ -47,7 +47,7 @@ class Rows(NamedTuple):
     eos: the tokens that end it, [R, E]; -1 is none.
     samplers: how its tokens are drawn.
     script: of `rule='oracle'`, else None: the tokens that it gets [R, S] and
-      the loops, from 0, that they leave at [R, S], by the position they are
+      the loops, from 0, that they exit at [R, S], by the position they are
       predicted at.
   """
   token: jax.Array

@@ -26,10 +26,10 @@ from recursive_tx.model.linear import fuse
 #   at the same loop.
 # cdb: continuous depth-wise; every slot is at its own.
 SCHEDULES = ('static', 'csb', 'cdb')
-# What becomes of the keys and values of the loops that a token skips.
-# propagate: they are made of the hidden state that it left with; where loops
-#   share keys (loop_keys=False) there is nothing to make.
-# complete: it goes through those loops all the same, though its token is out.
+# The keys and values of the loops that a token skips.
+# propagate: computed from the hidden state that it exited with; where loops
+#   share keys (loop_keys=False) there is nothing to compute.
+# complete: the slot runs those loops as well, after its token was emitted.
 FILLS = ('propagate', 'complete')
 
 
@@ -39,7 +39,7 @@ class Plan:
 
   Attributes:
     cfg, run: the model, and how it is executed.
-    exit: when a token leaves.
+    exit: when a token exits.
     fill, schedule: see FILLS and SCHEDULES.
     group: slots whose head is computed at once.
     rules: where letters go on the mesh, see machine.make_rules; () without.
@@ -65,7 +65,7 @@ def burst(
   log = Log(*(jnp.full((steps, B), fill, dtype) for fill, dtype in (
       (-1, jnp.int32), (0, jnp.int32), (0, jnp.int32), (0.0, jnp.float32))))
 
-  def goes_on(carry):
+  def has_work(carry):
     i, state, _ = carry
     return (i < steps) & (state.slots.row < R).any()
 
@@ -77,8 +77,8 @@ def burst(
     return i + 1, state, log
 
   # Requests that came while every slot was idle.
-  state = _turn(plan, variables, state)
-  _, state, log = lax.while_loop(goes_on, body, (jnp.int32(0), state, log))
+  state = _advance(plan, variables, state)
+  _, state, log = lax.while_loop(has_work, body, (jnp.int32(0), state, log))
   return state, log
 
 
@@ -91,7 +91,7 @@ def prefill(
   Args:
     plan, variables, state: of the engine.
     token_PT: tokens of each; what pads them on the right leaves keys that are
-      overwritten before they are seen.
+      overwritten before they are read.
     start_P: position of the first.
     row_P: their rows; the number of rows where there is no prompt.
   """
@@ -111,89 +111,105 @@ def _step(plan, variables, state: State) -> tuple[State, Log]:
       variables, slots.x_BD[:, None], slots.loop[:, None], state.cache, place,
       method='loop')
   x_BD = jnp.where(busy_B[:, None], x_B1D[:, 0], slots.x_BD)
-  slots, cache, leaves_B, log_p_B = _decide(
+  slots, cache, exits_B, log_p_B = _decide(
       plan, variables, slots._replace(x_BD=x_BD), rows, busy_B, cache, place)
-  rows = rows._replace(left=rows.left.at[jnp.where(leaves_B, row_B, R)].add(
+  rows = rows._replace(left=rows.left.at[jnp.where(exits_B, row_B, R)].add(
       -1, mode='drop'))
-  entry = Log(jnp.where(leaves_B, slots.row, -1), slots.token, slots.loop + 1,
+  entry = Log(jnp.where(exits_B, slots.row, -1), slots.token, slots.loop + 1,
               log_p_B)
   # The host may give the row to another as soon as it sees the token.
-  ends_B = leaves_B & (
+  ends_B = exits_B & (
       (slots.token[:, None] == rows.eos.at[row_B].get(mode='clip')).any(-1)
       | (rows.left.at[row_B].get(mode='clip') <= 0))
   finished_B = busy_B & (slots.loop == plan.cfg.loops - 1)
   if plan.fill == 'propagate':
-    early_B = leaves_B & ~finished_B & ~ends_B
+    early_B = exits_B & ~finished_B & ~ends_B
     cache = _propagate(plan, variables, slots, early_B, cache, place)
-    finished_B |= leaves_B
+    finished_B |= exits_B
   slots = slots._replace(
       row=jnp.where(ends_B, R, slots.row), loop=slots.loop + ~finished_B,
       done=slots.done | finished_B & ~ends_B)
   state = state._replace(cache=cache, slots=slots, rows=rows)
-  return _turn(plan, variables, state), entry
+  return _advance(plan, variables, state), entry
 
 
 def _decide(plan, variables, slots: Slots, rows, busy_B, cache, place):
-  """Which slots' tokens leave, and what those are.
+  """Which slots' tokens exit after this loop, and which tokens those are.
+
+  An example: 3 loops, the rule 'top' with thresholds (0.9, 0.8), 4 slots.
+
+    slot                    0     1     2     3
+    loop (from 0)           0     1     2     1
+    token decided already   no    no    no    yes ('complete')
+    pending_B               yes   yes   yes   no
+    score                   0.95  0.7   0.1   -
+    threshold of its loop   0.9   0.8   -inf  -
+    confident_B             yes   no    yes   -
+    exits_B                 yes   no    yes   no
+
+  Slot 0 emits its token after one loop, slot 1 runs another loop, slot 2 is at
+  the last loop and emits whatever its score. The head runs for the pending
+  slots; where the rule needs no logits, for those alone that exit.
 
   Returns:
-    The slots with their tokens, the cache, leaves_B and log_p_B.
+    The slots with their tokens, the cache, exits_B and log_p_B.
   """
   cfg, rule = plan.cfg, plan.exit.rule
   last_B = slots.loop == cfg.loops - 1
-  asked_B = busy_B & (slots.token < 0)
-  sure_B = last_B
+  pending_B = busy_B & (slots.token < 0)
+  confident_B = last_B
   threshold_B = jnp.array([*plan.exit.thresholds, -jnp.inf])[slots.loop]
   if plan.exit.needs == 'gate':
     h_BD = normalize(cfg, slots.x_BD, variables['params']['norm'])
     score_B = jax.nn.sigmoid(
         plan.apply(variables, h_BD, slots.loop, method='gate'))
-    sure_B |= score_B >= threshold_B
+    confident_B |= score_B >= threshold_B
   elif rule == 'static':
-    sure_B |= threshold_B <= 0
+    confident_B |= threshold_B <= 0
   elif rule == 'oracle':
     at_B = (slots.row, place.position_BT[:, 0])
-    sure_B |= slots.loop >= rows.script[1].at[at_B].get(mode='clip')
+    confident_B |= slots.loop >= rows.script[1].at[at_B].get(mode='clip')
   by_head = plan.exit.needs == 'logits'
   if not by_head:
-    asked_B &= sure_B
+    pending_B &= confident_B
 
   def choose(index_G, carry):
-    (token_B, likeliest_B, sure_B, log_p_B), cache = carry
-    (token_G, log_p_G, logits_GV), cache = _ask(
+    (token_B, likeliest_B, confident_B, log_p_B), cache = carry
+    (token_G, log_p_G, logits_GV), cache = _sample(
         plan, variables, slots, rows, index_G, cache, place)
     likeliest_G = jnp.full_like(token_G, -1)
-    sure_G = jnp.full(len(index_G), True)
+    confident_G = jnp.full(len(index_G), True)
     if by_head:
       likeliest_G = sampling.likeliest(logits_GV)
       score_G = exits.score(rule, logits_BV=logits_GV,
                             before_B=likeliest_B.at[index_G].get(mode='clip'))
-      sure_G = score_G >= threshold_B.at[index_G].get(mode='clip')
-    new = (token_G, likeliest_G, sure_G, log_p_G)
+      confident_G = score_G >= threshold_B.at[index_G].get(mode='clip')
+    new = (token_G, likeliest_G, confident_G, log_p_G)
+    old = (token_B, likeliest_B, confident_B, log_p_B)
     return tuple(
-        old.at[index_G].set(values, mode='drop') for old, values in zip(
-            (token_B, likeliest_B, sure_B, log_p_B), new, strict=True)), cache
+        x_B.at[index_G].set(x_G, mode='drop')
+        for x_B, x_G in zip(old, new, strict=True)), cache
 
-  (token_B, likeliest_B, sure_B, log_p_B), cache = _grouped(
-      plan.group, asked_B, choose,
-      ((slots.token, slots.likeliest, sure_B,
+  (token_B, likeliest_B, confident_B, log_p_B), cache = _grouped(
+      plan.group, pending_B, choose,
+      ((slots.token, slots.likeliest, confident_B,
         jnp.zeros(len(busy_B), jnp.float32)), cache))
-  leaves_B = asked_B & sure_B
+  exits_B = pending_B & confident_B
   if plan.fill == 'complete' and cfg.coda:
-    # The coda saw an early state; these are the keys of the last.
+    # The coda has run on an earlier state; these are the keys of the last.
     def close(index_G, cache):
       part = _take(place, index_G, len(rows.token))
       return plan.apply(
           variables, _inputs(slots, index_G), cache, part, method='leave')[1]
 
-    cache = _grouped(plan.group, busy_B & last_B & ~leaves_B, close, cache)
+    cache = _grouped(plan.group, busy_B & last_B & ~exits_B, close, cache)
   slots = slots._replace(
-      token=jnp.where(leaves_B, token_B, slots.token), likeliest=likeliest_B)
-  return slots, cache, leaves_B, log_p_B
+      token=jnp.where(exits_B, token_B, slots.token), likeliest=likeliest_B)
+  return slots, cache, exits_B, log_p_B
 
 
-def _ask(plan, variables, slots: Slots, rows, index_G, cache, place):
-  """The tokens that some slots would leave with.
+def _sample(plan, variables, slots: Slots, rows, index_G, cache, place):
+  """The tokens that some slots would emit if they exited now.
 
   Returns:
     token_G, its log-probability and logits_GV; and the cache.
@@ -219,7 +235,7 @@ def _ask(plan, variables, slots: Slots, rows, index_G, cache, place):
 
 
 def _propagate(plan, variables, slots: Slots, early_B, cache, place):
-  """Keys and values of the loops that tokens skip, of what they left with."""
+  """Keys and values of the loops that tokens skip, from their last state."""
   cfg = plan.cfg
   if cfg.loops == 1 or plan.exit.rule == 'last' or not cfg.loop_keys:
     return cache
@@ -231,7 +247,7 @@ def _propagate(plan, variables, slots: Slots, early_B, cache, place):
     exit_G1 = slots.loop.at[index_G].get(mode='clip')[:, None]
     x_G1D = _inputs(slots, index_G)
     loop_GL = jnp.broadcast_to(later, (len(index_G), len(later)))
-    # Nobody's where a later loop is not skipped.
+    # No row where a later loop is not skipped.
     part = part._replace(row_BT=jnp.where(loop_GL > exit_G1, part.row_BT, R))
     if not alike:  # Every loop makes its own: one row for each.
       x_G1D = jnp.repeat(x_G1D, len(later), axis=0)
@@ -245,14 +261,14 @@ def _propagate(plan, variables, slots: Slots, early_B, cache, place):
   return _grouped(plan.group, early_B, fill, cache)
 
 
-def _turn(plan, variables, state: State) -> State:
+def _advance(plan, variables, state: State) -> State:
   """Slots that are done, or idle, start their next token where they may."""
   cache, slots, rows, queue = state
   R = len(rows.token)
   free_B = slots.row >= R
   together = (slots.done | free_B).all()
-  goes_B = slots.done & (plan.schedule == 'cdb' or together)
-  at_B = jnp.where(goes_B, slots.row, R)
+  next_B = slots.done & (plan.schedule == 'cdb' or together)
+  at_B = jnp.where(next_B, slots.row, R)
   rows = rows._replace(
       token=rows.token.at[at_B].set(slots.token, mode='drop'),
       position=rows.position.at[at_B].add(1, mode='drop'))
@@ -264,19 +280,19 @@ def _turn(plan, variables, state: State) -> State:
       takes_B, queue.row[(queue.first + rank_B) % R], slots.row)
   queue = Queue(queue.row, queue.first + takes_B.sum(), queue.last)
 
-  starts_B = goes_B | takes_B
+  starts_B = next_B | takes_B
   x_BD, cache = _enter(
       plan, variables, rows, row_B, starts_B, slots.x_BD, cache)
   slots = Slots(
       row=row_B, x_BD=x_BD, loop=jnp.where(starts_B, 0, slots.loop),
       token=jnp.where(starts_B, -1, slots.token),
       likeliest=jnp.where(starts_B, -1, slots.likeliest),
-      done=slots.done & ~goes_B)
+      done=slots.done & ~next_B)
   return State(cache, slots, rows, queue)
 
 
 def _enter(plan, variables, rows, row_B, starts_B, x_BD, cache):
-  """What the first loop reads, in the slots that start a token."""
+  """The input of the first loop, in the slots that start a token."""
   R = len(rows.token)
   place = _place(rows, jnp.where(starts_B, row_B, R))
   token_B = rows.token.at[row_B].get(mode='clip')
@@ -298,8 +314,8 @@ def _enter(plan, variables, rows, row_B, starts_B, x_BD, cache):
 def _grouped(group: int, mask_B, body, carry):
   """carry = body(index_G, carry) over the slots of a mask, a group at a time.
 
-  What is done once a token costs no more than the tokens there are. Indices
-  past the last are the number of slots.
+  Work that is done once per token then costs no more than there are tokens.
+  Indices past the last are the number of slots.
   """
   B = len(mask_B)
   group = min(group, B)
@@ -329,7 +345,7 @@ def _inputs(slots: Slots, index_G) -> jax.Array:
 
 
 def _take(place, index_G, R: int) -> kv_cache.Place:
-  """The places of some slots; nobody's for indices past the last."""
+  """The places of some slots; no row for indices past the last."""
   return kv_cache.Place(
       place.row_BT.at[index_G].get(mode='fill', fill_value=R),
       place.position_BT.at[index_G].get(mode='clip'),

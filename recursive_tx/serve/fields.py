@@ -42,7 +42,7 @@ class Asked:
     stop: strings that end an answer.
     stream: answer in pieces.
     include_usage: end these with the count of tokens.
-    logprobs: tell each token's; None or False for not, at completions 0 or 1.
+    logprobs: report each token's; None or False for not, at completions 0 or 1.
   """
   prompts: list[Any]
   model: str | None = None
@@ -204,7 +204,7 @@ def _prompt(name: str, value: Any) -> list[str | list[int]]:
 
 
 def _messages(name: str, value: Any) -> list[dict[str, str]]:
-  """Roles and texts; the parts of a text joined."""
+  """Roles and texts; the parts of a text concatenated."""
   if not isinstance(value, list) or not value:
     raise _wrong(name, value, 'a list of messages')
   return [_message(f'messages[{i}]', x) for i, x in enumerate(value)]

@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import itertools
 import json
 import os
 import pathlib
@@ -150,6 +151,21 @@ def test_log_probabilities_are_of_the_tokens(server):
   assert told.text_offset == sorted(told.text_offset)
   assert told.text_offset[0] == 0
   assert told.tokens[0] in (choice.text[:len(told.tokens[0])], '\ufffd')
+
+
+def test_the_bytes_of_half_a_character_are_its_own(server):
+  """They are no U+FFFD's, and all together they are the text's."""
+  choice = server.client.chat.completions.create(
+      model='tiny', messages=[{'role': 'user', 'content': 'the cat'}],
+      temperature=2, seed=5, max_tokens=60, logprobs=True).choices[0]
+  pieces = [entry.bytes for entry in choice.logprobs.content]
+  halves = [piece for piece in pieces if len(piece) == 1 and piece[0] >= 0x80]
+  assert len(halves) > 10 and len({tuple(piece) for piece in halves}) > 5
+  assert list('\ufffd'.encode()) not in pieces
+  whole = bytes(itertools.chain.from_iterable(pieces))
+  valid = whole.decode('utf-8', 'ignore').replace(' ', '')
+  content = choice.message.content.replace('\ufffd', '').replace(' ', '')
+  assert valid == content
 
 
 def test_the_same_seed_gives_the_same_text_whatever_the_neighbours(server):
