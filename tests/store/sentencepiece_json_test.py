@@ -70,12 +70,65 @@ def test_special_tokens_have_no_space_after_them(sentencepiece_dir, tmp_path):
   assert pieces[:2] == ['<s>', '▁the'] and after == 'the'
 
 
-def test_files_that_are_there_stay(sentencepiece_dir, tmp_path):
+CHATML = {'<|im_start|>': 290, '<|im_end|>': 291}
+TABLE = {str(id): {'content': text, 'special': True, 'rstrip': True}
+         for text, id in CHATML.items()}
+# What lies beside tokenizer.model, as models are published.
+BESIDE = {
+    'config': {'tokenizer_config.json': {
+        'tokenizer_class': 'LlamaTokenizer', 'legacy': False,
+        'bos_token': '<s>', 'eos_token': '</s>', 'chat_template': 'x'}},
+    'no_bos': {'tokenizer_config.json': {'add_bos_token': False}},
+    'legacy': {'tokenizer_config.json': {
+        'tokenizer_class': 'LlamaTokenizer', 'legacy': True}},
+    'added': {'added_tokens.json': CHATML},
+    'map': {'added_tokens.json': CHATML, 'special_tokens_map.json': {
+        'eos_token': '<|im_end|>',
+        'additional_special_tokens': ['<|im_start|>']}},
+    'decoder': {'tokenizer_config.json': {
+        'tokenizer_class': 'LlamaTokenizer', 'added_tokens_decoder': TABLE,
+        'eos_token': '<|im_end|>'}}}
+CHAT = '<|im_start|>the cat<|im_end|>a<s> the</s>dog'
+
+
+@pytest.mark.parametrize('name', BESIDE)
+def test_added_tokens_and_settings_go_along(
+    name, sentencepiece_dir, tmp_path):
+  """transformers give our ids, also of text between special tokens."""
+  transformers = pytest.importorskip('transformers', reason=tiny.TORCH)
   shutil.copyfile(sentencepiece_dir / 'tokenizer.model',
                   tmp_path / 'tokenizer.model')
-  (tmp_path / 'tokenizer_config.json').write_text('{"legacy": false}')
+  tiny_tokenizers.write(tmp_path, 'config.json', {'model_type': 'llama'})
+  for file, value in BESIDE[name].items():
+    tiny_tokenizers.write(tmp_path, file, value)
+  ours = rtx.load_tokenizer(tmp_path)
+  ids = ours.encode(CHAT, special=True)
+  _same_ids(tmp_path)
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  assert theirs(CHAT, add_special_tokens=False)['input_ids'] == ids
+  assert theirs(CHAT)['input_ids'] == ours.opening + ids
+  again = rtx.load_tokenizer(tmp_path)
+  assert again.encode(CHAT, special=True) == ids
+  assert (again.opening, again.eos_id, again.end_ids) == (
+      ours.opening, ours.eos_id, ours.end_ids)
+  assert theirs.chat_template == BESIDE[name].get(
+      'tokenizer_config.json', {}).get('chat_template')
+
+
+def test_ids_that_do_not_follow_the_pieces_are_left_alone(
+    sentencepiece_dir, tmp_path):
+  shutil.copyfile(sentencepiece_dir / 'tokenizer.model',
+                  tmp_path / 'tokenizer.model')
+  tiny_tokenizers.write(tmp_path, 'added_tokens.json', {'<x>': 300})
+  before = sorted(tmp_path.iterdir())
   sentencepiece_json.add_tokenizer_json(tmp_path)
-  assert sorted(path.name for path in tmp_path.iterdir()) == [
-      'tokenizer.model', 'tokenizer_config.json']
-  assert (tmp_path / 'tokenizer_config.json').read_text() == (
-      '{"legacy": false}')
+  assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_tokenizer_json_that_is_there_stays(sentencepiece_dir, tmp_path):
+  shutil.copyfile(sentencepiece_dir / 'tokenizer.model',
+                  tmp_path / 'tokenizer.model')
+  (tmp_path / 'tokenizer.json').write_text('{}')
+  sentencepiece_json.add_tokenizer_json(tmp_path)
+  assert (tmp_path / 'tokenizer.json').read_text() == '{}'
+  assert not (tmp_path / 'tokenizer_config.json').exists()
