@@ -45,11 +45,13 @@ def export(
   cfg, variables = opening.load(checkpoint)
   companions = opening.companions(checkpoint)
   source = native.read_source(companions) or {}
-  dtype = dtype or source.get('dtype_on_disk', 'float32')
-  source.pop('dtype_on_disk', None)
+  own, others = (source.pop(key, default) for key, default in (
+      ('dtype_on_disk', 'float32'), ('dtypes_on_disk', {})))
+  dtypes = {} if dtype else others
+  dtype = dtype or own
   one_of('dtype', dtype, _DTYPES)
   hf.save_hf(output, cfg, variables, hf=source or None,
-             dtype=_DTYPES[dtype], companions=companions,
+             dtype=_DTYPES[dtype], dtypes=dtypes, companions=companions,
              progress=lambda total, done: progress('export', total, done))
   if not check:
     return None

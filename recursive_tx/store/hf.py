@@ -4,7 +4,7 @@ Reads safetensors and JSON itself: no torch, no transformers. Every tensor on
 disk is claimed by a rule or is a known buffer, or it is an error.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import fnmatch
 import math
 import os
@@ -41,6 +41,7 @@ class Source:
     hf: config.json as read.
     cfg: its ModelConfig.
     dtype: numpy dtype that most of its parameters have.
+    dtypes: {tensor: numpy dtype} of those that have another.
   """
 
   def __init__(self, directory: str | os.PathLike):
@@ -63,12 +64,15 @@ class Source:
     self._fused = (None, None)
     self._account()
     claimed = {rule[0] for rule in self._rules.values()}
+    dtypes = {name: self._reader.dtypes[self._on_disk(name)]
+              for name in sorted(claimed)}
     sizes = {}
-    for name in claimed:
-      disk = self._on_disk(name)
-      dtype = self._reader.dtypes[disk]
-      sizes[dtype] = sizes.get(dtype, 0) + math.prod(self._reader.shapes[disk])
+    for name, dtype in dtypes.items():
+      sizes[dtype] = sizes.get(dtype, 0) + math.prod(
+          self._reader.shapes[self._on_disk(name)])
     self.dtype = max(sizes, key=sizes.get)
+    self.dtypes = {
+        name: dtype for name, dtype in dtypes.items() if dtype != self.dtype}
 
   def read(self, path: str, layer: int | None = None) -> np.ndarray:
     """One layer of a leaf of the vanilla tree, in the dtype on disk.
@@ -183,6 +187,7 @@ def save_hf(
     directory: str | os.PathLike, cfg: config_lib.ModelConfig,
     variables: dict, *, hf: dict[str, Any] | None = None,
     dtype: DTypeLike | None = None,
+    dtypes: Mapping[str, DTypeLike] | None = None,
     companions: str | os.PathLike | None = None,
     progress: Callable[[int, int], Any] = lambda total, written: None,
 ) -> None:
@@ -194,6 +199,7 @@ def save_hf(
     hf: config.json of the model it came from: what this library does not
       use (token ids, lengths) is kept from it.
     dtype: of the tensors; None keeps each leaf's own.
+    dtypes: {tensor: dtype} of those that get another.
     companions: a directory whose tokenizer, licence and card go along.
     progress: called with the bytes there are, and those just written.
 
@@ -217,10 +223,12 @@ def save_hf(
     leaves, pattern, _ = rows[name]
     values = [np.asarray(leaf_of(name, leaf)) for leaf in leaves]
     value = values[0] if len(values) == 1 else np.stack(values)
-    return _rearrange(_cast(name, value, dtype), _reverse(pattern), cfg)
+    return _rearrange(
+        _cast(name, value, dtype_of(name)), _reverse(pattern), cfg)
 
   def dtype_of(name):
-    return np.dtype(dtype) if dtype is not None else np.result_type(
+    wanted = (dtypes or {}).get(name, dtype)
+    return np.dtype(wanted) if wanted is not None else np.result_type(
         *(leaf_of(name, leaf).dtype for leaf in rows[name][0]))
 
   layout = {name: (_shape_on_disk(cfg, leaves, pattern), dtype_of(name))
@@ -251,9 +259,9 @@ def _config_json(family, cfg, hf, dtype) -> dict[str, Any]:
 
 
 def _cast(name: str, value: np.ndarray, dtype) -> np.ndarray:
-  """The value in `dtype`, or in its own. Raises UserError for infinities."""
+  """The value in `dtype`. Raises UserError for infinities."""
   with np.errstate(over='ignore'):
-    new = value if dtype is None else value.astype(dtype)
+    new = value.astype(dtype)
   if not files.finite(new):
     largest = np.abs(value.astype(np.float32)).max()
     raise UserError(

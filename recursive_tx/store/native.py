@@ -102,14 +102,17 @@ def is_saved(directory: pathlib.Path) -> bool:
 def read_source(directory: pathlib.Path) -> dict[str, Any] | None:
   """The Hugging Face config that a directory's model came from, if any.
 
-  Beside its fields, 'dtype_on_disk' is the dtype of its tensors.
+  Beside its fields, 'dtype_on_disk' is the dtype of its tensors, and
+  'dtypes_on_disk' has those that have another, by name, if any do.
   """
   if (directory / 'source.json').is_file():
     return files.read_json(directory / 'source.json')
   if is_saved(directory) or not (directory / 'config.json').is_file():
     return None
   source = hf.Source(directory)
-  return {**source.hf, 'dtype_on_disk': str(source.dtype)}
+  others = {name: str(dtype) for name, dtype in source.dtypes.items()}
+  return {**source.hf, 'dtype_on_disk': str(source.dtype),
+          **({'dtypes_on_disk': others} if others else {})}
 
 
 def read_config(directory: pathlib.Path) -> config_lib.ModelConfig:

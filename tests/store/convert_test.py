@@ -2,11 +2,13 @@
 
 import json
 
+import ml_dtypes
 import numpy as np
 import pytest
 import tiny
 
 import recursive_tx as rtx
+from recursive_tx import files
 from recursive_tx.files import paths
 from recursive_tx.store import convert, export, native
 
@@ -106,6 +108,31 @@ def test_export_at_full_rank_restores_the_source(source, tmp_path, dtype):
     assert str(leaf.dtype) == dtype
     assert tiny.distance(leaf.astype(np.float32),
                          paths.get(values['params'], path)) < rounding
+
+
+def test_tensors_of_another_dtype_keep_it(source, tmp_path):
+  """As bf16 models whose norms are fp32: every bit comes back."""
+  def change(tensors):
+    for name, value in tensors.items():
+      if 'norm' not in name:
+        tensors[name] = value.astype(ml_dtypes.bfloat16)
+
+  tiny.edit_tensors(source, change)
+  there = files.Reader(source)
+  assert {str(dtype) for dtype in there.dtypes.values()} == {
+      'float32', 'bfloat16'}
+  export.export(source, tmp_path / 'same')
+  convert.convert(source, tmp_path / 'new', loops=3, rank='full')
+  export.export(tmp_path / 'new', tmp_path / 'out')
+  same, out = (files.Reader(tmp_path / name) for name in ('same', 'out'))
+  for name, dtype in there.dtypes.items():
+    assert same.dtypes[name] == out.dtypes[name] == dtype, name
+    assert np.array_equal(there.read(name), same.read(name)), name
+    if 'norm' in name:
+      assert np.array_equal(there.read(name), out.read(name)), name
+  export.export(tmp_path / 'new', tmp_path / 'half', dtype='float16')
+  assert set(map(str, files.Reader(tmp_path / 'half').dtypes.values())) == {
+      'float16'}
 
 
 def test_an_interrupted_convert_leaves_nothing(source, tmp_path):
