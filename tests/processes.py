@@ -32,9 +32,11 @@ def write_files(folder: pathlib.Path, train: int = 3000) -> None:
 
   vocab = {c: i for i, c in enumerate([*LETTERS, '<bos>', '<eos>'])}
   model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+  model.post_processor = tokenizers.processors.TemplateProcessing(
+      single='<bos> $A', special_tokens=[('<bos>', vocab['<bos>'])])
   model.save(str(folder / 'tokenizer.json'))
   (folder / 'tokenizer_config.json').write_text(json.dumps({
-      'add_bos_token': True, 'bos_token': '<bos>', 'eos_token': '<eos>'}))
+      'bos_token': '<bos>', 'eos_token': '<eos>'}))
   rng = np.random.default_rng(0)
   for split, count in (('train', train), ('heldout', 5)):
     with (folder / f'{split}.jsonl').open('w') as f:

@@ -17,9 +17,8 @@ from recursive_tx import config as config_lib
 from recursive_tx import exits, files
 from recursive_tx.cli import arguments, heldout
 from recursive_tx.errors import UserError
-from recursive_tx.exits import calibrate
+from recursive_tx.exits import calibrate, report
 from recursive_tx.store import native, opening
-from recursive_tx.text.columns import columns
 
 _CHECKPOINT = flags.DEFINE_string(
     'checkpoint', None,
@@ -53,7 +52,7 @@ def main(argv: list[str]) -> None:
         rule=_RULE.value, delta=_DELTA.value,
         confidence=_CONFIDENCE.value, run=run,
         progress=lambda items, phase: tqdm(items, desc=phase, delay=0.5))
-  print(table(result))
+  print(report.table(result))
   if result.chosen is None:
     raise UserError(
         f'no thresholds of {result.rule!r} keep to delta={result.delta:g};'
@@ -69,20 +68,3 @@ def main(argv: list[str]) -> None:
                  'mean_depth': point.depth} for point in result.points]})
   print(f'{directory / "exit.json"}: agreement of at least'
         f' {1 - result.delta:g} with full depth, {result.confidence:g} sure.')
-
-
-def table(result: calibrate.Result) -> str:
-  """The result as a person reads it."""
-  lines = [f'{result.units} sequences, {result.tokens:,} tokens; the oracle'
-           f' exits after {result.oracle_depth:.3f} loops']
-  for loop, (agreement, area) in enumerate(
-      zip(result.agreement_E, result.area_E, strict=True), 1):
-    lines.append(f'loop {loop} agrees on {agreement:.4f} of them; {result.rule}'
-                 f' predicts which: area under the ROC curve {area:.4f}')
-  rows = [('thresholds', 'agreement', 'mean depth', 'p-value', '')]
-  for point in result.points:
-    rows.append((
-        ' '.join(f'{value:.6f}' for value in point.thresholds),
-        f'{point.agreement:.4f}', f'{point.depth:.4f}', f'{point.p_value:.2g}',
-        '<- chosen' if point == result.chosen else ''))
-  return '\n'.join([*lines, columns(rows)])

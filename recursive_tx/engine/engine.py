@@ -171,14 +171,14 @@ class Engine:
           f'a prompt is {prompt.dtype} of shape {prompt.shape}; expected one'
           ' list of token ids')
     _check_count('max_new_tokens', most)
-    if len(prompt) + most > self.max_len:
-      raise UserError(
-          f'a prompt of {len(prompt)} tokens and max_new_tokens={most} exceed '
-          f'max_len={self.max_len}; shorten one or make the other larger')
     if prompt.min() < 0 or prompt.max() >= self.cfg.V:
       raise UserError(
           f"token ids {prompt.min()}..{prompt.max()} are outside the model's "
           f'vocabulary of {self.cfg.V}')
+    if len(prompt) + most > self.max_len:
+      raise UserError(
+          f'a prompt of {len(prompt)} tokens and max_new_tokens={most} exceed '
+          f'max_len={self.max_len}; shorten one or make the other larger')
     if (request.script is not None) != self._scripted:
       raise UserError(
           "a request has a script where the engine's exit is 'oracle', and "

@@ -61,7 +61,9 @@ def _settings(proto, ours: tokenizer_lib.Tokenizer, files: Files) -> dict:
   unknown = next(p.piece for p in proto.pieces if p.type == _UNKNOWN)
   named = {'unk_token': unknown}
   for name, id in (('bos_token', ours.bos_id), ('eos_token', ours.eos_id)):
-    if id is not None and id < len(proto.pieces):
+    # What ends a document need not end a generated text.
+    ends = name == 'bos_token' or id in ours.end_ids
+    if id is not None and id < len(proto.pieces) and ends:
       named[name] = proto.pieces[id].piece
   return {
       'clean_up_tokenization_spaces': False, **named, **files.settings,

@@ -16,8 +16,7 @@ import tokenizers
 
 import recursive_tx as rtx
 from recursive_tx import data, exits
-from recursive_tx.cli import calibrate as cli
-from recursive_tx.exits import calibrate, forward, thresholds
+from recursive_tx.exits import calibrate, forward, report, thresholds
 from recursive_tx.model import kv_cache
 
 CFG = rtx.ModelConfig(
@@ -283,7 +282,7 @@ def test_the_chosen_thresholds_keep_to_delta(cfg):
   assert 1 <= result.oracle_depth <= 3
   assert result.oracle_depth <= 3 - sum(result.agreement_E[:1])
   assert all(0 <= area <= 1 for area in result.area_E)
-  assert 'chosen' in cli.table(result)
+  assert 'chosen' in report.table(result)
 
 
 def test_progress_sees_every_phase():
@@ -310,7 +309,7 @@ def test_progress_sees_every_phase():
 def test_a_tables_columns_stay_apart():
   points = tuple(calibrate.Point((1e-9, tried), 1.0, 3.0, 1e-300)
                  for tried in (0.123456789, 2.0))
-  text = cli.table(calibrate.Result(
+  text = report.table(calibrate.Result(
       'top', 0.01, 0.95, 10, 12_345, points, points[1], 1.5, (0.5, 0.75),
       (0.25, math.nan)))
   assert [line.split() for line in text.splitlines()[-3:]] == [
