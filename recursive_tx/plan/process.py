@@ -5,10 +5,10 @@ error message.
 """
 
 from collections.abc import Callable
+import dataclasses
 import json
 import os
 import pathlib
-import pickle
 import re
 import signal
 import subprocess
@@ -22,7 +22,7 @@ from recursive_tx.plan.costs import costs
 from recursive_tx.plan.largest import largest
 from recursive_tx.plan.report import gib
 from recursive_tx.plan.topology import devices_of, is_tpu
-from recursive_tx.train.config import Config
+from recursive_tx.train.config import Config, from_json
 
 _CHILD = 'from recursive_tx.plan import process; process.main()'
 
@@ -79,7 +79,8 @@ def _elsewhere(config, topology, search, report) -> dict[str, Any]:
                 [package, *filter(None, [os.environ.get('PYTHONPATH')])])})
     with child:
       try:
-        child.stdin.write(pickle.dumps((config, topology, search)))
+        asked = [dataclasses.asdict(config), topology, search]
+        child.stdin.write(json.dumps(asked).encode() + b'\n')
         child.stdin.flush()
         for line in child.stdout:
           kind, value = json.loads(line)
@@ -113,7 +114,8 @@ def main() -> None:
   # Whatever libraries print goes to stderr.
   out = os.fdopen(os.dup(1), 'w')
   os.dup2(2, 1)
-  config, topology, search = pickle.load(sys.stdin.buffer)
+  asked, topology, search = json.loads(sys.stdin.buffer.readline())
+  config = from_json(Config, asked)
   threading.Thread(target=_end_with_parent, daemon=True).start()
 
   def send(kind, value):

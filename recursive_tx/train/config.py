@@ -1,6 +1,8 @@
 """A training run as one value, and the checks across its sections."""
 
 import dataclasses
+import typing
+from typing import Any
 
 from recursive_tx import losses
 from recursive_tx.config import ModelConfig, Run
@@ -81,6 +83,23 @@ class Config:
 
   def __post_init__(self):
     in_range('seed', self.seed, self.RANGES['seed'], int)
+
+
+def from_json(kind: Any, value: Any) -> Any:
+  """What `dataclasses.asdict` made JSON of: a Config, or a field's value.
+
+  Args:
+    kind: the type.
+    value: as JSON has it: dictionaries for dataclasses, lists for tuples.
+  """
+  if dataclasses.is_dataclass(kind):
+    types = typing.get_type_hints(kind)
+    return kind(**{
+        name: from_json(types[name], item) for name, item in value.items()})
+  if isinstance(value, list):
+    inner, *_ = typing.get_args(kind) or (None,)
+    return tuple(from_json(inner, item) for item in value)
+  return value
 
 
 def check(config: Config) -> None:

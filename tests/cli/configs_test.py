@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -152,6 +153,13 @@ def test_every_config_builds_and_covers_its_parameters(name, arg):
   # Config files hold every field, so that each can be set after them.
   for field in dataclasses.fields(train.Config):
     assert field.name in config, field.name
+
+
+@pytest.mark.parametrize('name', [*UPTRAINED, 'demo'])
+def test_a_config_comes_back_from_json(name):
+  built = typed(get_config(name))
+  text = json.dumps(dataclasses.asdict(built))
+  assert train.config.from_json(train.Config, json.loads(text)) == built
 
 
 def test_the_papers_recipe():
