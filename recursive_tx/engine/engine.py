@@ -93,8 +93,8 @@ class Engine:
       max_len: most tokens of a prompt and its continuation, at least 1.
       exit: when a token exits the loops.
       fill: keys and values of the loops that it skips: 'propagate' (made of
-        the hidden state that it exited with) or 'complete' (of those loops,
-        which it goes through though it is out).
+        the hidden state that it exited with) or 'complete' (the slot runs
+        those loops as well, after the token was emitted).
       schedule: 'cdb', 'csb' or 'static', see step.py.
       eos_id: the token that ends a continuation, or several of which each
         does (`Tokenizer.end_ids`); None is none.
@@ -122,8 +122,8 @@ class Engine:
     known_V = _known(known_V, cfg.V)
     self._mesh, self._device = mesh, device
     rules = _rules(cfg, mesh) if mesh else ()
-    # Half: whole groups where all exit together, and little that is not needed
-    # where a third do. A few rows take as long as one.
+    # Half the slots: where all exit together the groups are full, and where a
+    # third do little is computed in vain. A few rows take as long as one.
     self._plan = step.Plan(
         cfg, run, exit, fill, schedule, max(_FEW, -(-slots // 2)), rules)
     self._steps, self._scripted = steps, exit.rule == 'oracle'
@@ -134,7 +134,7 @@ class Engine:
       variables = jax.device_put(variables, device)
     self._variables = self._call(
         _serving, cfg, run.dtype, bool(mesh), variables, known_V)
-    # Half as many again wait with their prompts read.
+    # Half as many requests more wait with their prompts read.
     self._rows = slots + -(-slots // 2)
     self._state = self._call(
         _init, self._plan, slots, self._rows, max_len, len(self._ends),

@@ -1,4 +1,4 @@
-"""The answers to one request's prompts, as their tokens come."""
+"""The continuations of one request's prompts, as their tokens come."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -44,7 +44,7 @@ class Piece(NamedTuple):
 
 
 class Choices:
-  """Several prompts on their way; iterate, and `close` in any case."""
+  """Several prompts in the worker; iterate `bursts`, and always `close`."""
 
   def __init__(
       self, worker: Worker, tokenizer: Tokenizer, requests: Sequence[Request],
@@ -66,15 +66,15 @@ class Choices:
         for i, request in enumerate(requests)]
 
   def close(self) -> None:
-    """Ends what is still on its way."""
+    """Cancels what is not finished."""
     for ticket in self._tickets:
       self._worker.cancel(ticket)
 
   async def bursts(self) -> AsyncIterator[tuple[list[Event], list[Piece]]]:
-    """Events as they come, and what pieces they make.
+    """Events as they come, and the pieces of text that they complete.
 
     Raises:
-      Exception: of the engine.
+      Exception: any that the engine raised.
     """
     left = len(self._tickets)
     while left:

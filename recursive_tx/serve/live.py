@@ -1,4 +1,4 @@
-"""An answer on its way to a client, who may go at any time."""
+"""An answer that is being sent to a client, who may disconnect any time."""
 
 import asyncio
 import contextlib
@@ -20,14 +20,14 @@ from recursive_tx.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass
 class Live:
-  """An answer, whole or in pieces, that ends when the client goes.
+  """An answer, whole or in pieces, that ends when the client disconnects.
 
   Attributes:
     worker, tokenizer, metrics: of the service.
     asked: by the client.
     form: of the JSON.
     requests: for the engine, one a prompt.
-    start: when it was asked for, of time.monotonic.
+    start: time.monotonic() of its request.
   """
   worker: Worker
   tokenizer: Tokenizer

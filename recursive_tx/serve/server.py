@@ -10,7 +10,7 @@ import uvicorn
 from recursive_tx.errors import UserError
 from recursive_tx.serve.app import Service, make
 
-# For connections to close once there is nothing more to say.
+# For connections to close after the last answer.
 _CLOSING_SECONDS = 3
 
 
@@ -18,7 +18,7 @@ def bind(host: str, port: int) -> socket.socket:
   """A socket for `run`; port 0 is any that is free.
 
   Raises:
-    UserError: it cannot be had.
+    UserError: the address cannot be used.
   """
   try:
     family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -79,7 +79,7 @@ async def _run(service: Service, sock, drain: float, url: str) -> int:
 
 
 async def _watch(service: Service, server, ending, drain: float) -> None:
-  """Ends the server once it is told to and nothing runs, or it failed."""
+  """Ends the server after a signal once nothing runs, or if it failed."""
   while not ending.is_set() and not service.worker.failure:
     with contextlib.suppress(TimeoutError):
       await asyncio.wait_for(ending.wait(), 1)
@@ -91,7 +91,7 @@ async def _watch(service: Service, server, ending, drain: float) -> None:
 
 
 class _Server(uvicorn.Server):
-  """Says where it is, and leaves signals to us."""
+  """Prints its address when it is up; `_run` handles the signals."""
 
   def __init__(self, config: uvicorn.Config, url: str):
     super().__init__(config)

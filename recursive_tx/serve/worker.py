@@ -21,13 +21,13 @@ Deliver = Callable[[list[Event] | Exception], None]
 
 @dataclasses.dataclass(eq=False)
 class Ticket:
-  """A request on its way through the engine.
+  """A request in the worker.
 
   Attributes:
-    request: what is asked for.
+    request: the prompt and how to continue it.
     deliver: called in the loop, with every token once, in order.
-    gone: nobody waits for it any more.
-    id: the engine's; the thread's to know.
+    gone: it was cancelled, and nothing more is delivered.
+    id: the engine's id, set and read by the thread alone.
   """
   request: Request
   deliver: Deliver
@@ -38,7 +38,8 @@ class Ticket:
 class Worker:
   """Drives an engine from a thread of its own.
 
-  But for the thread, everything is called from the asyncio loop.
+  Methods are called from the asyncio loop, those under "In the thread" from
+  the thread.
 
   Attributes:
     live: requests that hold a place in the engine or its queue.
@@ -105,7 +106,7 @@ class Worker:
       self._thread.join()
 
   def _answer(self, length: int, count: int, cancel: bool = False) -> None:
-    """Lets the engine answer prompts of nothing; or begin to."""
+    """Runs prompts of token 0 through the engine; with `cancel`, a part."""
     room = self._engine.max_len - length
     news = [
         self._engine.submit(Request(
@@ -140,7 +141,7 @@ class Worker:
       self._call(self._fail, error)
 
   def _turn(self, orders: list[tuple[str, Ticket]]) -> None:
-    """Carries orders out, and one burst."""
+    """Executes orders, and one burst of the engine."""
     answers: dict[Ticket, list[Event] | Exception] = {}
     ended: list[Ticket] = []
     for what, ticket in orders:
@@ -171,8 +172,9 @@ class Worker:
 
   # In the loop again.
 
-  def _deliver(self, answers: dict[Ticket, list[Event] | Exception],
-            ended: int) -> None:
+  def _deliver(
+      self, answers: dict[Ticket, list[Event] | Exception], ended: int
+  ) -> None:
     self.live -= ended
     for ticket, events in answers.items():
       if not ticket.gone:
