@@ -79,6 +79,8 @@ def test_a_verb_that_is_stopped_removes_what_it_made(
       [sys.executable, '-m', 'recursive_tx', 'convert', '--init=fit',
        '--rank=4', f'--source={tmp_path}/source',
        f'--output={tmp_path}/deep/new'], cwd=ROOT, stderr=subprocess.PIPE,
+      # As under nohup, an ignored signal stays ignored.
+      preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
       env={**os.environ, 'JAX_PLATFORMS': 'cpu'}, text=True)
   while not list(tmp_path.glob('deep/.new.*/.fit.*')):
     assert process.poll() is None

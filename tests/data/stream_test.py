@@ -385,7 +385,8 @@ def test_saving_does_not_move_the_stream(tok, corpus):
 RESUME = """
 import sys, time
 import numpy as np
-from recursive_tx import data, tokenizer
+from recursive_tx import data
+from recursive_tx.text import tokenizer
 corpus, directory, out = sys.argv[1:]
 config = data.DataConfig(
     (data.Task('separated', 'text', corpus, document='<|endoftext|>'),),

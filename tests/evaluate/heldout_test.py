@@ -193,9 +193,11 @@ def test_the_command_line_tells_the_same(variables, tmp_path):
   model = tmp_path / 'model'
   rtx.save(model, CFG, variables)
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+  tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+      single='<bos> $A', special_tokens=[('<bos>', vocab['<bos>'])])
   tokenizer.save(str(model / 'tokenizer.json'))
   (model / 'tokenizer_config.json').write_text(json.dumps({
-      'add_bos_token': True, 'bos_token': '<bos>', 'eos_token': '<eos>'}))
+      'bos_token': '<bos>', 'eos_token': '<eos>'}))
   texts = ['abba', 'b', 'éababé']
   (tmp_path / 'text.txt').write_text('\n--\n'.join(texts))
   done = subprocess.run(

@@ -353,9 +353,11 @@ def test_the_command_line(tmp_path):
   model = tmp_path / 'model'
   rtx.save(model, CFG, tiny.variables(CFG))
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+  tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+      single='<bos> $A', special_tokens=[('<bos>', vocab['<bos>'])])
   tokenizer.save(str(model / 'tokenizer.json'))
   (model / 'tokenizer_config.json').write_text(json.dumps({
-      'add_bos_token': True, 'bos_token': '<bos>', 'eos_token': '<eos>'}))
+      'bos_token': '<bos>', 'eos_token': '<eos>'}))
   (tmp_path / 'text.txt').write_text('abcabbac' * 40)
 
   def ran(*flags):
