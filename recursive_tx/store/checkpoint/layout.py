@@ -63,8 +63,8 @@ def run(workdir: str, step: int) -> dict[str, Any]:
   return json.loads((folder(workdir) / str(step) / 'run' / RUN).read_text())
 
 
-def settings(workdir: str) -> dict[str, Any]:
-  """The settings of a run, as its latest checkpoint has them.
+def finished_step(workdir: str) -> int:
+  """As `latest_step`, of a directory that must have one.
 
   Raises:
     UserError: the directory holds no finished checkpoint.
@@ -75,7 +75,16 @@ def settings(workdir: str) -> dict[str, Any]:
         f'{workdir} holds no finished checkpoint; expected one in'
         f' {folder(workdir)}.'
     )
-  return run(workdir, step)['settings']
+  return step
+
+
+def settings(workdir: str) -> dict[str, Any]:
+  """The settings of a run, as its latest checkpoint has them.
+
+  Raises:
+    UserError: the directory holds no finished checkpoint.
+  """
+  return run(workdir, finished_step(workdir))['settings']
 
 
 def in_short(error: Exception) -> str:

@@ -84,12 +84,7 @@ class Params:
     Raises:
       UserError: the directory holds no finished checkpoint.
     """
-    step = layout.latest_step(workdir)
-    if step is None:
-      raise UserError(
-          f'{workdir} holds no finished checkpoint; expected one in'
-          f' {layout.folder(workdir)}.'
-      )
+    step = layout.finished_step(workdir)
     logging.info('Reading the parameters of %s at step %d.', workdir, step)
     self.settings = layout.run(workdir, step)['settings']
     self._folder = layout.folder(workdir).absolute() / str(step) / 'state'
