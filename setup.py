@@ -51,6 +51,7 @@ setuptools.setup(
         'numpy>=2.0',
         'optax>=0.2.8',
         'orbax-checkpoint>=0.12,<1',  # The API of 1.0 is untried.
+        'safetensors>=0.8',  # The first that reads a file without mapping it.
         'scipy>=1.14',
         'sentencepiece>=0.2',
         'seqio>=0.0.20',
@@ -74,7 +75,6 @@ setuptools.setup(
             'pytest>=8',
             'pytest-xdist>=3.6',
             'ruff>=0.9',
-            'safetensors>=0.5',
             'setuptools>=77',  # Builds the wheel that is tested.
             'torch>=2.6',
             'transformers>=5.0',

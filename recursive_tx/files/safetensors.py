@@ -1,7 +1,9 @@
 """Tensors on disk, in safetensors files.
 
-Reads and writes the format itself, tensor by tensor, so that a model larger
-than memory can be converted, and bf16 needs no torch.
+Read by the `safetensors` library, tensor by tensor or one layer of a tensor.
+The writer is ours: the library writes a file at once, from tensors that are
+all in memory, while `convert` makes the layers of a model larger than memory
+in an order that is not the file's.
 """
 
 import json
@@ -10,8 +12,9 @@ import pathlib
 from typing import Any
 
 from absl import logging
-import ml_dtypes
+import ml_dtypes  # Before a tensor is read: the library finds bfloat16 by it.
 import numpy as np
+import safetensors
 
 from recursive_tx.errors import UserError
 from recursive_tx.files.json import read_json
@@ -23,7 +26,6 @@ _DTYPES = {
 }
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 _INDEX = 'model.safetensors.index.json'
-_MAX_HEADER = 100 << 20  # The format's own limit.
 
 
 class Reader:
@@ -40,67 +42,47 @@ class Reader:
     Raises:
       UserError: no safetensors there, or a file that is not whole.
     """
-    self._places = {}
+    self._files = {}
     self.shapes, self.dtypes = {}, {}
     for path in _files(pathlib.Path(directory)):
-      self._read_header(path)
+      file = _opened(path)
+      for name in file.keys():
+        if name in self._files:
+          raise UserError(
+              f'tensor {name!r} is in {self._files[name][0]} and in '
+              f'{path.name}; remove one of them')
+        entry = file.get_slice(name)
+        if entry.get_dtype() not in _DTYPES:
+          raise UserError(
+              f'{path.name}: tensor {name!r} has dtype {entry.get_dtype()!r};'
+              f' expected one of {", ".join(_DTYPES)}')
+        self._files[name] = path.name, file
+        self.shapes[name] = tuple(entry.get_shape())
+        self.dtypes[name] = np.dtype(_DTYPES[entry.get_dtype()])
 
-  def read(self, name: str) -> np.ndarray:
-    """One tensor. Raises UserError if it holds NaN or infinity."""
-    path, offset, size = self._places[name]
-    with open(path, 'rb') as f:
-      f.seek(offset)
-      flat = np.fromfile(f, np.uint8, size)
-    array = flat.view(self.dtypes[name]).reshape(self.shapes[name])
+  def read(self, name: str, layer: int | None = None) -> np.ndarray:
+    """A tensor, or its part at a first index; UserError for NaN, infinity."""
+    path, file = self._files[name]
+    array = (file.get_tensor(name) if layer is None else
+             file.get_slice(name)[layer])
     if not finite(array):
-      raise UserError(f'{path.name}: tensor {name!r} holds NaN or infinity')
+      raise UserError(f'{path}: tensor {name!r} holds NaN or infinity')
     return array
 
-  def _read_header(self, path: pathlib.Path) -> None:
-    size = path.stat().st_size
-    broken = f'{path.name} is truncated or not a safetensors file; copy it anew'
-    with open(path, 'rb') as f:
-      first = f.read(8)
-      if first == b'version ':
-        raise UserError(
-            f'{path} is a pointer of Git LFS; fetch the file with git lfs pull')
-      length = int.from_bytes(first, 'little')
-      if not 2 <= length <= min(_MAX_HEADER, size - 8):
-        raise UserError(broken)
-      try:
-        header = json.loads(f.read(length))
-      except ValueError:
-        raise UserError(broken) from None
-    if not isinstance(header, dict):
-      raise UserError(broken)
-    header.pop('__metadata__', None)
-    for name, entry in header.items():
-      shape, dtype, begin, end = _entry(entry, f'{broken} (tensor {name!r})')
-      if 8 + length + end > size:
-        raise UserError(f'{broken} (tensor {name!r})')
-      if name in self._places:
-        raise UserError(
-            f'tensor {name!r} is in {self._places[name][0].name} and in '
-            f'{path.name}; remove one of them')
-      self.shapes[name], self.dtypes[name] = shape, dtype
-      self._places[name] = (path, 8 + length + begin, end - begin)
 
-
-def _entry(entry: Any, broken: str):
-  """Shape, dtype and offsets of a tensor's entry in a header."""
+def _opened(path: pathlib.Path) -> Any:
+  """A file of the library. Raises UserError where it is not whole."""
+  with open(path, 'rb') as file:
+    if file.read(8) == b'version ':
+      raise UserError(
+          f'{path} is a pointer of Git LFS; fetch the file with git lfs pull')
   try:
-    shape, name = tuple(entry['shape']), entry['dtype']
-    begin, end = entry['data_offsets']
-    size = int(np.prod(shape, dtype=np.int64))
-  except (KeyError, TypeError, ValueError):
-    raise UserError(broken) from None
-  if name not in _DTYPES:
-    raise UserError(f'{broken}: its dtype is {name!r}; expected one of '
-                     f'{", ".join(_DTYPES)}')
-  dtype = np.dtype(_DTYPES[name])
-  if not 0 <= begin or end - begin != size * dtype.itemsize:
-    raise UserError(broken)
-  return shape, dtype, begin, end
+    # Of a mapped file every page that was read stays in memory.
+    return safetensors.safe_open(path, 'numpy', backend='pread')
+  except safetensors.SafetensorError as error:
+    raise UserError(
+        f'{path.name} is truncated or not a safetensors file ({error}); copy'
+        ' it anew') from None
 
 
 class Writer:

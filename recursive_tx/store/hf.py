@@ -1,7 +1,7 @@
 """Hugging Face directories <-> (cfg, variables), through a family's rules.
 
-Reads safetensors and JSON itself: no torch, no transformers. Every tensor on
-disk is claimed by a rule or is a known buffer, or it is an error.
+Needs neither torch nor transformers. Every tensor on disk is claimed by a rule
+or is a known buffer, or it is an error.
 """
 
 from collections.abc import Callable, Mapping

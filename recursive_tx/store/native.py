@@ -76,9 +76,18 @@ def restore(
     UserError: not such a directory, a newer format, or tensors that do not
       fit its config.
   """
-  directory = pathlib.Path(directory)
-  cfg = read_config(directory)
-  reader = files.Reader(directory)
+  cfg, reader = opened(pathlib.Path(directory))
+  params = {}
+  for name in reader.shapes:
+    paths.put(params, name, reader.read(name))
+  return cfg, {'params': params}
+
+
+def opened(
+    directory: pathlib.Path
+) -> tuple[config_lib.ModelConfig, files.Reader]:
+  """The config of a saved directory and its leaves; raises as `restore`."""
+  cfg, reader = read_config(directory), files.Reader(directory)
   shapes = model.flat_shapes(cfg)
   odd = [name for name in {*shapes, *reader.shapes}
          if shapes.get(name) != reader.shapes.get(name)]
@@ -86,10 +95,7 @@ def restore(
     raise UserError(
         f'{directory}: tensor {sorted(odd)[0]!r} and {len(odd) - 1} others '
         f'do not fit config.json; save the model anew')
-  params = {}
-  for name in shapes:
-    paths.put(params, name, reader.read(name))
-  return cfg, {'params': params}
+  return cfg, reader
 
 
 def is_saved(directory: pathlib.Path) -> bool:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from recursive_tx import demo, exits, files, model
+from recursive_tx import demo, exits, model
 from recursive_tx.config import ModelConfig
 from recursive_tx.errors import UserError
 from recursive_tx.model import adapters
@@ -109,14 +109,8 @@ def source(directory: str | os.PathLike) -> Source:
     cfg = ModelConfig(**params.settings['model'])
     return Source(where, cfg, _by_layer(params.read), beside)
   if native.is_saved(pathlib.Path(where)):
-    cfg = native.read_config(pathlib.Path(where))
-    reader = files.Reader(where)
-    if reader.shapes != model.flat_shapes(cfg):
-      raise UserError(
-          f'the tensors in {where} do not fit its config.json; save the'
-          ' model anew'
-      )
-    return Source(where, cfg, _by_layer(reader.read), beside)
+    cfg, reader = native.opened(pathlib.Path(where))
+    return Source(where, cfg, reader.read, beside)
   origin = hf.Source(where)
   return Source(where, origin.cfg, origin.read, beside)
 
