@@ -4,6 +4,7 @@ import inspect
 import pathlib
 import re
 
+from benchmarks import tables
 import pytest
 
 import recursive_tx
@@ -70,6 +71,12 @@ def test_paths_in_backticks_exist(page):
   for path in {found for span in spans for found in _PATH.findall(span)}:
     if path.split('/')[0] in _FOLDERS:
       assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize('page', PAGES, ids=_id)
+def test_tables_are_what_was_measured(page):
+  """`python tests/benchmarks/tables.py` makes them anew."""
+  assert tables.updated(_text(page)) == _text(page)
 
 
 def test_there_are_public_names():

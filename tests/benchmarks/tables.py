@@ -1,0 +1,62 @@
+"""Writes the tables of docs/*.md that come from docs/results/*.json.
+
+  python tests/benchmarks/tables.py
+
+A table stands between <!-- NAME --> and <!-- end of NAME -->; NAME is that of
+its JSON file and of the function below that makes its rows, headings first. A
+test finds a table that does not agree.
+"""
+
+import json
+import pathlib
+import re
+import statistics
+
+DOCS = pathlib.Path(__file__).parents[2] / 'docs'
+_TABLE = re.compile(r'(<!-- (\w+) -->\n).*?(<!-- end of \2 -->)', re.S)
+
+
+def compile_time(times):
+  medians = {layers: statistics.median(times[layers]) for layers in times}
+  first, *_ = medians.values()
+  return [('layers', 'seconds', 'ratio')] + [
+      (layers, f'{median:.1f}', f'{median / first:.2f}')
+      for layers, median in medians.items()]
+
+
+def memory(rows):
+  def mesh(text):
+    axes = (part.split('=') for part in text.split(', '))
+    return ', '.join(f'{axis} {size}' for axis, size in axes if size != '1')
+
+  return [('chips', 'mesh', 'sequences a chip', 'GiB a chip')] + [
+      (f'{row["topology"]} ({row["chip_bytes"] >> 30} GiB)', mesh(row['mesh']),
+       str(row['batch'] // row['chips']),
+       f'{row["peak_bytes_per_chip"] / 2**30:.2f}') for row in rows]
+
+
+def relaxation_cost(rows):
+  return [('sequences of 2048 a chip', 'recursive, TFLOP', 'relaxed, TFLOP',
+           'ratio', 'by hand', 'with thin products')] + [
+      (str(row['sequences_per_chip']), f'{row["recursive"] / 1e12:.2f}',
+       f'{row["relaxed"] / 1e12:.2f}',
+       *(f'{row[key]:.3f}' for key in ('ratio', 'by_hand', 'thin')))
+      for row in rows]
+
+
+def updated(page: str) -> str:
+  """The text of a page with its tables as the JSON files have them."""
+  def table(match):
+    start, name, end = match.groups()
+    found = json.loads((DOCS / 'results' / f'{name}.json').read_text())
+    headings, *rows = globals()[name](found)
+    lines = [headings, ['---'] * len(headings), *rows]
+    return start + ''.join(
+        f'| {" | ".join(line)} |\n' for line in lines) + end
+
+  return _TABLE.sub(table, page)
+
+
+if __name__ == '__main__':
+  for path in sorted(DOCS.glob('*.md')):
+    path.write_text(updated(path.read_text('utf-8')), 'utf-8')
