@@ -39,7 +39,6 @@ setuptools.setup(
         'recursive-tx = recursive_tx.__main__:main']},
     install_requires=[
         'absl-py>=2.1',
-        'chex>=0.1.90',
         'clu>=0.0.12',
         'einops>=0.8',
         'etils>=1.9',
@@ -67,6 +66,7 @@ setuptools.setup(
         'serve': _SERVE,
         'test': [
             *_SERVE,
+            'chex>=0.1.90',
             'httpx>=0.27',
             'hypothesis>=6.100',
             _LIBTPU,  # For `plan`.

@@ -9,7 +9,6 @@ gradient's norm. Every parameter must have a row.
 Knows names and arrays. Does not know models.
 """
 
-from collections.abc import Callable
 import dataclasses
 import math
 import re
@@ -79,8 +78,7 @@ class OptimConfig:
     if self.warmup > self.steps:
       raise UserError(
           f'optim.warmup is {self.warmup}; expected 0 to optim.steps,'
-          f' {self.steps}.'
-      )
+          f' {self.steps}.')
     for row in self.table:
       _check_row(row)
 
@@ -102,16 +100,15 @@ def _check_row(row: Any) -> None:
 
 def learning_rate(config: OptimConfig, step: Any) -> jax.Array:
   """The rate of the update that follows `step` updates; step 0 is not lost."""
-  step = jnp.asarray(step, jnp.float32)
-  warmup = jnp.minimum(1.0, (step + 1) / max(1, config.warmup))
-  if config.schedule == 'constant':
-    return config.lr * warmup
-  length = max(1, config.steps - config.warmup)
-  progress = jnp.clip((step + 1 - config.warmup) / length, 0.0, 1.0)
-  cosine = 0.5 * (1 + jnp.cos(math.pi * progress))
-  return config.lr * warmup * (
-      config.min_ratio + (1 - config.min_ratio) * cosine
-  )
+  def warmup(count):  # optax.linear_schedule is an ulp off where this is exact.
+    return config.lr * (count / max(1, config.warmup))
+
+  after = optax.constant_schedule(config.lr)
+  if config.schedule == 'cosine':
+    after = optax.cosine_decay_schedule(
+        config.lr, max(1, config.steps - config.warmup), config.min_ratio)
+  return optax.join_schedules([warmup, after], [config.warmup])(
+      jnp.asarray(step, jnp.float32) + 1)
 
 
 def make(config: OptimConfig, params: Any) -> optax.GradientTransformation:
@@ -124,87 +121,53 @@ def make(config: OptimConfig, params: Any) -> optax.GradientTransformation:
   Raises:
     UserError: a parameter without a row, or nothing left to train.
   """
-  lr, decay = _rows(config, params)
-  trained = jax.tree.map(bool, lr)
+  rows, trained = _rows(config, params), _trained(config, params)
   if not any(jax.tree.leaves(trained)):
     raise UserError('optim.table freezes every parameter.')
+
+  def by_row(make_one):
+    each = optax.partition(
+        {i: make_one(*row) for i, (_, *row) in enumerate(config.table)}, rows)
+    # These keep nothing, and a checkpoint has nothing of them.
+    return optax.stateless(lambda updates, params: each.update(
+        updates, each.init(params), params)[0])
+
   rules = optax.chain(
       optax.clip_by_global_norm(config.clip or math.inf),
       optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
-      _add_decay(config.weight_decay, decay),
-      _scale_by(lr),
-      optax.scale_by_learning_rate(lambda step: learning_rate(config, step)),
-  )
+      by_row(lambda lr, decay: optax.add_decayed_weights(
+          config.weight_decay * decay)),
+      by_row(lambda lr, decay: optax.scale(lr)),
+      optax.scale_by_learning_rate(lambda step: learning_rate(config, step)))
   frozen = jax.tree.map(lambda is_trained: not is_trained, trained)
   return optax.chain(
-      optax.masked(optax.set_to_zero(), frozen),
-      optax.masked(rules, trained),
-  )
+      optax.masked(optax.set_to_zero(), frozen), optax.masked(rules, trained))
 
 
 def gradient_norm(config: OptimConfig, grads: Any) -> jax.Array:
   """Global norm, before clipping, over the parameters that are trained."""
-  lr, _ = _rows(config, grads)
-  trained = jax.tree.map(lambda x, grad: grad if x else None, lr, grads)
-  return optax.tree.norm(trained)
+  return optax.tree.norm(jax.tree.map(
+      lambda is_trained, grad: grad if is_trained else None,
+      _trained(config, grads), grads))
 
 
-def _rows(config: OptimConfig, params: Any) -> tuple[Any, Any]:
-  """Trees of the two multipliers, one number for each parameter."""
+def _trained(config: OptimConfig, params: Any) -> Any:
+  """Whether each parameter is trained: its row's `lr` is not 0."""
+  return jax.tree.map(
+      lambda i: bool(config.table[i][1]), _rows(config, params))
 
-  def row(name):
-    for pattern, lr, decay in config.table:
+
+def _rows(config: OptimConfig, params: Any) -> Any:
+  """The number of each parameter's row in the table."""
+
+  def row(path, _):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    for i, (pattern, *_) in enumerate(config.table):
       if re.fullmatch(pattern, name):
-        return float(lr), float(decay)
+        return i
     patterns = ', '.join(repr(pattern) for pattern, *_ in config.table)
     raise UserError(
         f'Parameter {name!r} matches no row of optim.table ({patterns}); add'
-        ' one, such as (".*", 1.0, 1.0) at its end.'
-    )
+        ' one, such as (".*", 1.0, 1.0) at its end.')
 
-  rows = jax.tree.map(row, _names(params))
-  lr, decay = (
-      jax.tree.map(lambda x, column=column: x[column], rows,
-                   is_leaf=lambda x: isinstance(x, tuple))
-      for column in (0, 1)
-  )
-  return lr, decay
-
-
-def _names(tree: Any) -> Any:
-  """The same tree with each leaf's name, such as 'norm/scale', for a leaf."""
-  return jax.tree_util.tree_map_with_path(
-      lambda path, _: jax.tree_util.keystr(path, simple=True, separator='/'),
-      tree,
-  )
-
-
-def _add_decay(rate: float, decay: Any) -> optax.GradientTransformation:
-  """Adds `rate` x the row's decay x the parameter."""
-  return _stateless(
-      lambda update, factor, param: update + rate * factor * param
-      if rate * factor else update,
-      decay,
-  )
-
-
-def _scale_by(factors: Any) -> optax.GradientTransformation:
-  """Multiplies each update by its own factor."""
-  return _stateless(lambda update, factor, _: update * factor, factors)
-
-
-def _stateless(
-    function: Callable[..., jax.Array], factors: Any
-) -> optax.GradientTransformation:
-  """`function(update, factor, param)` of each parameter that is trained."""
-
-  def update(updates, params):
-    # Frozen parameters are MaskedNodes in the first tree: no leaves there.
-    return jax.tree.map(
-        lambda u, f, p: u if isinstance(u, optax.MaskedNode)
-        else function(u, f, p),
-        updates, factors, params,
-        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
-    )
-
-  return optax.stateless(update)
+  return jax.tree_util.tree_map_with_path(row, params)

@@ -2,6 +2,7 @@
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,10 +112,8 @@ def test_clip_0_does_not_clip(params):
   config = optim.OptimConfig(steps=9, lr=0.1, clip=0.0, table=TABLE)
   huge = optim.OptimConfig(steps=9, lr=0.1, clip=1e9, table=TABLE)
   grads = [grads_like(params, 1, 100.0)] * 2
-  jax.tree.map(
-      np.testing.assert_array_equal,
-      run(config, params, grads)[0], run(huge, params, grads)[0],
-  )
+  chex.assert_trees_all_equal(
+      run(config, params, grads)[0], run(huge, params, grads)[0])
 
 
 def test_frozen_parameters_do_not_move_weigh_or_cost(params):
@@ -133,8 +132,7 @@ def test_frozen_parameters_do_not_move_weigh_or_cost(params):
   told = optim.gradient_norm(config, loud)
   rest = [grads['block']['slow'], grads['norm']['scale']]
   np.testing.assert_allclose(told, optax.tree.norm(rest), rtol=1e-6)
-  jax.tree.map(
-      np.testing.assert_array_equal, run(config, params, [loud] * 3)[0], found)
+  chex.assert_trees_all_equal(run(config, params, [loud] * 3)[0], found)
 
 
 def test_the_first_matching_row_wins(params):
