@@ -10,6 +10,7 @@ import functools
 import json
 import pathlib
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -126,11 +127,8 @@ def distance(one, other) -> float:
 
 def assert_same_tree(one: dict, other: dict) -> None:
   """Same paths, dtypes and bits."""
-  one, other = dict(paths.items(one)), dict(paths.items(other))
-  assert sorted(one) == sorted(other)
-  for path, value in one.items():
-    assert value.dtype == other[path].dtype, path
-    assert np.array_equal(value, other[path]), path
+  chex.assert_trees_all_equal_dtypes(one, other)
+  chex.assert_trees_all_equal(one, other)
 
 
 @contextlib.contextmanager

@@ -1,14 +1,14 @@
 """What the verbs' command lines share."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 
 from absl import flags, logging
 import jax
+from tqdm import tqdm
 
-from recursive_tx import files
 from recursive_tx.errors import UserError, in_range
-from recursive_tx.store import opening
+from recursive_tx.store import native, opening
 
 
 def check(argv: list[str], **required: object) -> None:
@@ -49,6 +49,17 @@ def enough_memory() -> Iterator[None]:
         f'{line.rstrip(".")}; give a smaller --seq_len or --batch') from error
 
 
+@contextlib.contextmanager
+def progress(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+  """A bar on stderr; yields what takes all the work, and what was just done."""
+  with tqdm(desc=what, unit=unit, unit_scale=True, delay=0.5) as bar:
+    def show(total: int, done: int) -> None:
+      bar.total = total
+      bar.update(done)
+
+    yield show
+
+
 def at_least(least: int, *several: flags.FlagHolder) -> None:
   """Raises UserError for a flag below `least`, infinite or NaN."""
   for flag in several:
@@ -57,12 +68,9 @@ def at_least(least: int, *several: flags.FlagHolder) -> None:
 
 def context(model: opening.Opened) -> int | None:
   """Positions that a model's source was trained with, None if unknown."""
-  for name in ('source.json', 'config.json'):
-    path = model.companions / name
-    if path.is_file():
-      found = files.read_json(path).get('max_position_embeddings')
-      return found if type(found) is int and found > 0 else None
-  return None
+  source = native.source_config(model.companions)
+  found = source.get('max_position_embeddings')
+  return found if type(found) is int and found > 0 else None
 
 
 def warn_beyond(length: int, trained: int | None, what: str) -> None:

@@ -101,8 +101,7 @@ def parameters(cfg: config_lib.ModelConfig) -> dict[str, int]:
 
 
 def difference(
-    source: str | os.PathLike, output: str | os.PathLike, *,
-    length: int = 512,
+    source: str | os.PathLike, output: str | os.PathLike, *, length: int = 512,
     progress: Callable[[int, int], Any] = lambda total, done: None,
 ) -> dict[str, float]:
   """How far a model is from its source, on a long prompt, fp32.

@@ -17,8 +17,7 @@ from recursive_tx.store import fields as fields_lib
 _ACTS = {
     'silu': 'silu', 'swish': 'silu', 'relu': 'relu', 'gelu': 'gelu',
     'gelu_pytorch_tanh': 'gelu_tanh', 'gelu_new': 'gelu_tanh',
-    'gelu_fast': 'gelu_tanh',
-}
+    'gelu_fast': 'gelu_tanh'}
 # Config attributes that do not change what the model computes: of
 # transformers, of generation (which older versions kept here), of trainers.
 _IRRELEVANT = frozenset('''
@@ -51,8 +50,7 @@ _REQUIRED = {
     'pruned_heads': ({}, None), 'quantization_config': (None,),
     'rope_interleaved': (False,), 'use_bidirectional_attention': (False, None),
     'tie_encoder_decoder': (False,), 'torchscript': (False,),
-    'use_bfloat16': (False,),
-}
+    'use_bfloat16': (False,)}
 # Keys whose null means something else than their absence.
 _NULL = {'sliding_window': 0, 'num_key_value_heads': '=num_attention_heads'}
 
@@ -98,13 +96,11 @@ _SIZED = ('V', 'D', 'F', 'N', 'K', 'H', 'layers')
 _SIZES = (
     ('vocab_size', 'V', None), ('hidden_size', 'D', None),
     ('intermediate_size', 'F', None), ('num_hidden_layers', 'layers', None),
-    ('num_attention_heads', 'N', None),
-)
+    ('num_attention_heads', 'N', None))
 _GROUPED = (
     *_SIZES, ('num_key_value_heads', 'K', '=num_attention_heads'),
     ('head_dim', 'H', 'hidden_size/num_attention_heads'),
-    ('hidden_act', 'act', 'silu'), ('rms_norm_eps', 'norm_eps', 1e-6),
-)
+    ('hidden_act', 'act', 'silu'), ('rms_norm_eps', 'norm_eps', 1e-6))
 
 
 def _replaced(rows, *others):
@@ -142,8 +138,7 @@ _LLAMA_RULES = (
      'D F -> F D'),
     (('vectors/gate/bias',), _LAYER + 'mlp.gate_proj.bias', 'F -> F'),
     (('vectors/up/bias',), _LAYER + 'mlp.up_proj.bias', 'F -> F'),
-    (('vectors/down/bias',), _LAYER + 'mlp.down_proj.bias', 'D -> D'),
-)
+    (('vectors/down/bias',), _LAYER + 'mlp.down_proj.bias', 'D -> D'))
 _NEOX = 'gpt_neox.layers.{i}.'
 _QKV = tuple(f'layers/attn/{name}/kernel' for name in 'qkv')
 _QKV_BIAS = tuple(f'vectors/{name}/bias' for name in 'qkv')
@@ -172,8 +167,7 @@ _NEOX_RULES = (
     (('vectors/up/bias',), _NEOX + 'mlp.dense_h_to_4h.bias', 'F -> F'),
     (('layers/mlp/down/kernel',), _NEOX + 'mlp.dense_4h_to_h.weight',
      'D F -> F D'),
-    (('vectors/down/bias',), _NEOX + 'mlp.dense_4h_to_h.bias', 'D -> D'),
-)
+    (('vectors/down/bias',), _NEOX + 'mlp.dense_4h_to_h.bias', 'D -> D'))
 _PLAIN = dict(gated=True, parallel=False)
 
 FAMILIES = {family.model_type: family for family in (
@@ -218,8 +212,7 @@ FAMILIES = {family.model_type: family for family in (
         rules=_NEOX_RULES, rope=('rotary_emb_base', 'rotary_pct', 0.25),
         base='gpt_neox.',
         buffers=r'gpt_neox\.layers\.\d+\.attention\.'
-                r'(bias|masked_bias|rotary_emb\.inv_freq)'),
-)}
+                r'(bias|masked_bias|rotary_emb\.inv_freq)'))}
 
 
 def read_config(

@@ -1,5 +1,4 @@
-"""The model of a run: what its init_from directory says, nobody types again.
-"""
+"""The model of a run, as far as its init_from directory determines it."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -45,13 +44,11 @@ def inherit(
       f'config.model.{name} is {value!r}, but {directory} has '
       f'{getattr(wanted, name)!r}'
       for name, value in given.items()
-      if not _same(value, getattr(wanted, name))
-  ]
+      if not _same(value, getattr(wanted, name))]
   if odd:
     raise UserError(
         f'{"; ".join(odd)}. Leave it out to take what the directory has, or'
-        ' name another --config.init_from='
-    )
+        ' name another --config.init_from=')
   return wanted
 
 
@@ -60,8 +57,7 @@ def _relaxed(origin, directory, given, *, init, lora) -> ModelConfig:
     raise UserError(
         f'{directory} holds a vanilla model of {origin.num_layers} layers; say'
         ' how often its block is to loop, --config.model.loops=2, or 1 to'
-        ' train it as it is'
-    )
+        ' train it as it is')
   how = {name: given.get(name, value) for name, value in _RELAXED.items()}
   relaxed = target(origin, loops=given['loops'], init=init, lora=lora, **how)
   added = {name: given[name] for name in _ADDED
@@ -73,12 +69,12 @@ def _rank(origin: ModelConfig, rank: Any) -> str:
   """The rank given where it adds one of the head, else the directory's."""
   if rank is None:
     return origin.rank
-  asked = dataclasses.replace(origin, rank=str(rank))
-  same = asked.ranks == origin.ranks
-  fresh_head = adapters.head_rank(origin) in (0, adapters.head_rank(asked))
+  wanted = dataclasses.replace(origin, rank=str(rank))
+  same = wanted.ranks == origin.ranks
+  fresh_head = adapters.head_rank(origin) in (0, adapters.head_rank(wanted))
   if not same or not fresh_head:
     return origin.rank  # Which contradicts what was given.
-  return origin.rank if not adapters.head_rank(asked) else asked.rank
+  return origin.rank if not adapters.head_rank(wanted) else wanted.rank
 
 
 def _same(given: Any, found: Any) -> bool:

@@ -111,14 +111,22 @@ def read_source(directory: pathlib.Path) -> dict[str, Any] | None:
   Beside its fields, 'dtype_on_disk' is the dtype of its tensors, and
   'dtypes_on_disk' has those that have another, by name, if any do.
   """
-  if (directory / 'source.json').is_file():
-    return files.read_json(directory / 'source.json')
-  if is_saved(directory) or not (directory / 'config.json').is_file():
-    return None
+  found = source_config(directory)
+  if not found or (directory / 'source.json').is_file():
+    return found or None
   source = hf.Source(directory)
   others = {name: str(dtype) for name, dtype in source.dtypes.items()}
   return {**source.hf, 'dtype_on_disk': str(source.dtype),
           **({'dtypes_on_disk': others} if others else {})}
+
+
+def source_config(directory: pathlib.Path) -> dict[str, Any]:
+  """As `read_source` without a look at the weights; {} where there is none."""
+  for name in ('source.json', 'config.json'):
+    if (directory / name).is_file():
+      found = files.read_json(directory / name)
+      return {} if found.get('format') == 'recursive_tx' else found
+  return {}
 
 
 def read_config(directory: pathlib.Path) -> config_lib.ModelConfig:

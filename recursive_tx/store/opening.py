@@ -54,7 +54,7 @@ class Opened(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """A model in a directory, read leaf by leaf when asked.
+  """A model in a directory, read leaf by leaf on demand.
 
   Attributes:
     directory: where.
@@ -79,8 +79,9 @@ def open(directory: str | os.PathLike) -> Opened:
   Raises:
     UserError: none of them, or one with a fault, by name.
   """
-  cfg, variables = load(directory)
-  where, beside = weights(directory), companions(directory)
+  where, run = _found(directory)
+  cfg, variables = _loaded(where, run)
+  beside = _companions(where, run)
   tokenizer = None
   if tokenizer_lib.has_tokenizer(beside):
     tokenizer = tokenizer_lib.load(beside)
@@ -92,22 +93,16 @@ def open(directory: str | os.PathLike) -> Opened:
 
 def load(directory: str | os.PathLike) -> tuple[ModelConfig, dict]:
   """The config and the variables that `open` gives, and nothing else."""
-  where = weights(directory)
-  if checkpoint.is_workdir(where):
-    settings, params = checkpoint.load_params(where)
-    return ModelConfig(**settings['model']), {'params': params}
-  if native.is_saved(pathlib.Path(where)):
-    return native.restore(where)
-  return hf.load_hf(where)
+  return _loaded(*_found(directory))
 
 
 def source(directory: str | os.PathLike) -> Source:
-  """As `open`, but leaves are read when asked. Raises as `open`."""
-  where, beside = weights(directory), companions(directory)
-  if checkpoint.is_workdir(where):
-    params = checkpoint.Params(where)
-    cfg = ModelConfig(**params.settings['model'])
-    return Source(where, cfg, _by_layer(params.read), beside)
+  """As `open`, but leaves are read on demand. Raises as `open`."""
+  where, run = _found(directory)
+  beside = _companions(where, run)
+  if run:
+    cfg = ModelConfig(**run.settings['model'])
+    return Source(where, cfg, _by_layer(run.read), beside)
   if native.is_saved(pathlib.Path(where)):
     cfg, reader = native.opened(pathlib.Path(where))
     return Source(where, cfg, reader.read, beside)
@@ -124,7 +119,7 @@ def config(directory: str | os.PathLike) -> ModelConfig:
   """
   where = weights(directory)
   if checkpoint.is_workdir(where):
-    return ModelConfig(**checkpoint.settings(where)['model'])
+    return ModelConfig(**checkpoint.Latest(where).settings['model'])
   if native.is_saved(pathlib.Path(where)):
     return native.read_config(pathlib.Path(where))
   return hf.read_config(where)[1]
@@ -141,12 +136,32 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
 
 def companions(directory: str | os.PathLike) -> pathlib.Path:
   """Where the tokenizer and the other files that go with the weights lie."""
+  return _companions(*_found(directory))
+
+
+def _found(
+    directory: str | os.PathLike
+) -> tuple[str, checkpoint.Latest | None]:
+  """Where the weights lie, and the run that has not ended there, if any."""
   where = weights(directory)
-  if checkpoint.is_workdir(where):
-    settings = checkpoint.settings(where)
-    near = settings['tokenizer'] or settings['init_from']
-    if near and os.path.abspath(near) != os.path.abspath(where):
-      return companions(near)
+  is_run = checkpoint.is_workdir(where)
+  return where, checkpoint.Latest(where) if is_run else None
+
+
+def _loaded(
+    where: str, run: checkpoint.Latest | None
+) -> tuple[ModelConfig, dict]:
+  if run:
+    return ModelConfig(**run.settings['model']), {'params': run.params()}
+  if native.is_saved(pathlib.Path(where)):
+    return native.restore(where)
+  return hf.load_hf(where)
+
+
+def _companions(where: str, run: checkpoint.Latest | None) -> pathlib.Path:
+  near = run and (run.settings['tokenizer'] or run.settings['init_from'])
+  if near and os.path.abspath(near) != os.path.abspath(where):
+    return companions(near)
   return pathlib.Path(where)
 
 
@@ -191,7 +206,7 @@ def parts_as(
   Raises:
     UserError: relaxing does not lead to the model wanted.
   """
-  if origin.cfg.loops > 1:  # No parameter tells who reads which keys.
+  if origin.cfg.loops > 1:  # Parameters do not show who reads which keys.
     origin = dataclasses.replace(origin, cfg=dataclasses.replace(
         origin.cfg, loop_keys=wanted.loop_keys))
   if origin.cfg == wanted:
@@ -211,16 +226,13 @@ def parts_as(
       f'{field.name} {getattr(relaxed, field.name)!r} but config.model has'
       f' {getattr(wanted, field.name)!r}'
       for field in dataclasses.fields(ModelConfig)
-      if getattr(relaxed, field.name) != getattr(wanted, field.name)
-  ]
+      if getattr(relaxed, field.name) != getattr(wanted, field.name)]
   if differences:
     raise UserError(
         f'init_from {origin.directory} holds another model:'
-        f' {"; ".join(differences)}.'
-    )
+        f' {"; ".join(differences)}.')
   return relaxed_parts(
-      origin.cfg, relaxed, origin.read, init=init, lora=lora, seed=seed
-  )
+      origin.cfg, relaxed, origin.read, init=init, lora=lora, seed=seed)
 
 
 def _lacks_exits(cfg: ModelConfig, wanted: ModelConfig) -> bool:
@@ -231,8 +243,7 @@ def _lacks_exits(cfg: ModelConfig, wanted: ModelConfig) -> bool:
       and all(x in (0, y) for x, y in zip(old, new, strict=True))
       and (cfg.loops, cfg.ranks) == (wanted.loops, wanted.ranks)
       and dataclasses.replace(
-          cfg, rank=wanted.rank, exit_gate=wanted.exit_gate) == wanted
-  )
+          cfg, rank=wanted.rank, exit_gate=wanted.exit_gate) == wanted)
 
 
 def _by_layer(

@@ -90,7 +90,7 @@ def _made(
   steps += [normalizers.Replace(' ', _SPACE)]
   made = tokenizers.Tokenizer(_model(proto))
   made.normalizer = normalizers.Sequence(steps)
-  joined = [decoders.Replace(_SPACE, ' '), decoders.ByteFallback(),
+  decoding = [decoders.Replace(_SPACE, ' '), decoders.ByteFallback(),
             decoders.Fuse()]
   if spec.add_dummy_prefix:
     # A space before the text, but not after a special token, unless `legacy`.
@@ -101,8 +101,8 @@ def _made(
     made.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Metaspace(first, where, split=False),
         pre_tokenizers.Metaspace(_SPACE, 'never', split=False)])
-    joined += [decoders.Strip(' ', 1, 0)]
-  made.decoder = decoders.Sequence(joined)
+    decoding += [decoders.Strip(' ', 1, 0)]
+  made.decoder = decoders.Sequence(decoding)
   made.add_special_tokens([
       tokenizers.AddedToken(piece.piece, special=True, normalized=False)
       for piece in proto.pieces if piece.type in (_UNKNOWN, _CONTROL)])

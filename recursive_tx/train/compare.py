@@ -23,8 +23,7 @@ _HEADINGS = ('model', 'loops', 'unique parameters', 'bits/byte before', 'after',
 
 
 def compare(
-    config: train.Config, workdir: str, *,
-    report: Callable[[str], Any] = print,
+    config: train.Config, workdir: str, *, report: Callable[[str], Any] = print,
 ) -> list[dict[str, Any]]:
   """Makes, uptrains and scores the models.
 
@@ -49,8 +48,7 @@ def compare(
   folder = pathlib.Path(workdir)
   cfg, variables, *_ = opening.open(config.init_from)
   heldout = data.heldout(
-      config.data,
-      opening.load_tokenizer(config.tokenizer or config.init_from),
+      config.data, opening.load_tokenizer(config.tokenizer_from),
       max_tokens=config.eval.max_tokens or None)
   report(f'original: {config.init_from}')
   start = time.monotonic()

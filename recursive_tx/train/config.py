@@ -84,6 +84,14 @@ class Config:
   def __post_init__(self):
     in_range('seed', self.seed, self.RANGES['seed'], int)
 
+  @property
+  def tokenizer_from(self) -> str:
+    """Where the tokenizer is. Raises UserError where no directory is named."""
+    if not (self.tokenizer or self.init_from):
+      raise UserError(
+          'There is no tokenizer; name its directory with --config.tokenizer=')
+    return self.tokenizer or self.init_from
+
 
 def from_json(kind: Any, value: Any) -> Any:
   """What `dataclasses.asdict` made JSON of: a Config, or a field's value.
@@ -109,25 +117,18 @@ def check(config: Config) -> None:
     raise UserError(
         f'losses.distill is {config.losses.distill} but there is no teacher;'
         ' name its directory with --config.teacher=, or drop the term with'
-        ' --config.losses.distill="()"'
-    )
+        ' --config.losses.distill="()"')
   if config.teacher and not losses.uses_teacher(config.losses):
     raise UserError(
         f'teacher is {config.teacher!r} but losses.distill is'
-        f' {config.losses.distill}; give it a weight, such as (1.0,).'
-    )
+        f' {config.losses.distill}; give it a weight, such as (1.0,).')
   if losses.uses_gate(config.losses) and not config.model.exit_gate:
     raise UserError(
         f'losses.gate is {config.losses.gate} but the model has no exit gate;'
         ' give it one with --config.model.exit_gate=64, or drop the term with'
-        ' --config.losses.gate="()"'
-    )
-  if not (config.tokenizer or config.init_from):
-    raise UserError(
-        'There is no tokenizer; name its directory with --config.tokenizer='
-    )
+        ' --config.losses.gate="()"')
+  _ = config.tokenizer_from  # Raises where there is none.
   if config.data.batch % config.optim.accumulate:
     raise UserError(
         f'optim.accumulate is {config.optim.accumulate}, which does not divide'
-        f' data.batch, {config.data.batch}.'
-    )
+        f' data.batch, {config.data.batch}.')

@@ -26,8 +26,7 @@ def flops_of_step(config: Config, teacher: ModelConfig | None) -> float:
   """Model FLOPs of a step on all devices."""
   return flops.train_step(
       config.model, config.losses.weights(config.model.loops), teacher,
-      config.data.batch, config.data.seq_len,
-  )['total']
+      config.data.batch, config.data.seq_len)['total']
 
 
 def peak() -> float | None:
@@ -45,9 +44,7 @@ def samples(
       [tokenizer.opening + tokenizer.encode(prompt)
        for prompt in config.eval.prompts],
       eos_id=tokenizer.end_ids, known_V=tokenizer.known(config.model.V),
-      run=config.run,
-  )
+      run=config.run)
   return {
       prompt: tokenizer.decode(new)
-      for prompt, new in zip(config.eval.prompts, news, strict=True)
-  }
+      for prompt, new in zip(config.eval.prompts, news, strict=True)}

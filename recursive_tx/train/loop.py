@@ -30,7 +30,6 @@ from recursive_tx.train import step as step_lib
 from recursive_tx.train import teacher_cache as teacher_lib
 from recursive_tx.train.config import Config, check
 from recursive_tx.train.log import History, read_metrics
-from recursive_tx.train.saves import Saves
 from recursive_tx.train.step import TrainState
 
 
@@ -62,17 +61,15 @@ def train(config: Config, workdir: str) -> TrainState:
     done = _steps_done(config, mesh, workdir, settings)
 
     logging.info('Data: %s.', config.data)
-    tokenizer = opening.load_tokenizer(config.tokenizer or config.init_from)
+    tokenizer = opening.load_tokenizer(config.tokenizer_from)
     tokenizer_lib.check_vocab(tokenizer, config.model.V)
     rows = machine.local_rows(mesh, config.data.batch)
     stream = data_lib.Stream(config.data, tokenizer, rows=rows)
     add_top_k = teacher_lib.reader(
         config.teacher, config.data, tokenizer, V=config.model.V, rows=rows,
-        steps=range((done or 0) + 1, steps + 1),
-    )
+        steps=range((done or 0) + 1, steps + 1))
     heldout = data_lib.heldout(
-        config.data, tokenizer, max_tokens=config.eval.max_tokens or None
-    )
+        config.data, tokenizer, max_tokens=config.eval.max_tokens or None)
 
     logging.info('Model: %s.', config.model)
     tx, abstract = step_lib.abstract_state(config, mesh)
@@ -90,8 +87,7 @@ def train(config: Config, workdir: str) -> TrainState:
       stream.restore(*positions)
     preemption = stack.enter_context(machine.Preemption())
     checkpoints = stack.enter_context(
-        checkpoint.Checkpoints(workdir, config.checkpoint)
-    )
+        checkpoint.Checkpoints(workdir, config.checkpoint))
 
     logging.info('Loop: %d of %d steps are done.', done, steps)
     evaluated = _is_evaluated(config, workdir, done)
@@ -99,11 +95,8 @@ def train(config: Config, workdir: str) -> TrainState:
         config.log, workdir, start=done, steps=steps,
         tokens=config.data.batch * config.data.seq_len, settings=settings,
         flops=figures.flops_of_step(config, teacher), peak=figures.peak(),
-        began=began,
-    ))
+        began=began))
     history.parameters(abstract.params)
-    saves = Saves(config.checkpoint, start=done, last=steps,
-                  best=checkpoints.best and checkpoints.best[1])
     skips = skips_lib.Skips(config.optim.max_skips, tokenizer.decode, workdir)
 
     def check_state(step):
@@ -123,15 +116,13 @@ def train(config: Config, workdir: str) -> TrainState:
       if config.eval.prompts:
         history.samples(step, figures.samples(config, variables, tokenizer))
       history.pause()
-      return saves.best(result) if step else None
+      return checkpoints.score_of(result) if step else None
 
     def save_at(step, score):
       check_state(step)
       checkpoints.save(
           step, state=state, position=stream.save(), settings=settings,
-          score=score,
-      )
-      saves.saved(step)
+          score=score)
       history.pause()
 
     if not evaluated:
@@ -140,8 +131,7 @@ def train(config: Config, workdir: str) -> TrainState:
       with history.waiting():
         local = add_top_k(step, next(stream))
       state, metrics = step_fn(
-          state, machine.place_rows(local, mesh), teacher_variables
-      )
+          state, machine.place_rows(local, mesh), teacher_variables)
       # Waits for the metrics of the step before, while this one runs.
       history.note({f'data/{k}': n for k, n in stream.faults.items()})
       history.update(step, metrics)
@@ -156,7 +146,7 @@ def train(config: Config, workdir: str) -> TrainState:
       if _due(step, config.eval.every, steps):
         score = evaluate_at(step)
       # Not in the middle of skipped steps: what came before is worth more.
-      if saves.due(step) or score is not None:
+      if _due(step, config.checkpoint.every, steps) or score is not None:
         if not skips.in_row() or step == steps:
           save_at(step, score)
     skips.in_row()
@@ -177,8 +167,7 @@ def _steps_done(
     raise UserError(
         f'{workdir} holds checkpoint {done} for process {jax.process_index()}'
         f' and {common} for process 0; all need the same directory, on a file'
-        ' system or bucket that they share.'
-    )
+        ' system or bucket that they share.')
   if done is None:
     return None
   checkpoint.check_same(workdir, done, settings)
@@ -190,8 +179,7 @@ def _steps_done(
         f'{workdir} holds a run of {rows} sequences at once, which {parts}'
         f' devices (mesh data x fsdp) cannot share evenly; resume with one of'
         f' {fits}, the other devices being mesh tensor, so that the batch'
-        ' stays what it was.'
-    )
+        ' stays what it was.')
   return done
 
 
@@ -205,8 +193,7 @@ def _is_evaluated(config: Config, workdir: str, step: int) -> bool:
   rows = read_metrics(workdir) if step and machine.is_main() else []
   found = any(
       row['step'] == step and any(key.startswith('eval/') for key in row)
-      for row in rows
-  )
+      for row in rows)
   return bool(machine.agree(found))
 
 
@@ -233,13 +220,12 @@ def _stop(step: int, workdir: str) -> None:
 def _save_model(config: Config, workdir: str) -> None:
   """Writes the last checkpoint's model, with the tokenizer: workdir/model."""
   if machine.is_main():
-    _, params = checkpoint.load_params(workdir)
+    params = checkpoint.Latest(workdir).params()
     with _on_disk(epath.Path(workdir) / 'model') as model:
       native.save(
           model, config.model, {'params': params}, overwrite=True,
           companions=(opening.companions(config.init_from)
-                      if config.init_from else None),
-      )
+                      if config.init_from else None))
       if config.tokenizer:
         hf.copy_companions(opening.companions(config.tokenizer), model)
   machine.wait('the model is saved')

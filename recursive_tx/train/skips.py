@@ -92,8 +92,7 @@ class Skips:
     token_BT = np.asarray(batch['token_BT'])
     digest = hashlib.blake2b(token_BT.tobytes(), digest_size=4).hexdigest()
     rows = ', '.join(
-        f'{self._decode(row[:_TOKENS].tolist())!r}' for row in token_BT[:_ROWS]
-    )
+        f'{self._decode(row[:_TOKENS].tolist())!r}' for row in token_BT[:_ROWS])
     more = f' and {len(token_BT) - _ROWS} more' if len(token_BT) > _ROWS else ''
     return f'({digest}) has rows that begin {rows}{more}'
 

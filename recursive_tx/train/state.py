@@ -34,15 +34,13 @@ def first_state(
   if config.init_from:
     parts = opening.parts_as(
         opening.source(config.init_from), config.model, init=config.init,
-        lora=config.lora, seed=config.seed,
-    )
+        lora=config.lora, seed=config.seed)
     params = place_parts(parts, abstract.params, jnp.float32)
   else:
     decoder = model.Decoder(config.model)
     params = jax.jit(
         lambda key: meta.unbox(
-            decoder.init(key, jnp.zeros((1, 2), jnp.int32))['params']
-        ),
+            decoder.init(key, jnp.zeros((1, 2), jnp.int32))['params']),
         out_shardings=shardings.params,
     )(jax.random.key(config.seed))
   return jax.jit(
@@ -54,8 +52,7 @@ def first_state(
 def num_bytes(abstract: Any) -> int:
   """Of all arrays of a tree together."""
   return sum(
-      x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)
-  )
+      x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
 
 
 def load_teacher(
@@ -81,8 +78,7 @@ def load_teacher(
   if origin.cfg.V != config.model.V:
     raise UserError(
         f'The teacher {config.teacher} has a vocabulary of {origin.cfg.V}, the'
-        f' model of {config.model.V}; distillation needs the same.'
-    )
+        f' model of {config.model.V}; distillation needs the same.')
   if tokenizer_lib.has_tokenizer(origin.companions):
     check_tokenizers(
         tokenizer, tokenizer_lib.load(origin.companions), config.teacher)
@@ -135,8 +131,7 @@ def place_parts(
     dtype: of the arrays.
   """
   params, leaves = {}, {
-      path: _Leaf(x, dtype) for path, x in paths.items(abstract)
-  }
+      path: _Leaf(x, dtype) for path, x in paths.items(abstract)}
   for path, at, array in parts:
     if leaves[path].take(at, array):
       paths.put(params, path, leaves.pop(path).place())
@@ -160,8 +155,7 @@ class _Leaf:
       self._shares = {
           bounds: np.empty([stop - start for start, stop in bounds],
                            self._dtype)
-          for bounds in {self._bounds(index) for index in held.values()}
-      }
+          for bounds in {self._bounds(index) for index in held.values()}}
     assert array.shape == self._abstract.shape[len(at):]
     for bounds, share in self._shares.items():
       inside = zip(at, bounds, strict=False)
@@ -176,12 +170,10 @@ class _Leaf:
     """The array, on the mesh."""
     return jax.make_array_from_callback(
         self._abstract.shape, self._abstract.sharding,
-        lambda index: self._shares[self._bounds(index)],
-    )
+        lambda index: self._shares[self._bounds(index)])
 
   def _bounds(self, index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
     """Start and stop along each dimension."""
     return tuple(
         part.indices(size)[:2]
-        for part, size in zip(index, self._abstract.shape, strict=True)
-    )
+        for part, size in zip(index, self._abstract.shape, strict=True))

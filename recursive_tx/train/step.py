@@ -26,8 +26,7 @@ from recursive_tx.train.config import Config
 # logits where they are wanted, and the head.
 Forward = Callable[
     [Any, Mapping[str, jax.Array]],
-    tuple[jax.Array, jax.Array | None, losses.Head],
-]
+    tuple[jax.Array, jax.Array | None, losses.Head]]
 
 
 @struct.dataclass
@@ -40,9 +39,7 @@ class TrainState:
 
 
 def make_step(
-    config: Config,
-    mesh: Mesh,
-    tx: optax.GradientTransformation,
+    config: Config, mesh: Mesh, tx: optax.GradientTransformation,
     teacher: ModelConfig | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """The update: (state, batch, teacher's variables) -> (state, metrics)."""
@@ -59,8 +56,7 @@ def make_step(
       target = teacher_h_LBTD[-1], teacher_head
     return losses.total(
         config.losses, h_LBTD, batch, head, norm=norm, teacher=target,
-        gate_LBT=gate_LBT, chunk=chunk(config, mesh),
-    )
+        gate_LBT=gate_LBT, chunk=chunk(config, mesh))
 
   def step(state, batch, teacher_variables):
     # Of the whole batch, so that losses and gradients of its parts add up.
@@ -70,8 +66,7 @@ def make_step(
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     (loss, terms), grads = _sum_over_parts(
         lambda part: grad_fn(state.params, part, teacher_variables, tokens),
-        batch, config.optim.accumulate,
-    )
+        batch, config.optim.accumulate)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     norm = optim.gradient_norm(config.optim, grads)
@@ -79,15 +74,13 @@ def make_step(
     # A step that would spoil everything changes nothing but the count.
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),
-        (params, opt_state), (state.params, state.opt_state),
-    )
+        (params, opt_state), (state.params, state.opt_state))
     metrics = {
         'loss': loss,
         'lr': optim.learning_rate(config.optim, state.step),
         'grad_norm': norm,
         'skipped': 1.0 - finite,
-        **terms,
-    }
+        **terms}
     return TrainState(state.step + 1, params, opt_state), metrics
 
   return step
@@ -124,11 +117,8 @@ def make_top_k(
 
 
 def jit_step(
-    config: Config,
-    mesh: Mesh,
-    tx: optax.GradientTransformation,
-    abstract: TrainState,
-    teacher: ModelConfig | None = None,
+    config: Config, mesh: Mesh, tx: optax.GradientTransformation,
+    abstract: TrainState, teacher: ModelConfig | None = None,
 ) -> Any:
   """`make_step`, compiled where it is called; the state it takes is donated.
 
@@ -141,10 +131,8 @@ def jit_step(
   """
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   return jax.jit(
-      make_step(config, mesh, tx, teacher),
-      donate_argnums=0,
-      out_shardings=(shardings, machine.replicated(mesh)),
-  )
+      make_step(config, mesh, tx, teacher), donate_argnums=0,
+      out_shardings=(shardings, machine.replicated(mesh)))
 
 
 def abstract_state(
@@ -160,10 +148,8 @@ def abstract_state(
       jax.eval_shape(tx.init, params),
       params,
       transform_non_params=lambda x: jax.ShapeDtypeStruct(
-          x.shape, x.dtype, sharding=whole
-      ),
-      is_leaf=lambda x: isinstance(x, optax.MaskedNode),
-  )
+          x.shape, x.dtype, sharding=whole),
+      is_leaf=lambda x: isinstance(x, optax.MaskedNode))
   step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
   return tx, TrainState(step, params, opt_state)
 
@@ -172,8 +158,7 @@ def abstract_params(config: Config, cfg: ModelConfig, mesh: Mesh) -> Any:
   """Shapes and shardings of a model's fp32 parameters."""
   boxed = model.abstract_params(cfg)
   return machine.abstract(
-      boxed, machine.of_boxed(boxed, mesh, rules(config, cfg, mesh))
-  )
+      boxed, machine.of_boxed(boxed, mesh, rules(config, cfg, mesh)))
 
 
 def rules(config: Config, cfg: ModelConfig, mesh: Mesh) -> machine.Rules:
@@ -213,8 +198,7 @@ def forward(
       found = decoder.apply(
           variables, batch['token_BT'], batch['segment_BT'],
           batch['position_BT'], batch.get('depth_BT') if early else None,
-          method='hidden_and_gates' if gates else 'hidden',
-      )
+          method='hidden_and_gates' if gates else 'hidden')
     h_LBTD, gate_LBT = found if gates else (found, None)
 
     table = 'embed' if cfg.tied else 'head'
@@ -263,8 +247,7 @@ def _split(batch: Mapping[str, jax.Array], parts: int) -> dict[str, jax.Array]:
   """Part i takes rows i, i + parts, ...: every device keeps its own rows."""
   return {
       key: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
-      for key, x in batch.items()
-  }
+      for key, x in batch.items()}
 
 
 def _join(x: jax.Array, axis: int) -> jax.Array:

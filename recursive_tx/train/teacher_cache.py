@@ -77,13 +77,9 @@ def facts(
 
 
 def save(
-    directory: str | os.PathLike,
-    about: dict[str, Any],
-    stream: Stream,
-    top_k: Callable[[Batch], tuple[jax.Array, jax.Array]],
-    *,
-    rows: Sequence[int],
-    steps: range,
+    directory: str | os.PathLike, about: dict[str, Any], stream: Stream,
+    top_k: Callable[[Batch], tuple[jax.Array, jax.Array]], *,
+    rows: Sequence[int], steps: range,
     progress: Callable[[int], Any] = lambda step: None,
 ) -> None:
   """Writes the top-k logits of the steps that are not there yet.
@@ -130,13 +126,8 @@ def save(
 
 
 def reader(
-    directory: str | os.PathLike,
-    data: DataConfig,
-    tokenizer: Tokenizer,
-    *,
-    V: int,
-    rows: Sequence[int],
-    steps: range,
+    directory: str | os.PathLike, data: DataConfig, tokenizer: Tokenizer, *,
+    V: int, rows: Sequence[int], steps: range,
 ) -> Callable[[int, Batch], Batch]:
   """What adds the teacher's top-k logits to the batch of a step.
 
@@ -165,8 +156,7 @@ def reader(
       raise UserError(
           f'{directory} lacks top-k logits for step {step} of the steps'
           f' {steps.start} to {steps.stop - 1}; write them with `teach'
-          f' --last={steps.stop - 1}`.'
-      )
+          f' --last={steps.stop - 1}`.')
   pool, ahead = futures.ThreadPoolExecutor(1), {}
 
   def add(step: int, batch: Batch) -> Batch:
@@ -178,8 +168,7 @@ def reader(
     if len(odd):
       raise UserError(
           f'{directory} was made of other text: row {rows[odd[0]]} of step'
-          f' {step} differs; run `teach` again for the text as it is.'
-      )
+          f' {step} differs; run `teach` again for the text as it is.')
     return {**batch, 'teacher_id_BTC': found['id'],
             'teacher_log_p_BTC': found['log_p']}
 
@@ -193,9 +182,8 @@ def _begin(directory: pathlib.Path, about: dict[str, Any]) -> None:
     found = files.read_json(path)
     for key, value in about.items():
       _check_same(directory, key, found.get(key), value)
-  elif directory.exists() and (not directory.is_dir() or any(
-      directory.iterdir())):
-    raise UserError(f'{directory} exists; remove it, or name another output.')
+  else:
+    files.check_directory(directory)
   # Before anybody makes that directory.
   machine.wait('the directory is checked')
   if machine.is_main() and not path.exists():
@@ -215,13 +203,11 @@ def _check_same(where: pathlib.Path, key: str, found: Any, wanted: Any) -> None:
     raise UserError(
         f'{where} holds top-k logits for another tokenizer (digest, BOS, EOS:'
         f' {found!r}, not {wanted!r}); name the one that it was made with, or'
-        ' make it anew with `teach`.'
-    )
+        ' make it anew with `teach`.')
   elif found != wanted:
     raise UserError(
         f'{where} holds top-k logits for {key}={found!r}, not {wanted!r}; name'
-        ' another directory, or make this one anew with `teach`.'
-    )
+        ' another directory, or make this one anew with `teach`.')
 
 
 def _rewind(directory: pathlib.Path, stream: Stream, step: int) -> int:

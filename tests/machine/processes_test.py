@@ -115,7 +115,7 @@ with jax.set_mesh(mesh), machine.Preemption() as preemption:
       time.sleep(0.1)
   # What only process 0 may do waits for nobody.
   if me == 0:
-    told['read'] = sorted(checkpoint.load_params(workdir)[1])
+    told['read'] = sorted(checkpoint.Latest(workdir).params())
 print(json.dumps(told))
 """
 FIRST, LAST = 2, 4
@@ -160,7 +160,7 @@ def two(workdir):
 
 @pytest.fixture(scope='module')
 def one(two, workdir):
-  """One process of 4 devices, another mesh, which goes on from there."""
+  """One process of 4 devices, another mesh, which continues from there."""
   return told(start(workdir, LAST, devices=4, fsdp=2, tensor=2))
 
 

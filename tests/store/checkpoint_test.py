@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import chex
 from flax import struct
 import jax
 import jax.numpy as jnp
@@ -79,12 +80,7 @@ def test_the_latest_state_and_position_come_back(tmp_path):
   assert checkpoint.latest_step(str(tmp_path)) == 7
   state, positions = checkpoint.restore(str(tmp_path), 7, abstract())
   assert positions == (b'\0after 7',)
-  assert jax.tree.structure(state) == jax.tree.structure(state_at(7))
-  for found, saved in zip(
-      jax.tree.leaves(state), jax.tree.leaves(state_at(7)), strict=True
-  ):
-    assert found.dtype == saved.dtype
-    np.testing.assert_array_equal(found, saved)
+  chex.assert_trees_all_equal(state, state_at(7), strict=True)
 
 
 def test_arrays_may_be_donated_right_after_saving(tmp_path):
@@ -98,7 +94,7 @@ def test_arrays_may_be_donated_right_after_saving(tmp_path):
     for _ in range(20):
       x = add(x)
     x.block_until_ready()
-  params = checkpoint.load_params(str(tmp_path))[1]
+  params = checkpoint.Latest(str(tmp_path)).params()
   np.testing.assert_array_equal(params['x'], 0)
 
 
@@ -127,12 +123,26 @@ def test_the_best_is_kept_beside_the_latest(tmp_path):
     assert checkpoints.best is None
 
 
+def test_only_a_lower_score_is_a_best(tmp_path):
+  with checkpoint.Checkpoints(
+      str(tmp_path), CheckpointConfig(best='eval/loop1/loss')) as checkpoints:
+    for score, is_best in (
+        (np.nan, False), (3.0, True), (3.5, False), (np.nan, False),
+        (2.0, True), (2.0, False)):
+      found = checkpoints.score_of({'loops': [{'loop': 1, 'loss': score}]})
+      assert found == (score if is_best else None)
+      checkpoints.mark_best(1, found)
+  with checkpoint.Checkpoints(
+      str(tmp_path), CheckpointConfig()) as checkpoints:
+    assert checkpoints.score_of({'loops': []}) is None
+
+
 @pytest.mark.parametrize(
     ('values', 'said'),
     [
         (dict(best='loss'), "best is 'loss'.*'eval/loop1/bits_per_byte'"),
         (dict(best='eval/loop1/accuracy'), 'perplexity'),
-        (dict(minutes=-1.0), 'minutes is -1.0'),
+        (dict(every=-1), 'every is -1'),
     ],
 )
 def test_a_config_that_means_nothing_is_refused(values, said):
@@ -174,8 +184,8 @@ def test_the_one_before_a_broken_checkpoint_is_used(tmp_path, caplog, fault):
   left = sorted(broken.rglob('*'))
   assert checkpoint.latest_step(str(tmp_path)) == 3
   assert re.search(f'{broken} is broken: .*{said}.* step 3 inst', caplog.text)
-  jax.tree.map(np.testing.assert_array_equal,
-               checkpoint.load_params(str(tmp_path))[1], state_at(3).params)
+  chex.assert_trees_all_equal(
+      checkpoint.Latest(str(tmp_path)).params(), state_at(3).params)
   # Whoever only reads changes nothing; the run moves it out of its way.
   assert sorted(broken.rglob('*')) == left
   checkpoint.set_aside_broken(str(tmp_path))
@@ -244,7 +254,7 @@ def test_killed_while_saving(tmp_path):
     shutil.rmtree(tmp_path / 'copy', ignore_errors=True)
     assert before == 0
     step = checkpoint.latest_step(str(workdir))
-    params = checkpoint.load_params(str(workdir))[1]
+    params = checkpoint.Latest(str(workdir)).params()
     assert {x.min() for x in params.values()} == {step}
     # The next one to write clears away what was half done.
     shutil.copytree(workdir, tmp_path / 'copy')
@@ -285,7 +295,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
   assert f'{tmp_path}/checkpoints' in line and 'File too large' in line
   assert line.endswith(
       f'The last good checkpoint is {tmp_path}/checkpoints/1; when there is'
-      ' room to write, the same command goes on from there.')
+      ' room to write, the same command continues from there.')
   assert checkpoint.latest_step(str(tmp_path)) == 1
 
 
@@ -347,9 +357,10 @@ def test_every_difference_is_shown(tmp_path):
 
 def test_parameters_are_read_without_knowing_the_rest(tmp_path):
   save(tmp_path, 3, 7)
-  settings, params = checkpoint.load_params(str(tmp_path))
-  assert settings['model']['D'] == 4
-  jax.tree.map(np.testing.assert_array_equal, params, state_at(7).params)
+  latest = checkpoint.Latest(str(tmp_path))
+  params = latest.params()
+  assert latest.settings['model']['D'] == 4
+  chex.assert_trees_all_equal(params, state_at(7).params)
   assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(params))
 
 
@@ -358,4 +369,4 @@ def test_a_workdir_without_a_checkpoint_is_refused(tmp_path):
   (tmp_path / 'checkpoints').mkdir()
   assert checkpoint.is_workdir(str(tmp_path))
   with pytest.raises(UserError, match='no finished checkpoint'):
-    checkpoint.load_params(str(tmp_path))
+    checkpoint.Latest(str(tmp_path))

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import chex
 from flax.linen import meta
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ def changed(config, section, **values):
 
 
 def assert_same(found, expected):
-  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  chex.assert_trees_all_equal(found, expected)
 
 
 def test_it_learns_and_says_so(whole, config):
@@ -132,9 +133,8 @@ def test_a_run_starts_from_another_ones_weights(whole, config, tmp_path):
       config, init_from=str(workdir), tokenizer='', seed=9,
       optim=OptimConfig(steps=1, lr=1e-9, table=TABLE))
   state = train.train(other, str(tmp_path))
-  jax.tree.map(
-      lambda x, y: np.testing.assert_allclose(x, y, atol=1e-7),
-      state.params, before.params)
+  chex.assert_trees_all_close(
+      state.params, before.params, rtol=1e-7, atol=1e-7)
   assert (tmp_path / 'model' / 'tokenizer.json').exists()
 
 
@@ -192,9 +192,8 @@ def test_parts_of_a_batch_equal_the_batch(config, batch, stepped):
     np.testing.assert_allclose(others[key], metrics[key], rtol=1e-5)
   # After one step AdamW's moments are the gradient and its square; the
   # parameters would show only its sign.
-  jax.tree.map(
-      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-7),
-      found.opt_state, expected.opt_state)
+  chex.assert_trees_all_close(
+      found.opt_state, expected.opt_state, rtol=1e-4, atol=1e-7)
 
 
 def test_frozen_parameters_stay_and_the_others_move(config, batch):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import chex
 from etils import epath
 import jax
 import numpy as np
@@ -23,7 +24,6 @@ from recursive_tx.store import checkpoint
 from recursive_tx.store.checkpoint import CheckpointConfig
 from recursive_tx.train import log as log_lib
 from recursive_tx.train import loop
-from recursive_tx.train.saves import Saves
 from recursive_tx.train.skips import Skips
 
 ROOT = tiny.ROOT
@@ -87,7 +87,7 @@ def test_told_to_stop_it_saves_and_goes_on(
       ' the same command to resume.\n')
   assert checkpoint.latest_step(str(tmp_path)) == 2
   state = train.train(short, str(tmp_path))
-  jax.tree.map(np.testing.assert_array_equal, state, expected)
+  chex.assert_trees_all_equal(state, expected)
   # The evaluation for which there was no time has been made up for.
   assert scores(tmp_path) == scores(workdir)
   assert list(scores(workdir)) == [0, 2, 4]
@@ -141,49 +141,6 @@ def abstract(config):
 
 
 # The parts that decide.
-
-
-class Clock:
-  def __init__(self):
-    self.now = 0.0
-
-  def __call__(self):
-    return self.now
-
-
-def test_saves_by_steps_and_at_the_end():
-  saves = Saves(CheckpointConfig(every=4), start=0, last=10)
-  assert [step for step in range(1, 11) if saves.due(step)] == [4, 8, 10]
-
-
-@pytest.mark.parametrize('seconds', [1.0, 7.0, 25.0, 90.0])
-def test_saves_by_minutes(seconds, monkeypatch):
-  asked = []
-  monkeypatch.setattr('recursive_tx.machine.agree',
-                      lambda more: asked.append(more) or more)
-  clock = Clock()
-  saves = Saves(CheckpointConfig(every=0, minutes=1.0), start=0, last=10**6,
-                clock=clock)
-  times = []
-  for step in range(1, 401):
-    clock.now += seconds
-    if saves.due(step):
-      times.append(clock.now)
-      saves.saved(step)
-  gaps = np.diff([0, *times])
-  assert len(times) and (gaps >= 60).all() and (gaps < 60 + 2 * seconds).all()
-  # It asks the other processes a few times between saves, not at every step.
-  assert len(asked) <= (2 + np.log2(max(2, 60 / seconds))) * (len(times) + 1)
-
-
-def test_only_a_lower_score_is_a_best():
-  saves = Saves(CheckpointConfig(best='eval/loop1/loss'), start=0, last=9)
-  scores = [3.0, 3.5, float('nan'), 2.0, 2.0]
-  found = [saves.best({'loops': [{'loop': 1, 'loss': s}]}) for s in scores]
-  assert found == [3.0, None, None, 2.0, None]
-  again = Saves(CheckpointConfig(best='eval/loop1/loss'), start=0, last=9,
-                best=2.0)
-  assert again.best({'loops': [{'loop': 1, 'loss': 2.5}]}) is None
 
 
 class Lazy:
@@ -267,8 +224,7 @@ def test_killed_at_any_step_it_ends_the_same(whole, files, tmp_path, count):
     processes.kill(started)
   processes.run(tmp_path, files, processes=count)
   expected = whole(count)
-  jax.tree.map(np.testing.assert_array_equal,
-               loaded(tmp_path, files), loaded(expected, files))
+  chex.assert_trees_all_equal(loaded(tmp_path, files), loaded(expected, files))
   seen = processes.examples(tmp_path)
   assert seen == processes.examples(expected)
   assert sorted(seen) == list(range(1, LAST + 1))

@@ -8,6 +8,7 @@ import pathlib
 import subprocess
 import sys
 
+import chex
 from flax.linen import meta
 import jax
 import jax.numpy as jnp
@@ -104,7 +105,7 @@ def tensors(directory):
 
 
 def assert_same(one, other):
-  jax.tree.map(np.testing.assert_array_equal, one, other)
+  chex.assert_trees_all_equal(one, other)
 
 
 # What is saved teaches as the teacher does.
@@ -150,8 +151,8 @@ def test_all_ids_saved_train_as_the_teacher_itself(config, ids, tmp_path):
                                 rows if 'train/loss' in row for loop in (1, 2)]
   np.testing.assert_allclose(found['top_k'][1], found['teacher'][1], 1e-4)
   # What little AdamW makes of gradients that are rounding is in the bound.
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-3),
-               found['top_k'][0], found['teacher'][0])
+  chex.assert_trees_all_close(
+      found['top_k'][0], found['teacher'][0], rtol=1e-7, atol=1e-3)
 
 
 def test_guesses_are_the_best_and_their_log_probabilities(config):

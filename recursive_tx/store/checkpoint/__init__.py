@@ -1,8 +1,8 @@
 """Checkpoints of a run.
 
-`workdir/checkpoints/STEP/` holds four items: `state` (parameters, optimizer,
-step), `data` (the position in the stream, one file per process), `run` (the
-settings and the best score as JSON) and `files` (the sizes of all of it).
+`workdir/checkpoints/STEP/` holds three items: `state` (parameters, optimizer,
+step), `data` (the position in the stream, one file per process) and `run` (the
+settings and the best score as JSON); and in `files` the sizes of all of it.
 
 Knows trees, bytes and nested dictionaries. Does not know what they mean.
 """
@@ -12,10 +12,8 @@ from recursive_tx.store.checkpoint.config import (
 )
 from recursive_tx.store.checkpoint.layout import is_workdir as is_workdir
 from recursive_tx.store.checkpoint.layout import latest_step as latest_step
-from recursive_tx.store.checkpoint.layout import settings as settings
-from recursive_tx.store.checkpoint.restore import Params as Params
+from recursive_tx.store.checkpoint.restore import Latest as Latest
 from recursive_tx.store.checkpoint.restore import check_same as check_same
-from recursive_tx.store.checkpoint.restore import load_params as load_params
 from recursive_tx.store.checkpoint.restore import restore as restore
 from recursive_tx.store.checkpoint.save import Checkpoints as Checkpoints
 from recursive_tx.store.checkpoint.workdir import (

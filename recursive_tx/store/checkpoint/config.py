@@ -16,8 +16,6 @@ class CheckpointConfig:
 
   Attributes:
     every: steps between checkpoints, in [0, inf); 0 does not count steps.
-    minutes: save as well when so many have passed since the last, in
-      [0, inf); 0 never.
     keep: how many of the latest to keep, in [0, inf); 0 keeps all.
     best: a figure of the held-out set, such as 'eval/loop2/bits_per_byte'.
       Every evaluation at which it is lower than ever before is saved, and the
@@ -25,11 +23,10 @@ class CheckpointConfig:
   """
 
   every: int = 1000
-  minutes: float = 0.0
   keep: int = 2
   best: str = ''
 
-  RANGES = dict(every='[0, inf)', minutes='[0, inf)', keep='[0, inf)')
+  RANGES = dict(every='[0, inf)', keep='[0, inf)')
 
   def __post_init__(self):
     check_ranges('checkpoint', self)
@@ -37,8 +34,7 @@ class CheckpointConfig:
       raise UserError(
           f'checkpoint.best is {self.best!r}; expected the name of a figure of'
           " the held-out set, such as 'eval/loop1/bits_per_byte' (or loss,"
-          ' perplexity; any loop).'
-      )
+          ' perplexity; any loop).')
 
   def best_of(self, evaluation: Mapping[str, Any]) -> float:
     """The figure that `best` names, in a result of `evaluate`.
@@ -52,5 +48,4 @@ class CheckpointConfig:
         return row[key]
     raise UserError(
         f'checkpoint.best is {self.best!r}, but the model has'
-        f' {len(evaluation["loops"])} loops.'
-    )
+        f' {len(evaluation["loops"])} loops.')

@@ -1,48 +1,37 @@
-"""Which directories are as they were when their last byte was written.
+"""Which checkpoints are as they were when their last byte was written.
 
-A list of every file's size goes into a directory before it gets its name. A
+A list of every file's size goes into a checkpoint before it gets its name. A
 file that is missing or of another size shows that the directory was copied
 in part, truncated by a full disk or a crash, or edited. Contents are not read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import json
 
 from etils import epath
 
-_LIST = 'sizes.json'
+_LIST = 'files/sizes.json'
 
 
-def record(directory: epath.Path, parts: tuple[str, ...]) -> str:
-  """The list for `directory`, of all files below its `parts`, as JSON."""
-  sizes = {}
-  for part in parts:
-    for path in _below(directory / part):
-      sizes[str(path.relative_to(directory))] = path.stat().length
-  return json.dumps({'sizes': sizes}, indent=1)
+def write(step: epath.Path, parts: Mapping[str, epath.Path]) -> None:
+  """Writes the list of all files below a checkpoint's folders, by name."""
+  sizes = {f'{name}/{path.relative_to(folder)}': path.stat().length
+           for name, folder in parts.items() for path in _below(folder)}
+  (step / _LIST).parent.mkdir(exist_ok=True)
+  (step / _LIST).write_text(json.dumps({'sizes': sizes}, indent=1))
 
 
-def write(directory: epath.Path, text: str) -> None:
-  """Writes what `record` made into one of the directory's own folders."""
-  (directory / _LIST).write_text(text)
-
-
-def fault(directory: epath.Path, folder: str) -> str:
-  """What is wrong with a directory, in a few words; '' where nothing is.
-
-  Args:
-    directory: the directory.
-    folder: in which of its own folders the list lies.
-  """
-  path = directory / folder / _LIST
+def fault(step: epath.Path) -> str:
+  """What is wrong with a checkpoint, in a few words; '' where nothing is."""
+  path = step / _LIST
   if not path.exists():
-    return f'{folder}/{_LIST} is missing'
+    return f'{_LIST} is missing'
   try:
     sizes = json.loads(path.read_text())['sizes']
   except (ValueError, KeyError, TypeError):
-    return f'{folder}/{_LIST} is truncated'
+    return f'{_LIST} is truncated'
   for name, size in sizes.items():
-    path = directory / name
+    path = step / name
     if not path.exists():
       return f'{name} is missing'
     found = path.stat().length

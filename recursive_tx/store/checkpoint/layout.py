@@ -33,8 +33,7 @@ def latest_step(workdir: str) -> int | None:
   if broken:
     raise UserError(
         f'{"; ".join(broken)}. There is no other; put a copy in its place, or'
-        ' take another --workdir to start anew.'
-    )
+        ' take another --workdir to start anew.')
   return None
 
 
@@ -55,7 +54,7 @@ def steps(where: epath.Path) -> list[int]:
 
 def fault(where: epath.Path, step: int) -> str:
   """What is wrong with a checkpoint; '' where nothing is."""
-  return intact.fault(where / str(step), 'files')
+  return intact.fault(where / str(step))
 
 
 def run(workdir: str, step: int) -> dict[str, Any]:
@@ -63,32 +62,8 @@ def run(workdir: str, step: int) -> dict[str, Any]:
   return json.loads((folder(workdir) / str(step) / 'run' / RUN).read_text())
 
 
-def finished_step(workdir: str) -> int:
-  """As `latest_step`, of a directory that must have one.
-
-  Raises:
-    UserError: the directory holds no finished checkpoint.
-  """
-  step = latest_step(workdir)
-  if step is None:
-    raise UserError(
-        f'{workdir} holds no finished checkpoint; expected one in'
-        f' {folder(workdir)}.'
-    )
-  return step
-
-
-def settings(workdir: str) -> dict[str, Any]:
-  """The settings of a run, as its latest checkpoint has them.
-
-  Raises:
-    UserError: the directory holds no finished checkpoint.
-  """
-  return run(workdir, finished_step(workdir))['settings']
-
-
 def in_short(error: Exception) -> str:
-  """What Orbax, TensorStore or the file system says, in one short line."""
+  """The error of Orbax, TensorStore or the file system in one short line."""
   text = str(error).strip() or type(error).__name__
   # TensorStore's texts name every file on the way to this.
   found = re.search(r"os_error_code='(\d+)'", text)

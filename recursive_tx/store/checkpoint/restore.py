@@ -1,6 +1,7 @@
-"""Reading a run's checkpoints, and when a run may go on from one."""
+"""Reading a run's checkpoints, and when a run may continue from one."""
 
 from collections.abc import Mapping
+import functools
 import json
 from typing import Any
 
@@ -36,16 +37,14 @@ def restore(
   try:
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
       state = reader.restore(
-          folder / 'state', args=ocp.args.StandardRestore(abstract_state)
-      )
+          folder / 'state', args=ocp.args.StandardRestore(abstract_state))
     positions = tuple(
         path.read_bytes()
-        for path in sorted((folder / 'data').glob('process_*'))
-    )
+        for path in sorted((folder / 'data').glob('process_*')))
   except Exception as error:
     raise UserError(
         f'{folder} cannot be read: {layout.in_short(error)}. Move it away, and'
-        ' the same command goes on from the one before it.'
+        ' the same command continues from the one before it.'
     ) from error
   return state, positions
 
@@ -59,38 +58,50 @@ def check_same(
     UserError: a value outside FREE differs from the checkpoint's.
   """
   stored = layout.run(workdir, step)['settings']
-  different = _differences(stored, _as_json(settings))
+  # As it would be read back: tuples are lists.
+  different = _differences(stored, json.loads(json.dumps(settings)))
   if different:
     raise UserError(
         f'{workdir} holds a run with other settings: {"; ".join(different)}.'
         ' Continue it with its own, or start another --workdir from its'
-        f' weights with --config.init_from={workdir}'
-    )
+        f' weights with --config.init_from={workdir}')
 
 
-class Params:
-  """The parameters of a run's latest checkpoint, one leaf at a time.
+class Latest:
+  """A run's latest checkpoint: its settings, and its parameters on demand.
 
   Processes that read them do not wait for each other.
 
   Attributes:
     settings: the run's.
-    paths: of the leaves, such as 'norm/scale'.
   """
 
   def __init__(self, workdir: str):
-    """Reads what there is, and no leaf yet.
+    """Reads the settings.
 
     Raises:
       UserError: the directory holds no finished checkpoint.
     """
-    step = layout.finished_step(workdir)
-    logging.info('Reading the parameters of %s at step %d.', workdir, step)
+    step = layout.latest_step(workdir)
+    if step is None:
+      raise UserError(
+          f'{workdir} holds no finished checkpoint; expected one in'
+          f' {layout.folder(workdir)}.')
+    logging.info('Reading %s at step %d.', workdir, step)
     self.settings = layout.run(workdir, step)['settings']
     self._folder = layout.folder(workdir).absolute() / str(step) / 'state'
-    stored = _alone().metadata(self._folder).tree
-    self._leaves = dict(paths.items(stored['params']))
-    self.paths = list(self._leaves)
+
+  @functools.cached_property
+  def _leaves(self) -> dict[str, Any]:
+    """Shapes and dtypes of the parameters, by path."""
+    return dict(paths.items(_alone().metadata(self._folder).tree['params']))
+
+  def params(self) -> dict[str, Any]:
+    """All parameters, numpy."""
+    params = {}
+    for path in self._leaves:
+      paths.put(params, path, self.read(path))
+    return params
 
   def read(self, path: str) -> np.ndarray:
     """A leaf, whole."""
@@ -102,22 +113,8 @@ class Params:
     found = _alone().restore(
         self._folder,
         args=ocp.args.PyTreeRestore(
-            item=item, restore_args=args, partial_restore=True
-        ),
-    )
+            item=item, restore_args=args, partial_restore=True))
     return paths.get(found, f'params/{path}')
-
-
-def load_params(workdir: str) -> tuple[dict[str, Any], Any]:
-  """Settings and parameters (numpy, whole) of a run's latest checkpoint.
-
-  Raises:
-    UserError: the directory holds no finished checkpoint.
-  """
-  source, params = Params(workdir), {}
-  for path in source.paths:
-    paths.put(params, path, source.read(path))
-  return source.settings, params
 
 
 def _alone() -> ocp.PyTreeCheckpointHandler:
@@ -125,8 +122,7 @@ def _alone() -> ocp.PyTreeCheckpointHandler:
   me = jax.process_index()
   options = ocp.options.MultiprocessingOptions(
       primary_host=me, active_processes={me},
-      barrier_sync_key_prefix=f'process_{me}',
-  )
+      barrier_sync_key_prefix=f'process_{me}')
   return ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
 
 
@@ -138,8 +134,7 @@ def _differences(stored: Any, wanted: Any) -> list[str]:
       f'{key} {stored.get(key, "(none)")!r} -> {wanted.get(key, "(none)")!r}'
       for key in keys
       if not {key, key.split('.')[0]} & set(FREE)
-      and stored.get(key) != wanted.get(key)
-  ]
+      and stored.get(key) != wanted.get(key)]
 
 
 def _flat(tree: Any, prefix: str = '') -> dict[str, Any]:
@@ -149,8 +144,3 @@ def _flat(tree: Any, prefix: str = '') -> dict[str, Any]:
   for key, value in tree.items():
     flat |= _flat(value, f'{prefix}.{key}' if prefix else str(key))
   return flat
-
-
-def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
-  """As it would be read back: tuples are lists."""
-  return json.loads(json.dumps(settings))

@@ -3,8 +3,10 @@
 Orbax writes them beside their final place and renames.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import dataclasses
+import math
 from typing import Any
 
 from etils import epath
@@ -32,9 +34,8 @@ class Checkpoints:
       UserError: it cannot write there.
     """
     self._folder = layout.folder(workdir)
-    self._name = config.best
+    self._config = config
     self._keep = _Keep(config.keep)
-    self._settings = None
     step = layout.latest_step(workdir)
     if step is not None and config.best:
       stored = layout.run(workdir, step)['best']
@@ -44,16 +45,12 @@ class Checkpoints:
         self._folder.absolute(),
         options=ocp.CheckpointManagerOptions(
             preservation_policy=self._keep, create=True,
-            cleanup_tmp_directories=True,
-        ),
-        # They are completed in this order, so that `files` sees the others.
+            cleanup_tmp_directories=True),
+        # They are completed in this order, so that the last sees the others.
         item_handlers={
             'state': ocp.StandardCheckpointHandler(),
-            'data': _PositionHandler(),
             'run': ocp.JsonCheckpointHandler(filename=layout.RUN),
-            'files': _FilesHandler(),
-        },
-    )
+            'data': _PositionHandler()})
 
   @property
   def best(self) -> tuple[int, float] | None:
@@ -63,21 +60,13 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind, *unused) -> None:
-    try:
+    # Where something else went wrong already, that is what to hear of.
+    with contextlib.suppress(Exception) if kind else self._plain_errors():
       self._manager.close()
-    except Exception as error:
-      # Where something else went wrong already, that is what to hear of.
-      if kind is None:
-        raise self._failed(error) from error
 
   def save(
-      self,
-      step: int,
-      *,
-      state: Any,
-      position: bytes,
-      settings: Mapping[str, Any],
-      score: float | None = None,
+      self, step: int, *, state: Any, position: bytes,
+      settings: Mapping[str, Any], score: float | None = None,
   ) -> None:
     """Saves in the background; the arrays may be donated when it returns.
 
@@ -95,20 +84,21 @@ class Checkpoints:
     self.mark_best(step, score)
     best = self.best and dict(zip(('step', 'score'), self.best, strict=True))
     run = {'settings': dict(settings),
-           'best': best and {'name': self._name, **best}}
-    try:
+           'best': best and {'name': self._config.best, **best}}
+    with self._plain_errors():
       self._manager.save(
           step,
           args=ocp.args.Composite(
-              state=ocp.args.StandardSave(state),
-              data=_PositionSave(position),
-              run=ocp.args.JsonSave(run),
-              files=_FilesSave(),
-          ),
-          force=True,
-      )
-    except Exception as error:
-      raise self._failed(error) from error
+              state=ocp.args.StandardSave(state), data=_PositionSave(position),
+              run=ocp.args.JsonSave(run)),
+          force=True)
+
+  def score_of(self, evaluation: Mapping[str, Any]) -> float | None:
+    """The figure by which an evaluation is the best so far; None, it is not."""
+    if not self._config.best:
+      return None
+    score = self._config.best_of(evaluation)
+    return score if score < (self.best[1] if self.best else math.inf) else None
 
   def mark_best(self, step: int, score: float | None) -> None:
     """As if an earlier checkpoint had been saved with this score."""
@@ -117,28 +107,28 @@ class Checkpoints:
 
   def check(self) -> None:
     """Raises UserError if a save in the background has failed."""
-    try:
+    with self._plain_errors():
       self._manager.check_for_errors()
-    except Exception as error:
-      raise self._failed(error) from error
 
   def wait(self) -> None:
     """Returns when all is written; raises UserError if it cannot be."""
-    try:
+    with self._plain_errors():
       self._manager.wait_until_finished()
-    except Exception as error:
-      raise self._failed(error) from error
 
-  def _failed(self, error: Exception) -> UserError:
-    whole = [step for step in layout.steps(self._folder)
-             if not layout.fault(self._folder, step)]
-    left = (f'The last good checkpoint is {self._folder / str(max(whole))}'
-            if whole else 'There is no earlier one')
-    return UserError(
-        f'A checkpoint could not be written to {self._folder}:'
-        f' {layout.in_short(error)}. {left}; when there is room to write, the'
-        ' same command goes on from there.'
-    )
+  @contextlib.contextmanager
+  def _plain_errors(self) -> Iterator[None]:
+    """Errors of Orbax in one line, with what is left."""
+    try:
+      yield
+    except Exception as error:
+      whole = [step for step in layout.steps(self._folder)
+               if not layout.fault(self._folder, step)]
+      left = (f'The last good checkpoint is {self._folder / str(max(whole))}'
+              if whole else 'There is no earlier one')
+      raise UserError(
+          f'A checkpoint could not be written to {self._folder}:'
+          f' {layout.in_short(error)}. {left}; when there is room to write, the'
+          ' same command continues from there.') from error
 
 
 class _Keep:
@@ -156,41 +146,24 @@ class _Keep:
 
 
 class _PositionHandler(ocp.CheckpointHandler):
-  """Bytes of every process, one file each."""
+  """Bytes of every process, one file each; at the end, all files' sizes."""
 
   def save(self, directory: epath.Path, args: '_PositionSave') -> None:
     name = f'process_{jax.process_index()}_of_{jax.process_count()}'
     (directory / name).write_bytes(args.position)
+
+  def finalize(self, directory: epath.Path) -> None:
+    step = directory.parent
+    # The own folder has a name for the time being.
+    intact.write(step, {
+        'state': step / 'state', 'run': step / 'run', 'data': directory})
 
   def restore(self, directory: epath.Path, args: Any) -> None:
     raise NotImplementedError('`restore` reads the files itself.')
 
 
 @ocp.args.register_with_handler(
-    _PositionHandler, for_save=True, for_restore=True
-)
+    _PositionHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
 class _PositionSave(ocp.args.CheckpointArgs):
   position: bytes
-
-
-class _FilesHandler(ocp.CheckpointHandler):
-  """The sizes of the other items, when all processes have written them."""
-
-  def save(self, directory: epath.Path, args: '_FilesSave') -> None:
-    del directory, args
-
-  def finalize(self, directory: epath.Path) -> None:
-    parts = ('state', 'data', 'run')
-    intact.write(directory, intact.record(directory.parent, parts))
-
-  def restore(self, directory: epath.Path, args: Any) -> None:
-    raise NotImplementedError('Sizes are compared, not restored.')
-
-
-@ocp.args.register_with_handler(
-    _FilesHandler, for_save=True, for_restore=True
-)
-@dataclasses.dataclass
-class _FilesSave(ocp.args.CheckpointArgs):
-  pass

@@ -24,16 +24,16 @@ def check_writable(workdir: str, num_bytes: int) -> None:
   """
   folder = epath.Path(workdir)
   made = [path for path in (folder, *folder.parents) if not path.exists()]
-  probe, said = folder / '.probe', ''
+  probe, problem = folder / '.probe', ''
   if machine.is_main():
     try:
       folder.mkdir(parents=True, exist_ok=True)
       probe.write_text('?')
-      said = _no_room(folder, num_bytes)
+      problem = _no_room(folder, num_bytes)
     except OSError as error:
-      said = f'{workdir} cannot be written: {error.strerror or error}'
-  failed = machine.agree(bool(said))
-  seen = failed or probe.exists()
+      problem = f'{workdir} cannot be written: {error.strerror or error}'
+  failed = machine.agree(bool(problem))
+  is_shared = failed or probe.exists()
   machine.wait('the workdir was looked at')
   if machine.is_main():
     if probe.exists():
@@ -43,15 +43,13 @@ def check_writable(workdir: str, num_bytes: int) -> None:
         path.rmdir()
   if failed:
     raise UserError(
-        f'{said or f"process 0 cannot write to {workdir}"}; make it writable'
-        ' and roomy, or take another --workdir.'
-    )
-  if not seen:
+        f'{problem or f"process 0 cannot write to {workdir}"}; make it writable'
+        ' and roomy, or take another --workdir.')
+  if not is_shared:
     raise UserError(
         f'{workdir} of process {jax.process_index()} is not that of process'
         ' 0; all need the same directory, on a file system or bucket that'
-        ' they share.'
-    )
+        ' they share.')
 
 
 def set_aside_broken(workdir: str) -> None:

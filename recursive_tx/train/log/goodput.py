@@ -41,8 +41,7 @@ class Sessions:
     """Writes what has been achieved at a step."""
     self._file.write({
         'time': now, 'step': step, 'useful': self.useful,
-        'skipped': self.skipped,
-    })
+        'skipped': self.skipped})
 
   def goodput(self, now: float) -> float:
     """Useful share of the time since the first session began, 0 to 1."""

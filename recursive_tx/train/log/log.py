@@ -82,8 +82,7 @@ class History:
       flops: float = 0.0,
       peak: float | None = None,
       began: float | None = None,
-      clock: Callable[[], float] = time.time,
-  ):
+      clock: Callable[[], float] = time.time):
     """Opens the outputs.
 
     Args:
@@ -112,8 +111,7 @@ class History:
         total=steps, initial=start, dynamic_ncols=True,
         disable=not (self._main and config.progress),
         # The time left is ours: tqdm's follows each pause.
-        bar_format='{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]',
-    ))
+        bar_format='{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]'))
     if self._main:
       began = clock() if began is None else began
       self._open_files(config, epath.Path(workdir), start, settings, began)
@@ -159,8 +157,7 @@ class History:
         f'eval/{name}/{key}': value
         for name, row in scores.items()
         for key, value in row.items()
-        if key != 'loop'
-    })
+        if key != 'loop'})
 
   def parameters(self, params: Any) -> None:
     """Logs names, shapes and shardings of all parameters or abstract ones."""
@@ -184,8 +181,7 @@ class History:
     if self._writer:
       self._writer.write_texts(step, {
           f'samples/{i}': f'{_verbatim(prompt)}\n\n---\n\n{_verbatim(text)}'
-          for i, (prompt, text) in enumerate(texts.items(), 1)
-      })
+          for i, (prompt, text) in enumerate(texts.items(), 1)})
 
   def pause(self) -> None:
     """What happened since the last step is not to count as training time."""
@@ -198,20 +194,23 @@ class History:
       self, config: LogConfig, folder: epath.Path, start: int,
       settings: Mapping[str, Any], began: float,
   ) -> None:
+    def opened(output):  # To be closed with the rest.
+      return self._open.enter_context(contextlib.closing(output))
+
     folder.mkdir(parents=True, exist_ok=True)
     (folder / 'config.json').write_text(json.dumps(settings, indent=2) + '\n')
     rows = read_metrics(str(folder)) if start else []
     kept = [row for row in rows if row['step'] <= start]
-    self._rows = self._opened(Rows(folder / 'metrics.jsonl', kept))
-    self._sessions = self._opened(
+    self._rows = opened(Rows(folder / 'metrics.jsonl', kept))
+    self._sessions = opened(
         Sessions(folder, start=start, began=began))
-    self._trace = self._opened(Trace(
+    self._trace = opened(Trace(
         folder, step=config.profile_step, steps=config.profile_steps))
     if config.tensorboard:
       # It imports TensorFlow, which takes seconds.
       from clu import metric_writers
 
-      self._writer = self._opened(metric_writers.SummaryWriter(str(folder)))
+      self._writer = opened(metric_writers.SummaryWriter(str(folder)))
       self._writer.write_hparams(settings)
 
   def _flush(self) -> None:
@@ -269,11 +268,6 @@ class History:
     self._rows.write({'step': step, **row})
     if self._writer:
       self._writer.write_scalars(step, row)
-
-  def _opened(self, output: Any) -> Any:
-    """The same, to be closed with the rest."""
-    self._open.callback(output.close)
-    return output
 
 
 def _verbatim(text: str) -> str:

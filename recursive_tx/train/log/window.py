@@ -27,8 +27,7 @@ class Work:
     speed = self.tokens / max(seconds, 1e-9)
     found = {
         'tokens_per_second': speed,
-        'tokens_per_second_per_chip': speed / self.chips,
-    }
+        'tokens_per_second_per_chip': speed / self.chips}
     if self.peak and self.flops:
       rate = self.flops / max(seconds, 1e-9)
       found['mfu'] = rate / (self.peak * self.chips)
@@ -70,8 +69,7 @@ class Window:
     taken = [step for step in self._steps if not step.get('skipped')]
     row = {
         key: float(np.mean([step[key] for step in taken]))
-        for key in last if taken
-    }
+        for key in last if taken}
     row['lr'] = last['lr']
     row['skipped'] = float(len(self._steps) - len(taken))
     row['input_wait_seconds'] = float(np.mean(self._waits))
@@ -79,6 +77,5 @@ class Window:
       row |= {
           f'step_seconds/p{percent}': float(
               np.percentile(self._seconds, percent))
-          for percent in (50, 90, 99)
-      }
+          for percent in (50, 90, 99)}
     return row | self.speeds()
