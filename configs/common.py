@@ -26,8 +26,7 @@ TABLE = (
     ('adapters/.*/[ab]', 1.0, 0.0),
     ('.*/(scale|bias)', 1.0, 0.0),
     ('embed/.*', 1.0, 0.0),
-    ('.*/kernel', 1.0, 1.0),
-)
+    ('.*/kernel', 1.0, 1.0))
 # The paper decays factors like kernels.
 PAPER_TABLE = (TABLE[0], ('adapters/.*/[ab]', 1.0, 1.0), *TABLE[2:])
 
@@ -41,13 +40,10 @@ TASKS = {
 } | {
     'c4': dict(
         kind='tfds', dataset='c4/en:3.1.0', train='train',
-        heldout='validation',
-    ),
+        heldout='validation'),
     'text': dict(
         kind='text', train='data/text/train/**/*.txt',
-        heldout='data/text/validation/**/*.txt',
-    ),
-}
+        heldout='data/text/validation/**/*.txt')}
 BASELINES = ('full', 'reduced', 'random')
 _UNSET = -(1 << 31)  # Loops that no argument names.
 
@@ -73,8 +69,7 @@ def parse(
       near = difflib.get_close_matches(name, defaults, n=1, cutoff=0)
       raise UserError(
           f'Unknown config argument {name!r}; did you mean {near[0]!r}? Known:'
-          f' {", ".join(defaults)}.'
-      )
+          f' {", ".join(defaults)}.')
     if name in given:
       raise UserError(f'Config argument {name!r} is given twice in {arg!r}.')
     given.add(name)
@@ -159,8 +154,7 @@ def uptrain(
   args = parse(
       arg, alone={'exits': '0.1'}, loops=_UNSET, rank='', init='', tokens=15.0,
       data=data, teacher=False, exits='', gate=0, paper=False,
-      baseline='',
-  )
+      baseline='')
   one_of('data', args.data, TASKS)
   in_range('Config argument tokens', args.tokens, '(0, inf)')
   in_range('Config argument gate', args.gate, '[0, inf)', int)
@@ -213,13 +207,11 @@ def _given(
     if not published:
       raise UserError(
           f'baseline={args.baseline} wants the config of a published model,'
-          ' such as gemma_2b'
-      )
+          ' such as gemma_2b')
     if args.rank not in ('', '0'):
       raise UserError(
           f'baseline={args.baseline} has no adapters; leave out rank='
-          f'{args.rank}.'
-      )
+          f'{args.rank}.')
     block = _block(published, loops)
     if args.baseline == 'full':
       loops, block = 1, published['layers_per_loop']
@@ -230,8 +222,7 @@ def _given(
     if loops < 2:
       raise UserError(
           f'gate={args.gate} with a model of one loop, which has no earlier'
-          ' exit; give loops=2 or more, or leave it out.'
-      )
+          ' exit; give loops=2 or more, or leave it out.')
     given['exit_gate'] = args.gate
   return given, loops
 
@@ -243,8 +234,7 @@ def _block(published: dict[str, Any], loops: int) -> int:
     fits = [n for n in range(1, layers + 1) if layers % n == 0]
     raise UserError(
         f'loops={loops} does not divide the {layers} layers; use one of'
-        f' {fits}.'
-    )
+        f' {fits}.')
   return layers // loops
 
 
@@ -264,8 +254,7 @@ def exit_losses(exits: str, loops: int) -> dict[str, tuple[float, ...]]:
   if loops < 2:
     raise UserError(
         f'exits={exits} with a model of one loop, which has no earlier exit;'
-        ' give loops=2 or more, or leave it out.'
-    )
+        ' give loops=2 or more, or leave it out.')
   if exits == 'weighted':
     total = loops * (loops + 1) / 2
     weights = tuple(i / total for i in range(1, loops + 1))
@@ -277,8 +266,7 @@ def exit_losses(exits: str, loops: int) -> dict[str, tuple[float, ...]]:
     if not 0 < c < float('inf'):
       raise UserError(
           f'exits is {exits!r}; expected exits alone (0.1), exits=weighted or'
-          ' a weight above 0, such as exits=0.3.'
-      )
+          ' a weight above 0, such as exits=0.3.')
     weights = (c,) * (loops - 1) + (1.0,)
   return dict(next_token=weights, self_distill=(*weights[:-1], 0.0))
 
@@ -288,8 +276,7 @@ def _value(name: str, default: Any, text: str) -> Any:
     if text.lower() not in ('true', 'false'):
       raise UserError(
           f'Config argument {name} is {text!r}; expected {name} alone, true or'
-          ' false.'
-      )
+          ' false.')
     return text.lower() == 'true'
   try:
     if text in ('', 'true'):

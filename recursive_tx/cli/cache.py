@@ -12,11 +12,10 @@ import dataclasses
 import os
 
 from absl import flags
-from tqdm import tqdm
 
 from recursive_tx.cli import arguments, configs
 from recursive_tx.data import cache_writer
-from recursive_tx.errors import UserError, in_range
+from recursive_tx.errors import in_range
 from recursive_tx.store import opening
 from recursive_tx.text.columns import columns
 
@@ -35,17 +34,8 @@ def main(argv: list[str]) -> None:
   arguments.check(argv, config=_CONFIG.value, output=_OUTPUT.value)
   in_range('--processes', _PROCESSES.value, '[0, inf)', int)
   config = configs.typed(_CONFIG.value)
-  source = config.tokenizer or config.init_from
-  if not source:
-    raise UserError(
-        'There is no tokenizer; name its directory with --config.tokenizer=')
-  bar = tqdm(unit=' files', desc='cache', delay=0.5)
-
-  def progress(done: int, of: int) -> None:
-    bar.total = of
-    bar.update(done - bar.n)
-
-  with bar:
+  source = config.tokenizer_from
+  with arguments.progress('cache', ' files') as progress:
     rows = cache_writer.write(
         dataclasses.replace(config.data, cache=''),
         opening.companions(source), _OUTPUT.value,

@@ -37,8 +37,7 @@ def define() -> flags.FlagHolder:
       'A config that ships, by name, or the path of one, and its arguments:'
       ' gemma_2b:loops=3, or my/own.py;'
       ' any value in it can be set after it, --config.optim.lr=1e-4.',
-      lock_config=True,
-  )
+      lock_config=True)
   flag = flags.FLAGS['config']
   flag.parse = _in_one_line(flag.parse)
   return holder
@@ -66,12 +65,13 @@ def typed(config: ConfigDict) -> train.Config:
     model = dataclasses.asdict(inherit(
         source, model, init=values['init'], lora=values['lora']))
   values['model'] = {**published, **model}
-  missing = [key for key in _MODEL_FIELDS if _is_gap(key, values['model'])]
+  missing = [key for key, field in _MODEL_FIELDS.items()
+             if field.default is dataclasses.MISSING
+             and key not in values['model']]
   if missing:
     raise UserError(
         f'config.model.{missing[0]} is not set; give --config.init_from=DIR'
-        f' to take it from a model, or --config.model.{missing[0]}='
-    )
+        f' to take it from a model, or --config.model.{missing[0]}=')
   built = _build(train.Config, values, 'config')
   if losses.uses_teacher(built.losses) and source and not built.teacher:
     if opening.config(source).loops == 1:
@@ -89,18 +89,11 @@ def _build(kind: type, values: dict[str, Any], where: str) -> Any:
     if kind is DataConfig and key == 'tasks':
       value = tuple(
           _build(Task, {'name': name, **task}, f'{where}.tasks.{name}')
-          for name, task in value.items()
-      )
+          for name, task in value.items())
     elif dataclasses.is_dataclass(fields[key].type):
       value = _build(fields[key].type, value, f'{where}.{key}')
     built[key] = value
   return kind(**built)
-
-
-def _is_gap(key: str, model: dict[str, Any]) -> bool:
-  """Whether a field that has no default is not set."""
-  return key not in model and (
-      _MODEL_FIELDS[key].default is dataclasses.MISSING)
 
 
 def _path(name: str) -> str:

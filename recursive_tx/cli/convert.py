@@ -8,7 +8,6 @@ model's predictions least, on --calibration=TEXT or on text that it samples.
 """
 
 from absl import flags
-from tqdm import tqdm
 
 from recursive_tx.cli import arguments
 from recursive_tx.store import convert, opening
@@ -60,13 +59,7 @@ def main(argv: list[str]) -> None:
       _CALIBRATION.value, opening.load_tokenizer(_SOURCE.value),
       tokens=_TOKENS.value, document=_DOCUMENT.value,
   ) if _CALIBRATION.value else None
-  bar = tqdm(unit=' parameters', unit_scale=True, desc='convert', delay=0.5)
-
-  def progress(total: int, done: int) -> None:
-    bar.total = total
-    bar.update(done)
-
-  with bar:
+  with arguments.progress('convert', ' parameters') as progress:
     report = convert.convert(
         _SOURCE.value, _OUTPUT.value, loops=_LOOPS.value, rank=_RANK.value,
         init=init, loop_norms=_LOOP_NORMS.value, prelude=_PRELUDE.value,

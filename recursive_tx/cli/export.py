@@ -6,7 +6,6 @@ It opens in transformers, vLLM and whatever reads its architecture.
 """
 
 from absl import flags
-from tqdm import tqdm
 
 from recursive_tx.cli import arguments
 from recursive_tx.store import convert, export
@@ -26,22 +25,13 @@ _CHECK = flags.DEFINE_bool(
 def main(argv: list[str]) -> None:
   """Runs the verb."""
   arguments.check(argv, checkpoint=_CHECKPOINT.value, output=_OUTPUT.value)
-  bars = {}
-
-  def progress(what: str, total: int, done: int) -> None:
-    if what not in bars:
-      unit = 'B' if what == 'export' else ' parameters'
-      bars[what] = tqdm(
-          total=total, desc=what, unit=unit, unit_scale=True, delay=0.5)
-    bars[what].update(done)
-
-  try:
+  with (arguments.progress('export', 'B') as written,
+        arguments.progress('check', ' parameters') as checked):
+    bars = {'export': written, 'check': checked}
     found = export.export(
         _CHECKPOINT.value, _OUTPUT.value, dtype=_DTYPE.value,
-        check=_CHECK.value, progress=progress)
-  finally:
-    for bar in bars.values():
-      bar.close()
+        check=_CHECK.value,
+        progress=lambda what, total, done: bars[what](total, done))
   print(f'wrote {_OUTPUT.value}')
   if found:
     print(convert.check_table(found))

@@ -47,14 +47,12 @@ def main(argv: list[str]) -> None:
   output = files.check_workdir(_OUTPUT.value)
   config = configs.typed(_CONFIG.value)
   _JOIN()
-  source = config.tokenizer or config.init_from
-  for name, value in (('teacher', config.teacher), ('tokenizer', source)):
-    if not value:
-      raise UserError(
-          f'There is no {name}; name its directory with --config.{name}=')
+  if not config.teacher:
+    raise UserError(
+        'There is no teacher; name its directory with --config.teacher=')
   if teacher_cache.is_saved(config.teacher):
     raise UserError(f'{config.teacher} holds top-k logits; expected a model.')
-  ids = opening.load_tokenizer(source)
+  ids = opening.load_tokenizer(config.tokenizer_from)
   tokenizer.check_vocab(ids, config.model.V)
   about = teacher_cache.facts(
       config.data, ids, V=config.model.V, best=_BEST.value,

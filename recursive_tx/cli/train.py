@@ -18,8 +18,7 @@ _CONFIG = configs.define()
 _WORKDIR = flags.DEFINE_string(
     'workdir', None,
     'Where checkpoints, metrics and the final model go. A directory that'
-    ' holds the same run is resumed.',
-)
+    ' holds the same run is resumed.')
 _JOIN = processes.define()
 
 

@@ -42,31 +42,26 @@ def open_units(
   folder = epath.Path(config.cache) / task.name
   again = (
       'make it again: python -m recursive_tx cache --config=... '
-      f'--output={config.cache}'
-  )
+      f'--output={config.cache}')
   if not (folder / 'COMPLETED').exists():
     raise UserError(
         f'data.cache={config.cache!r} holds no cache of task {task.name!r}; '
-        + again
-    )
+        + again)
   stored = json.loads((folder / DESCRIPTION).read_text())
   if stored['version'] != VERSION:
     raise UserError(
         f'{folder} has format {stored["version"]}, this program reads '
-        f'{VERSION}; {again}'
-    )
+        f'{VERSION}; {again}')
   for name, now in describe(config, tokenizer, task).items():
     if stored[name] != now:
       raise UserError(
           f'{folder} was made with {name}={stored[name]!r}, now it is '
-          f'{now!r}; {again}'
-      )
+          f'{now!r}; {again}')
   digest = digest_files(config, task, split)
   if digest not in (None, stored['splits'][split]['files']):
     raise UserError(
         f'{folder} was made of other files: since then names or sizes in '
-        f'{getattr(task, split) or task.train} have changed; {again}'
-    )
+        f'{getattr(task, split) or task.train} have changed; {again}')
   return Units(folder, split, stored)
 
 
@@ -80,8 +75,7 @@ def describe(
       'tokenizer': [tokenizer.digest, tokenizer.bos_id, tokenizer.eos_id],
       'task': fields,
       'heldout_fraction': None if task.heldout else config.heldout_fraction,
-      'faults': FAULTS,
-  }
+      'faults': FAULTS}
   return json.loads(json.dumps(described))
 
 

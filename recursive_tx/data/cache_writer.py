@@ -35,13 +35,9 @@ _load = functools.lru_cache(1)(tokenizer_lib.load)
 
 
 def write(
-    config: DataConfig,
-    tokenizer: str,
-    output: str,
-    *,
-    processes: int,
+    config: DataConfig, tokenizer: str, output: str, *, processes: int,
     overwrite: bool = False,
-    progress: Callable[[int, int], Any] = lambda done, of: None,
+    progress: Callable[[int, int], Any] = lambda total, done: None,
 ) -> list[dict[str, Any]]:
   """Makes the cache of all tasks, both splits.
 
@@ -51,7 +47,7 @@ def write(
     output: directory to make, on disk; it appears whole or not at all.
     processes: how many tokenise at a time.
     overwrite: replace `output`.
-    progress: called with the number of parts done, and of all.
+    progress: called with the number of parts, and of those just done.
 
   Returns:
     For each task and split 'task', 'split', 'documents', 'tokens' (EOS not
@@ -80,25 +76,21 @@ def write(
       for split in cache.SPLITS:
         parts = [
             part for job, part in zip(jobs, made, strict=True)
-            if job[:2] == (task, split)
-        ]
+            if job[:2] == (task, split)]
         digest = digests[task, split]
         if cache.digest_files(config, task, split) != digest:
           raise UserError(
               f'the files of data task {task.name!r} changed while they were '
-              'read; start again'
-          )
+              'read; start again')
         rows.append({
             'task': task.name, 'split': split,
-            **_finish(folder / task.name, split, parts),
-        })
+            **_finish(folder / task.name, split, parts)})
         size = [part['part_bytes'] for part in parts]
         splits[split] = {'files': digest, 'bytes': size}
       files.write_json(folder / task.name / cache.DESCRIPTION, {
           'version': cache.VERSION,
           **cache.describe(config, loaded, task),
-          'splits': splits,
-      })
+          'splits': splits})
       (folder / task.name / 'COMPLETED').touch()
   return rows
 
@@ -112,17 +104,15 @@ def _run(
   # Each process loads TensorFlow, which does not survive a fork.
   pool = concurrent.futures.ProcessPoolExecutor(
       min(processes, len(jobs)), multiprocessing.get_context('spawn'),
-      initializer=_end_with_parent,
-  )
+      initializer=_end_with_parent)
   with pool:
     waiting = [
         pool.submit(_write_part, config, tokenizer, folder, *job)
-        for job in jobs
-    ]
+        for job in jobs]
     try:
-      for i, done in enumerate(concurrent.futures.as_completed(waiting)):
+      for done in concurrent.futures.as_completed(waiting):
         done.result()
-        progress(i + 1, len(jobs))
+        progress(len(jobs), 1)
     except BrokenProcessPool:
       raise UserError(
           'a process that tokenises was killed, perhaps for want of memory; '
@@ -182,8 +172,7 @@ def _write_part(
     for texts, codes in _units(config, task, split, part, parts):
       size = checksum = 0
       for ids, num_bytes, code in pipeline.encode(
-          loaded, texts, [0] * len(texts)
-      ):
+          loaded, texts, [0] * len(texts)):
         if code:
           codes.append(code)
           continue
@@ -203,8 +192,7 @@ def _write_part(
   return {
       'index': index, 'part_bytes': offset, 'bytes': text_bytes,
       'documents': len(lengths), 'tokens': sum(lengths),
-      'most': max(lengths, default=0),
-  }
+      'most': max(lengths, default=0)}
 
 
 def _units(
@@ -218,8 +206,7 @@ def _units(
 
     splits = tfds.even_splits(getattr(task, split)[0], parts)
     dataset = sources.tfds_builder(task).as_dataset(
-        split=splits[part], shuffle_files=False
-    )
+        split=splits[part], shuffle_files=False)
     for examples in dataset.batch(_TFDS_UNIT).as_numpy_iterator():
       yield list(examples[task.key]), []
     return
@@ -238,8 +225,7 @@ def _example(ids: np.ndarray, num_bytes: int) -> bytes:
 
   features = {'targets': integers(ids), 'num_bytes': integers([num_bytes])}
   return tf.train.Example(
-      features=tf.train.Features(feature=features)
-  ).SerializeToString()
+      features=tf.train.Features(feature=features)).SerializeToString()
 
 
 def _finish(
@@ -250,34 +236,27 @@ def _finish(
 
   kinds = {
       'offset': np.int64, 'size': np.int64, 'checksum': np.uint32,
-      'faults': np.int32,
-  }
+      'faults': np.int32}
   index = {
       name: np.concatenate([
-          np.asarray(part['index'][name], dtype) for part in parts
-      ])
-      for name, dtype in kinds.items()
-  }
+          np.asarray(part['index'][name], dtype) for part in parts])
+      for name, dtype in kinds.items()}
   units = [len(part['index']['size']) for part in parts]
   index['part'] = np.repeat(np.arange(len(parts), dtype=np.int32), units)
   np.savez_compressed(folder / f'units.{split}.npz', **index)
   row = {
       name: sum(part[name] for part in parts)
-      for name in ('documents', 'tokens', 'bytes')
-  }
+      for name in ('documents', 'tokens', 'bytes')}
   files.write_json(pathlib.Path(seqio.get_cached_info_path(folder, split)), {
       'num_shards': len(parts),
       'features': {
           'num_bytes': {'shape': [], 'dtype': 'int32'},
-          'targets': {'shape': [None], 'dtype': 'int32'},
-      },
-      'seqio_version': seqio.__version__,
-  })
+          'targets': {'shape': [None], 'dtype': 'int32'}},
+      'seqio_version': seqio.__version__})
   files.write_json(pathlib.Path(seqio.get_cached_stats_path(folder, split)), {
       'examples': row['documents'],
       'targets_tokens': row['tokens'],
-      'targets_max_tokens': max(part['most'] for part in parts),
-  })
+      'targets_max_tokens': max(part['most'] for part in parts)})
   counts = index['faults'].sum(axis=0).tolist()
   faults = {k: n for k, n in zip(FAULTS, counts, strict=True) if n}
   return {**row, 'faults': faults}

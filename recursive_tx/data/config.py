@@ -50,24 +50,20 @@ class Task:
   def __post_init__(self):
     where = f'data task {self.name!r}'
     if not isinstance(self.name, str) or not re.fullmatch(
-        r'[\w.]+', self.name
-    ):
+        r'[\w.]+', self.name):
       raise UserError(
-          f'{where}: a name is letters, digits, _ and . only; rename it'
-      )
+          f'{where}: a name is letters, digits, _ and . only; rename it')
     if self.kind not in KINDS:
       raise UserError(
           f'{where}: unknown kind {self.kind!r}, expected one of '
-          f'{", ".join(KINDS)}'
-      )
+          f'{", ".join(KINDS)}')
     for field in ('train', 'heldout'):
       value = _strings(getattr(self, field), f'{where}: {field}')
       object.__setattr__(self, field, value)
     for field in ('document', 'key', 'dataset'):
       if not isinstance(getattr(self, field), str):
         raise UserError(
-            f'{where}: {field} is {getattr(self, field)!r}, expected a string'
-        )
+            f'{where}: {field} is {getattr(self, field)!r}, expected a string')
     if not self.document:
       unit = 'file' if self.kind == 'text' else 'record'
       object.__setattr__(self, 'document', unit)
@@ -81,24 +77,20 @@ class Task:
       raise UserError(
           f"{where}: kind 'text' takes document='file' or a separator line, "
           f"the others document='record'; got {self.document!r} with "
-          f'{self.kind!r}'
-      )
+          f'{self.kind!r}')
     if '\n' in self.document or '\r' in self.document:
       raise UserError(
           f'{where}: document={self.document!r} is more than one line; a '
-          'separator is one whole line, without its end'
-      )
+          'separator is one whole line, without its end')
     if (self.kind == 'tfds') != bool(self.dataset):
       raise UserError(
           f"{where}: dataset={self.dataset!r} with kind {self.kind!r}; kind "
-          "'tfds' needs the dataset's name and no other kind takes one"
-      )
+          "'tfds' needs the dataset's name and no other kind takes one")
     if self.kind == 'tfds' and not len(self.train) == len(self.heldout) == 1:
       raise UserError(
           f"{where}: kind 'tfds' takes one split to train on and one held "
           f"out, such as train='train[1%:]', heldout='train[:1%]'; got "
-          f'{self.train} and {self.heldout}'
-      )
+          f'{self.train} and {self.heldout}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,18 +135,15 @@ class DataConfig:
 
   def __post_init__(self):
     if not isinstance(self.tasks, Sequence) or not all(
-        isinstance(task, Task) for task in self.tasks
-    ):
+        isinstance(task, Task) for task in self.tasks):
       raise UserError(
-          f'data.tasks is {self.tasks!r}, expected a sequence of data.Task'
-      )
+          f'data.tasks is {self.tasks!r}, expected a sequence of data.Task')
     object.__setattr__(self, 'tasks', tuple(self.tasks))
     names = [task.name for task in self.tasks]
     if not names or len(set(names)) < len(names):
       raise UserError(
           f'data.tasks are named {names}: there must be one at least, and no '
-          'name twice'
-      )
+          'name twice')
     check_ranges('data', self)
     if not isinstance(self.cache, str):
       raise UserError(f'data.cache is {self.cache!r}, expected a directory')
@@ -163,8 +152,7 @@ class DataConfig:
       fits = [n for n in range(1, most + 1) if not self.batch % n]
       raise UserError(
           f'data.batch {self.batch} is not a multiple of data.shards '
-          f'{self.shards}; choose shards among {fits}, or another batch'
-      )
+          f'{self.shards}; choose shards among {fits}, or another batch')
 
 
 def _strings(value: object, where: str) -> tuple[str, ...]:
@@ -172,7 +160,6 @@ def _strings(value: object, where: str) -> tuple[str, ...]:
   if isinstance(value, str):
     value = (value,) if value else ()
   if not isinstance(value, Sequence) or not all(
-      isinstance(part, str) and part for part in value
-  ):
+      isinstance(part, str) and part for part in value):
     raise UserError(f'{where} is {value!r}, expected strings')
   return tuple(value)

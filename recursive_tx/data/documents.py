@@ -44,8 +44,7 @@ FAULTS = ('not_utf8', 'not_json', 'no_text', 'empty', 'long')
 # The first bytes of files that are often named like text.
 _FORMATS = {
     b'\x1f\x8b': 'gzip', b'\x28\xb5\x2f\xfd': 'zstd', b'\xfd7zXZ': 'xz',
-    b'BZh': 'bzip2', b'PK\x03\x04': 'zip', b'PAR1': 'Parquet',
-}
+    b'BZh': 'bzip2', b'PK\x03\x04': 'zip', b'PAR1': 'Parquet'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,8 +169,7 @@ class Documents:
     if self._fraction:
       how = (
           f'data.heldout_fraction={self._fraction} leaves none, or the files '
-          'are blank; name held-out files or change the fraction'
-      )
+          'are blank; name held-out files or change the fraction')
     raise UserError(f'{where}: {how}')
 
   def _warn(self, fault: Fault) -> None:
@@ -180,8 +178,7 @@ class Documents:
       self._warned.add(fault.kind)
       logging.warning(
           'Data task %r: %s. It is left out, and others like it.',
-          self._task.name, fault,
-      )
+          self._task.name, fault)
 
   def _holds(self, text: bytes) -> bool:
     if not self._fraction:
@@ -241,18 +238,15 @@ def _record(line: bytes, key: str) -> bytes | tuple[str, str]:
   except UnicodeDecodeError as error:
     return 'not_utf8', (
         f'not UTF-8 ({error.reason} at byte {error.start} of the line); '
-        f'{_conversion(line)}'
-    )
+        f'{_conversion(line)}')
   except (ValueError, RecursionError) as error:
     return 'not_json', (
-        f'not a JSON record ({error}); expected one object a line'
-    )
+        f'not a JSON record ({error}); expected one object a line')
   if not isinstance(record, dict) or not isinstance(record.get(key), str):
     has = sorted(record) if isinstance(record, dict) else type(record).__name__
     return 'no_text', (
         f'no text under key {key!r}, the record has {has}; set the key of '
-        'the data task'
-    )
+        'the data task')
   if not record[key]:
     return 'empty', f'the text under key {key!r} is empty; remove the record'
   try:
@@ -260,8 +254,7 @@ def _record(line: bytes, key: str) -> bytes | tuple[str, str]:
   except UnicodeEncodeError:
     return 'not_utf8', (
         f'the text under key {key!r} has half a surrogate pair, which UTF-8 '
-        'cannot hold; repair the record'
-    )
+        'cannot hold; repair the record')
 
 
 def _separated(
@@ -329,15 +322,13 @@ def _checked(text: bytes, path: str) -> bytes | Fault:
   if not text.strip():
     return Fault('empty', path, (
         'is empty, expected UTF-8 text; remove it or leave it out of the '
-        'pattern'
-    ))
+        'pattern'))
   try:
     text.decode('utf-8')
   except UnicodeDecodeError as error:
     return Fault('not_utf8', path, (
         f'is not UTF-8 text ({error.reason}: byte 0x{text[error.start]:02x}); '
-        f'{_conversion(text)}'
-    ))
+        f'{_conversion(text)}'))
   return text
 
 

@@ -6,6 +6,8 @@ TensorFlow is imported only to reach paths such as gs://.
 import glob
 import os
 
+from etils import epath
+
 from recursive_tx.data.config import Task
 from recursive_tx.errors import UserError
 
@@ -22,13 +24,11 @@ def find(task: Task, split: str) -> list[str]:
   # By their real paths: ./a.txt and a link to it are a.txt.
   real = set(map(_real, held))
   paths = [
-      path for path in _expand(task, task.train) if _real(path) not in real
-  ]
+      path for path in _expand(task, task.train) if _real(path) not in real]
   if not paths:
     raise UserError(
         f'data task {task.name!r}: every file of train={task.train} is held '
-        f'out by heldout={task.heldout}; hold out fewer'
-    )
+        f'out by heldout={task.heldout}; hold out fewer')
   return paths
 
 
@@ -48,7 +48,7 @@ def size(path: str) -> int:
 
 def read_bytes(path: str, start: int, size: int | None) -> bytes:
   """Part of a file, on disk or in a bucket; `size` None is to its end."""
-  with _open(path) as file:
+  with epath.Path(path).open('rb') as file:
     file.seek(start)
     return file.read() if size is None else file.read(size)
 
@@ -60,8 +60,7 @@ def _expand(task: Task, patterns: tuple[str, ...]) -> list[str]:
     if not found:
       raise UserError(
           f'data task {task.name!r}: no file matches {pattern!r}'
-          f'{_nearest(pattern)}'
-      )
+          f'{_nearest(pattern)}')
     paths.update(found)
   return sorted(paths)
 
@@ -101,11 +100,3 @@ def _nearest(pattern: str) -> str:
   while not os.path.exists(path):
     path = os.path.dirname(path)
   return f'; {path!r} exists, nothing below it matches the rest'
-
-
-def _open(path: str):
-  if '://' not in path:
-    return open(path, 'rb')
-  import tensorflow as tf
-
-  return tf.io.gfile.GFile(path, 'rb')

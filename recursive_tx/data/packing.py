@@ -77,8 +77,7 @@ class Packer:
         'ids': np.concatenate([*pieces, np.zeros(0, np.int32)]).astype('<i4'),
         'pieces': np.array([len(piece) for piece in pieces], '<i4'),
         'rows': np.array([len(row) for row in rows], '<i4'),
-        'ready': np.array([len(self.ready)], '<i4'),
-    }
+        'ready': np.array([len(self.ready)], '<i4')}
 
   def restore(self, saved: dict[str, np.ndarray]) -> None:
     """Becomes what `save` was called on."""
@@ -88,8 +87,7 @@ class Packer:
     self.ready = collections.deque(rows[:ready])
     self._open = rows[ready:]
     self._room = [
-        self._T - sum(len(piece) - 1 for piece in row) for row in self._open
-    ]
+        self._T - sum(len(piece) - 1 for piece in row) for row in self._open]
 
   def _close(self, i: int) -> None:
     self.ready.append(self._open.pop(i))

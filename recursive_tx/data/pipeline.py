@@ -34,49 +34,6 @@ _DOCUMENTS = 16
 _PIECES = 64
 
 
-class TokenizerVocabulary(seqio.Vocabulary):
-  """A `Tokenizer` as SeqIO's vocabulary. `pad_id` means nothing here."""
-
-  def __init__(self, tokenizer: Tokenizer):
-    super().__init__()
-    self.tokenizer = tokenizer
-
-  @property
-  def bos_id(self) -> int | None:
-    return self.tokenizer.bos_id
-
-  @property
-  def eos_id(self) -> int:
-    return self.tokenizer.eos_id
-
-  @property
-  def unk_id(self) -> None:
-    return None
-
-  @property
-  def _base_vocab_size(self) -> int:
-    return self.tokenizer.vocab_size
-
-  def _encode(self, s: str) -> list[int]:
-    return self.tokenizer.encode(s)
-
-  def _decode(self, ids) -> str:
-    return self.tokenizer.decode(ids)
-
-  def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
-    def encode(text: bytes) -> np.ndarray:
-      return np.array(self.tokenizer.encode(text.decode()), np.int32)
-
-    ids = tf.numpy_function(encode, [s], tf.int32, stateful=False)
-    return tf.ensure_shape(ids, [None])
-
-  def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
-    def decode(ids: np.ndarray) -> bytes:
-      return self.tokenizer.decode(ids).encode()
-
-    return tf.numpy_function(decode, [ids], tf.string, stateful=False)
-
-
 def build_tasks(
     config: DataConfig, tokenizer: Tokenizer, split: str
 ) -> tuple[list[seqio.Task], list[Documents | Units]]:
@@ -90,15 +47,17 @@ def build_tasks(
       prepared or has no such split or key; fewer files than shards where the
       file is the document.
   """
-  # SeqIO mixes only tasks of one vocabulary.
-  vocabulary = TokenizerVocabulary(tokenizer)
+  # SeqIO mixes only tasks of one vocabulary. It never encodes: `tokenize` does.
+  vocabulary = seqio.PassThroughVocabulary(
+      tokenizer.vocab_size, tokenizer.eos_id)
   tasks, found = [], []
   for number, task in enumerate(config.tasks):
     source, units = _source(config, tokenizer, task, split)
     if units:
       found.append(units)
     cut = functools.partial(split_long, first=number * len(FAULTS))
-    steps = [tokenize, seqio.CacheDatasetPlaceholder()]
+    steps = [functools.partial(tokenize, tokenizer=tokenizer),
+             seqio.CacheDatasetPlaceholder()]
     if config.cache:
       steps = []
     elif units:
@@ -107,13 +66,9 @@ def build_tasks(
       steps.insert(0, _rekey(targets=task.key))
     tasks.append(
         seqio.Task(
-            task.name,
-            source=source,
-            preprocessors=[*steps, cut],
+            task.name, source=source, preprocessors=[*steps, cut],
             output_features={'targets': seqio.Feature(vocabulary)},
-            shuffle_buffer_size=config.shuffle,
-        )
-    )
+            shuffle_buffer_size=config.shuffle))
   return tasks, found
 
 
@@ -147,18 +102,13 @@ def encode(
       else (
           np.array([*tokenizer.opening, *ids, tokenizer.eos_id], np.int32),
           len(text),
-          0,
-      )
+          0)
       for ids, text, code in zip(
-          tokenizer.encode_batch(strings), texts, codes, strict=True
-      )
-  ]
+          tokenizer.encode_batch(strings), texts, codes, strict=True)]
 
 
-def tokenize(dataset: tf.data.Dataset, output_features) -> tf.data.Dataset:
+def tokenize(dataset: tf.data.Dataset, tokenizer: Tokenizer) -> tf.data.Dataset:
   """Texts to rows of `ragged`, a document each."""
-  tokenizer = output_features['targets'].vocabulary.tokenizer
-
   @tf.autograph.experimental.do_not_convert
   def documents(example) -> tf.data.Dataset:
     texts = example['targets']
@@ -199,8 +149,7 @@ def split_long(
     # SeqIO's own reader of a cache gives documents only.
     codes = example.get('fault', tf.zeros_like(num_bytes))
     return ragged.call(
-        pieces, [ids.values, ids.row_lengths(), num_bytes, codes]
-    )
+        pieces, [ids.values, ids.row_lengths(), num_bytes, codes])
 
   return dataset.ragged_batch(_DOCUMENTS).flat_map(cut)
 
@@ -218,27 +167,19 @@ def shard_dataset(
     # which task comes next is each shard's own draw.
     del seed
     return tf.data.Dataset.sample_from_datasets(
-        datasets, weights, seed=config.seed * config.shards + shard
-    )
+        datasets, weights, seed=config.seed * config.shards + shard)
 
   mixture = seqio.Mixture(
       'mixture',
       [
           (task, own.weight)
-          for task, own in zip(tasks, config.tasks, strict=True)
-      ],
-      sample_fn=sample,
-  )
+          for task, own in zip(tasks, config.tasks, strict=True)],
+      sample_fn=sample)
   dataset = mixture.get_dataset(
-      sequence_length={'targets': config.seq_len + 1},
-      split='train',
-      seed=config.seed,
-      shard_info=seqio.ShardInfo(shard, config.shards),
-      num_epochs=None,
-      passthrough_features=['fault'],
-      trim_output_features=False,
-      try_in_mem_cache=False,
-  )
+      sequence_length={'targets': config.seq_len + 1}, split='train',
+      seed=config.seed, shard_info=seqio.ShardInfo(shard, config.shards),
+      num_epochs=None, passthrough_features=['fault'],
+      trim_output_features=False, try_in_mem_cache=False)
   return dataset.ragged_batch(_PIECES).prefetch(2).with_options(_options())
 
 
@@ -252,12 +193,8 @@ def heldout_documents(
     document is left out.
   """
   dataset = task.get_dataset(
-      sequence_length={'targets': T + 1},
-      split='heldout',
-      shuffle=False,
-      trim_output_features=False,
-      try_in_mem_cache=False,
-  )
+      sequence_length={'targets': T + 1}, split='heldout', shuffle=False,
+      trim_output_features=False, try_in_mem_cache=False)
   pieces, size, code = [], 0, 0
   dataset = dataset.with_options(_options())
   for example in dataset.as_numpy_iterator():
@@ -277,8 +214,7 @@ def _options() -> tf.data.Options:
   # tf.data calls any Python function stateful and refuses to save; ours are
   # functions of their arguments alone.
   options.experimental_external_state_policy = (
-      tf.data.experimental.ExternalStatePolicy.IGNORE
-  )
+      tf.data.experimental.ExternalStatePolicy.IGNORE)
   options.deterministic = True
   options.autotune.enabled = False
   return options
@@ -314,8 +250,7 @@ def _check_shards(
     raise UserError(
         f'{what} documents (a file each) for data.shards={config.shards}, so'
         ' that shards would give the same rows; lower data.shards, or set'
-        ' document to a separator line'
-    )
+        ' document to a separator line')
   logging.warning(
       '%s blocks of documents for data.shards=%d: several shards read the same'
       ' ones, so that batches repeat rows; lower data.shards.',

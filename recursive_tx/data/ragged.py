@@ -27,8 +27,7 @@ def call(
         np.concatenate([*ids, np.zeros(0, np.int32)]).astype(np.int32),
         np.array([len(row) for row in ids], np.int64),
         np.array(num_bytes, np.int32),
-        np.array(faults, np.int32),
-    )
+        np.array(faults, np.int32))
 
   found = tf.numpy_function(arrays, arguments, _TYPES, stateful=False)
   for tensor in found:

@@ -94,8 +94,7 @@ class DocumentSource(_UnitSource):
       return texts, np.array([code for _, code in rows], np.int32)
 
     text, fault = tf.numpy_function(
-        arrays, [count], (tf.string, tf.int32), stateful=False
-    )
+        arrays, [count], (tf.string, tf.int32), stateful=False)
     text.set_shape([None])
     fault.set_shape([None])
     examples = {'text': text, 'fault': fault}
@@ -141,27 +140,22 @@ def tfds_builder(task: Task) -> tfds.core.DatasetBuilder:
     raise UserError(
         f'data task {task.name!r}: {task.dataset!r} is not in '
         f'{builder.data_dir}; run `tfds build {task.dataset}` once, or set '
-        'TFDS_DATA_DIR'
-    )
+        'TFDS_DATA_DIR')
   splits = {'train': task.train[0], 'heldout': task.heldout[0]}
   train, held = (
-      _tfds_ranges(task, builder, split) for split in splits.values()
-  )
+      _tfds_ranges(task, builder, split) for split in splits.values())
   if any(
       a[0] == b[0] and a[1] < b[2] and b[1] < a[2]
       for a in train
-      for b in held
-  ):
+      for b in held):
     raise UserError(
         f'data task {task.name!r}: the splits {task.train[0]!r} and '
         f'{task.heldout[0]!r} overlap; train on a slice such as '
-        "'train[1%:]'"
-    )
+        "'train[1%:]'")
   if task.key not in builder.info.features:
     raise UserError(
         f'data task {task.name!r}: {task.dataset!r} has no feature '
-        f'{task.key!r}, only {", ".join(builder.info.features)}; set key'
-    )
+        f'{task.key!r}, only {", ".join(builder.info.features)}; set key')
   return builder
 
 
@@ -175,5 +169,4 @@ def _tfds_ranges(task: Task, builder, split: str) -> list[tuple]:
         f'only {", ".join(builder.info.splits)} and slices of them'
     ) from None
   return [
-      (part.filename, part.skip, part.skip + part.take) for part in parts
-  ]
+      (part.filename, part.skip, part.skip + part.take) for part in parts]

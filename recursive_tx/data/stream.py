@@ -41,8 +41,7 @@ class Stream:
       config: DataConfig,
       tokenizer: Tokenizer,
       *,
-      rows: Iterable[int] | None = None,
-  ):
+      rows: Iterable[int] | None = None):
     """Opens the pipelines of the shards that are needed.
 
     Args:
@@ -62,8 +61,7 @@ class Stream:
     for row in self._rows:
       if not 0 <= row < config.batch:
         raise UserError(
-            f'row {row} is outside the global batch of {config.batch} rows'
-        )
+            f'row {row} is outside the global batch of {config.batch} rows')
     tasks, self._documents = pipeline.build_tasks(config, tokenizer, 'train')
     self._origin = _origin(config, tokenizer, self._documents)
     self._names = pipeline.fault_names(config)
@@ -156,14 +154,12 @@ class Stream:
     if len(steps) != 1:
       raise UserError(
           f'the positions are of steps {sorted(steps)}, expected one step; '
-          'give those that were saved together'
-      )
+          'give those that were saved together')
     missing = [n for n in self._packers if str(n) not in archives]
     if missing:
       raise UserError(
           f'the position lacks shards {missing} of {self._config.shards}; '
-          'give the positions of all processes that saved it'
-      )
+          'give the positions of all processes that saved it')
     for shard in self._packers:
       self._restore_shard(shard, archives[str(shard)])
     self._step = steps.pop()
@@ -174,8 +170,7 @@ class Stream:
     packer = self._packers[shard]
     packer.restore({
         name: np.frombuffer(archive.read(f'{shard}/{name}'), '<i4')
-        for name in packer.save()
-    })
+        for name in packer.save()})
     faults = json.loads(archive.read(f'{shard}/faults'))
     self._faults[shard] = collections.Counter(faults)
     with tempfile.TemporaryDirectory() as directory:
@@ -197,8 +192,7 @@ class Stream:
       if drawn is None:
         raise UserError(
             f'shard {shard} of data.shards={self._config.shards} has no '
-            'documents: lower data.shards'
-        )
+            'documents: lower data.shards')
       codes, pieces = drawn['fault'].numpy(), drawn['targets']
       for code in codes[codes > 0]:
         self._faults[shard][self._names[code - 1]] += 1
@@ -207,8 +201,7 @@ class Stream:
         raise UserError(
             f'shard {shard} of data.shards={self._config.shards} finds no '
             f'document to use any more: {dict(self._faults[shard])}; repair '
-            'the files, or take the task out of the mixture'
-        )
+            'the files, or take the task out of the mixture')
       lengths = pieces.row_lengths().numpy()
       for piece in ragged.split(pieces.values.numpy(), lengths):
         if len(piece):
@@ -241,11 +234,8 @@ class Heldout:
 
 
 def heldout(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    *,
-    max_documents: int | None = None,
-    max_tokens: int | None = None,
+    config: DataConfig, tokenizer: Tokenizer, *,
+    max_documents: int | None = None, max_tokens: int | None = None,
 ) -> Heldout:
   """The held-out set: the tasks' documents in turn, up to the limits.
 
@@ -268,14 +258,12 @@ def heldout(
 
   for name, limit in (
       ('max_documents', max_documents),
-      ('max_tokens', max_tokens),
-  ):
+      ('max_tokens', max_tokens)):
     if limit is not None and limit < 1:
       raise UserError(f'{name} is {limit}, expected at least 1 or None')
   tasks, documents = pipeline.build_tasks(config, tokenizer, 'heldout')
   sources = [
-      pipeline.heldout_documents(task, config.seq_len) for task in tasks
-  ]
+      pipeline.heldout_documents(task, config.seq_len) for task in tasks]
   packer = packing.Packer(config.seq_len)
   num_bytes = num_documents = num_tokens = 0
   names, faults = pipeline.fault_names(config), collections.Counter()
@@ -310,8 +298,7 @@ def heldout(
   rows += [[]] * (-len(rows) % config.batch)
   batches = [
       packing.batch(rows[i : i + config.batch], config.seq_len)
-      for i in range(0, len(rows), config.batch)
-  ]
+      for i in range(0, len(rows), config.batch)]
   return Heldout(batches, num_bytes, num_documents, dict(faults), is_cut)
 
 
@@ -383,12 +370,10 @@ def _check_origin(head: dict, origin: dict) -> None:
   if head['version'] != _VERSION:
     raise UserError(
         f'the position has format {head["version"]}, this program reads '
-        f'{_VERSION}; resume with the version that saved it'
-    )
+        f'{_VERSION}; resume with the version that saved it')
   for key, value in origin.items():
     saved = head['origin'].get(key)
     if saved != value:
       raise UserError(
           f'the position was saved with data.{key}={saved!r}, now it is '
-          f'{value!r}; resume with the former or start afresh'
-      )
+          f'{value!r}; resume with the former or start afresh')

@@ -31,15 +31,13 @@ class Units:
     sizes = description['splits'][split]['bytes']
     self.paths = [
         str(folder / part_name(split, i, len(sizes)))
-        for i in range(len(sizes))
-    ]
+        for i in range(len(sizes))]
     for path, size in zip(self.paths, sizes, strict=True):
       found = files.size(path) if epath.Path(path).exists() else 'none'
       if found != size:
         raise UserError(
             f'{path} should have {size} bytes and has {found}: copy the cache '
-            'again, or make it again'
-        )
+            'again, or make it again')
     with np.load(io.BytesIO((folder / f'units.{split}.npz').read_bytes())) as f:
       self._index = dict(f)
     self.num_units = len(self._index['size'])
@@ -54,8 +52,7 @@ class Units:
 
     part, offset, size, checksum = (
         int(self._index[name][number])
-        for name in ('part', 'offset', 'size', 'checksum')
-    )
+        for name in ('part', 'offset', 'size', 'checksum'))
     path = self.paths[part]
     records, found = [], 0
     data = memoryview(files.read_bytes(path, offset, size))

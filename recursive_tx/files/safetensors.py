@@ -22,8 +22,7 @@ from recursive_tx.files.json import read_json
 _DTYPES = {
     'F64': np.float64, 'F32': np.float32, 'F16': np.float16,
     'BF16': ml_dtypes.bfloat16, 'I64': np.int64, 'I32': np.int32,
-    'I16': np.int16, 'I8': np.int8, 'U8': np.uint8, 'BOOL': np.bool_,
-}
+    'I16': np.int16, 'I8': np.int8, 'U8': np.uint8, 'BOOL': np.bool_}
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 _INDEX = 'model.safetensors.index.json'
 
@@ -93,8 +92,7 @@ class Writer:
 
   def __init__(
       self, path: str | os.PathLike,
-      tensors: dict[str, tuple[tuple[int, ...], Any]],
-  ):
+      tensors: dict[str, tuple[tuple[int, ...], Any]]):
     """Lays the file out. `tensors`: {name: (shape, dtype)}."""
     header, self._places, end = {'__metadata__': {'format': 'pt'}}, {}, 0
     for name, (shape, dtype) in sorted(tensors.items()):

@@ -94,13 +94,11 @@ class LossConfig:
     if any(self.self_distill[-1:]):
       raise UserError(
           f'losses.self_distill is {self.self_distill}; its last weight is the'
-          ' final loop\'s, which is what the others learn from: make it 0.'
-      )
+          ' final loop\'s, which is what the others learn from: make it 0.')
     if any(self.gate[-1:]):
       raise UserError(
           f'losses.gate is {self.gate}; its last weight is the final loop\'s,'
-          ' which has no gate: make it 0.'
-      )
+          ' which has no gate: make it 0.')
 
   def weights(self, loops: int) -> dict[str, tuple[float, ...]]:
     """The weight of every term at every loop, first loop first.
@@ -116,14 +114,12 @@ class LossConfig:
         raise UserError(
             f'losses.{term} has {len(given)} weights {given}, but the model'
             f' has {loops} loop{"s" * (loops > 1)}: give at most {loops}, the'
-            ' last of them for the final loop.'
-        )
+            ' last of them for the final loop.')
       table[term] = (0.0,) * (loops - len(given)) + given
     if not any(any(weights) for weights in table.values()):
       raise UserError(
           f'Every weight in losses is 0; give one of {", ".join(TERMS)} a'
-          ' positive weight.'
-      )
+          ' positive weight.')
     return table
 
 
@@ -138,15 +134,10 @@ def uses_gate(config: LossConfig) -> bool:
 
 
 def total(
-    config: LossConfig,
-    h_LBTD: jax.Array,
-    batch: Mapping[str, jax.Array],
-    head: Head,
-    *,
-    norm: jax.Array,
+    config: LossConfig, h_LBTD: jax.Array, batch: Mapping[str, jax.Array],
+    head: Head, *, norm: jax.Array,
     teacher: tuple[jax.Array, Head] | None = None,
-    gate_LBT: jax.Array | None = None,
-    chunk: int = 0,
+    gate_LBT: jax.Array | None = None, chunk: int = 0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """The loss of a batch and the terms it is made of.
 
@@ -207,8 +198,7 @@ def total(
   T = batch['target_BT'].shape[1]
   if T % (chunk or T):
     raise UserError(
-        f'A chunk of {chunk} does not divide the {T} positions of a sequence.'
-    )
+        f'A chunk of {chunk} does not divide the {T} positions of a sequence.')
   # Arrays with T as their third dimension, which get a gradient; and as their
   # second, which get none.
   outputs = {'h_LBTD': h_LBTD}
@@ -345,13 +335,9 @@ _split.defvjp(_split_forward, _split_backward)
 
 
 def _nats(
-    config: LossConfig,
-    weights: Mapping[str, tuple[float, ...]],
-    outputs: Mapping[str, jax.Array],
-    fixed: Mapping[str, jax.Array],
-    head: Head,
-    params: Any,
-    norm: jax.Array,
+    config: LossConfig, weights: Mapping[str, tuple[float, ...]],
+    outputs: Mapping[str, jax.Array], fixed: Mapping[str, jax.Array],
+    head: Head, params: Any, norm: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Weighted sum, and each term's, of some positions; all over `norm`."""
   h_LBTD = outputs['h_LBTD']

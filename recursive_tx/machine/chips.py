@@ -55,8 +55,7 @@ CHIPS = {
     # is half, 80 GB, 3.35 TB/s, NVLink 900 GB/s both ways together.
     'NVIDIA H100 80GB HBM3': Chip('h100', 989.5e12, 80 * _GIB, 3350e9, 450e9),
     # NVIDIA H200 data sheet, SXM: the same but 141 GB, 4.8 TB/s.
-    'NVIDIA H200': Chip('h200', 989.5e12, 141 * _GIB, 4800e9, 450e9),
-}
+    'NVIDIA H200': Chip('h200', 989.5e12, 141 * _GIB, 4800e9, 450e9)}
 _NAMES = {chip.name: chip for chip in CHIPS.values()}
 
 
@@ -80,10 +79,6 @@ def find(which: Any) -> Chip | None:
     return chip
   share = cores / chip.cores
   return dataclasses.replace(
-      chip,
-      flops=chip.flops * share,
-      hbm_bytes=int(chip.hbm_bytes * share),
+      chip, flops=chip.flops * share, hbm_bytes=int(chip.hbm_bytes * share),
       hbm_bytes_per_second=chip.hbm_bytes_per_second * share,
-      link_bytes_per_second=chip.link_bytes_per_second * share,
-      cores=cores,
-  )
+      link_bytes_per_second=chip.link_bytes_per_second * share, cores=cores)

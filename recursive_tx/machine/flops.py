@@ -16,11 +16,8 @@ from recursive_tx.config import HEAD, ModelConfig, parse_rank
 
 
 def train_step(
-    cfg: ModelConfig,
-    weights: Mapping[str, Sequence[float]],
-    teacher: ModelConfig | None,
-    batch: int,
-    seq_len: int,
+    cfg: ModelConfig, weights: Mapping[str, Sequence[float]],
+    teacher: ModelConfig | None, batch: int, seq_len: int,
 ) -> dict[str, float]:
   """FLOPs of one training step.
 
@@ -66,10 +63,7 @@ def train_step(
 
 
 def forward(
-    cfg: ModelConfig,
-    batch: int,
-    seq_len: int,
-    *,
+    cfg: ModelConfig, batch: int, seq_len: int, *,
     exits: Sequence[int] | None = None,
 ) -> dict[str, float]:
   """FLOPs of one forward pass, by the parts of `train_step`.
@@ -105,8 +99,7 @@ def forward(
       'adapters': 2 * adapters * cfg.layers_per_loop
                   + 2 * tokens * head_rank * (cfg.D + cfg.V) * early,
       'attention': scores * (cfg.prelude + block + coda),
-      'head': 2 * tokens * cfg.D * cfg.V * len(exits),
-  }
+      'head': 2 * tokens * cfg.D * cfg.V * len(exits)}
 
 
 def _weighed(terms: Sequence[Sequence[float]]) -> list[int]:

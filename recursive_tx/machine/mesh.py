@@ -34,8 +34,7 @@ LETTERS = {
     'N': ('tensor',),
     'K': ('tensor',),
     'D': ('fsdp',),
-    'R': ('fsdp',),
-}
+    'R': ('fsdp',)}
 # The batch where the vocabulary is cut along 'fsdp': at the head.
 HEAD_BATCH = 'B_head'
 # Never cut: time and heads' inner size (attention mixes them), the stacks of
@@ -92,8 +91,7 @@ def make_mesh(
   if sizes[0] % len(slices):
     raise UserError(
         f'mesh data={sizes[0]} does not divide among {len(slices)} slices; make'
-        f' it a multiple of {len(slices)}.'
-    )
+        f' it a multiple of {len(slices)}.')
   inner = (sizes[0] // len(slices), *sizes[1:])
   outer = (len(slices), *(1 for _ in sizes[1:]))
   grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
@@ -110,8 +108,7 @@ def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
     given = ', '.join(f'{a}={getattr(config, a)}' for a in AXES)
     raise UserError(
         f'mesh {given} does not multiply to the {devices} device(s) here; set'
-        ' one axis to -1 to let it take the rest.'
-    )
+        ' one axis to -1 to let it take the rest.')
   return tuple(sizes)
 
 
@@ -142,12 +139,10 @@ def make_rules(mesh: Mesh, sizes: Mapping[str, int]) -> Rules:
       raise UserError(
           f'A batch of {sizes["B"]} sequences (after accumulation) does not'
           f' divide over {parts} devices (mesh data x fsdp); make it a'
-          f' multiple of {parts}.'
-      )
+          f' multiple of {parts}.')
     logging.info(
         'Sharding: %s=%d stays whole, %d parts along %s do not divide it.',
-        letter, sizes[letter], parts, axes,
-    )
+        letter, sizes[letter], parts, axes)
     rules.append((letter, None))
   batch = ('data',) if 'fsdp' in (dict(rules)['V'] or ()) else LETTERS['B']
   return (*rules, (HEAD_BATCH, batch), *((letter, None) for letter in WHOLE))
@@ -156,16 +151,14 @@ def make_rules(mesh: Mesh, sizes: Mapping[str, int]) -> Rules:
 def of_boxed(tree: Any, mesh: Mesh, rules: Rules) -> Any:
   """NamedSharding of every leaf of a tree whose arrays carry their letters."""
   return nn.logical_to_mesh_sharding(
-      nn.get_partition_spec(tree), mesh, list(rules)
-  )
+      nn.get_partition_spec(tree), mesh, list(rules))
 
 
 def abstract(tree: Any, shardings: Any) -> Any:
   """ShapeDtypeStructs that carry shardings, for lowering and restoring."""
   return jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      meta.unbox(tree), shardings,
-  )
+      meta.unbox(tree), shardings)
 
 
 def place(tree: Any, shardings: Any) -> Any:
@@ -195,8 +188,7 @@ def place_rows(
   """
   return {
       key: jax.make_array_from_process_local_data(rows(mesh), value)
-      for key, value in batch.items()
-  }
+      for key, value in batch.items()}
 
 
 def local_rows(mesh: Mesh, batch: int) -> list[int]:

@@ -45,12 +45,10 @@ def initialize(
       raise UserError(
           f'coordinator {coordinator!r}, processes {processes}, process'
           f' {process}; expected HOST:PORT, a number of processes, and which'
-          ' of them this is, from 0. Give all three or none.'
-      )
+          ' of them this is, from 0. Give all three or none.')
     # Else JAX would take the launcher's devices, one for every process.
     jax.distributed.initialize(
-        coordinator, processes, process, cluster_detection_method='deactivate'
-    )
+        coordinator, processes, process, cluster_detection_method='deactivate')
   elif any(int(os.environ.get(name) or 1) > 1 for name in _TASKS):
     jax.distributed.initialize()
   elif _on_tpu():

@@ -46,8 +46,7 @@ def costs(
   parts = {
       'parameters': _bytes(state.params),
       'optimizer': _bytes(state.opt_state),
-      'teacher': _bytes(arguments[2]),
-  }
+      'teacher': _bytes(arguments[2])}
   found = {
       'chip': chip.name, 'chips': len(devices), 'chip_bytes': chip.hbm_bytes,
       'mesh': ', '.join(f'{k}={v}' for k, v in mesh.shape.items()),
@@ -55,8 +54,7 @@ def costs(
       'attention': _attention(config, devices[0]),
       'model_flops': flops.train_step(
           config.model, config.losses.weights(config.model.loops), teacher,
-          config.data.batch, config.data.seq_len)['total'] / len(devices),
-  }
+          config.data.batch, config.data.seq_len)['total'] / len(devices)}
   if devices[0] is None:
     found['source'] = 'estimated'
     peak = sum(parts.values()) + _activations(config, mesh, state)
@@ -96,8 +94,7 @@ def _times(config, chip, found) -> dict[str, Any]:
       'mfu': found['model_flops'] / chip.flops / seconds,
       'tokens_per_second': tokens / seconds, 'steps': config.optim.steps,
       'tokens': tokens * config.optim.steps,
-      'days': seconds * config.optim.steps / 86_400,
-  }
+      'days': seconds * config.optim.steps / 86_400}
 
 
 def mesh_of(config: Config, devices: list[Any]) -> Any:

@@ -55,6 +55,6 @@ def largest(
       continue
     (x, a), (y, b) = sorted(known.items())[-2:]
     slope = max((b - a) / (y - x), 1.0)
-    guess = int(x + (room - a) / slope)
+    estimate = int(x + (room - a) / slope)
     top = high - 1 if high is not None else 4 * low
-    units = min(max(guess, low + 1), max(top, low + 1))
+    units = min(max(estimate, low + 1), max(top, low + 1))

@@ -79,8 +79,8 @@ def _elsewhere(config, topology, search, report) -> dict[str, Any]:
                 [package, *filter(None, [os.environ.get('PYTHONPATH')])])})
     with child:
       try:
-        asked = [dataclasses.asdict(config), topology, search]
-        child.stdin.write(json.dumps(asked).encode() + b'\n')
+        request = [dataclasses.asdict(config), topology, search]
+        child.stdin.write(json.dumps(request).encode() + b'\n')
         child.stdin.flush()
         for line in child.stdout:
           kind, value = json.loads(line)
@@ -114,8 +114,8 @@ def main() -> None:
   # Whatever libraries print goes to stderr.
   out = os.fdopen(os.dup(1), 'w')
   os.dup2(2, 1)
-  asked, topology, search = json.loads(sys.stdin.buffer.readline())
-  config = from_json(Config, asked)
+  request, topology, search = json.loads(sys.stdin.buffer.readline())
+  config = from_json(Config, request)
   threading.Thread(target=_end_with_parent, daemon=True).start()
 
   def send(kind, value):

@@ -13,9 +13,9 @@ import pathlib
 from typing import Any
 
 from recursive_tx.errors import UserError
+from recursive_tx.text.special import Files
 from recursive_tx.text.tokenizer import Tokenizer
 
-_CONFIG = 'tokenizer_config.json'
 _NAMED = 'additional_chat_templates'
 
 
@@ -36,11 +36,11 @@ class Chat:
       tokenizer: of the text.
     """
     self._directory, self._tokenizer = pathlib.Path(directory), tokenizer
-    self._template = None
+    self._template, self._settings = None, Files(self._directory).settings
     self.has_template = any(
         (self._directory / name).exists()
         for name in ('chat_template.jinja', _NAMED)) or bool(
-            self._settings().get('chat_template'))
+            self._settings.get('chat_template'))
 
   def render(
       self, messages: Sequence[Mapping[str, Any]], *,
@@ -88,11 +88,6 @@ class Chat:
       return self._tokenizer.encode(text, special=True)
     return self._tokenizer.opening + self._tokenizer.encode(text)
 
-  def _settings(self) -> dict[str, Any]:
-    path = self._directory / _CONFIG
-    # `tokenizer.load` has refused whatever is not a JSON object.
-    return json.loads(path.read_text('utf-8-sig')) if path.is_file() else {}
-
   def _source(self) -> str:
     """The template to use. Raises UserError where none is the default."""
     files = {path.stem: path
@@ -104,7 +99,7 @@ class Chat:
       sources = {name: path.read_text('utf-8')
                  for name, path in files.items() if name == 'default'}
     else:
-      found = self._settings()['chat_template']
+      found = self._settings['chat_template']
       if isinstance(found, list):  # Several, by name.
         found = {x['name']: x['template'] for x in found}
       sources = found if isinstance(found, dict) else {'default': found}

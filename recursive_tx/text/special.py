@@ -35,7 +35,7 @@ class Added:
 
 
 class Files:
-  """What the files of a directory say of its special tokens.
+  """What the files of a directory hold about its special tokens.
 
   Attributes:
     directory: where they are.
@@ -147,11 +147,10 @@ class Files:
     # A directory saved here keeps the source's config.json in source.json,
     # and its own config.json has no token ids.
     for name in names:
-      top = self._read(name)
-      for part in (top, top.get('hf_config'), top.get('config')):
-        for key in ('bos_token_id', 'eos_token_id'):
-          if isinstance(part, dict) and key in part:
-            found[key] = self._ids(name, key, part[key])
+      values = self._read(name)
+      for key in ('bos_token_id', 'eos_token_id'):
+        if key in values:
+          found[key] = self._ids(name, key, values[key])
     return found
 
   def _ids(self, name: str, key: str, value: object) -> list[int]:
@@ -178,7 +177,7 @@ class Files:
 
 
 def unreadable(path: pathlib.Path, error: object) -> UserError:
-  """An error for a file that is not what its name says."""
+  """An error for a file whose content is not what its name promises."""
   reason = ' '.join(str(error).split())
   return UserError(
       f'{path} cannot be read ({reason}); copy the file again from its source')

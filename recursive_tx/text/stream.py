@@ -18,7 +18,7 @@ _BROKEN = '\ufffd'
 _LONGEST = 3
 # Tokens that decide how those after them decode, with much to spare.
 _CONTEXT = 32
-# Tokens for which a character is awaited, while others say nothing.
+# Tokens for which a character is awaited, while none has any text.
 _PATIENCE = 4 * _CONTEXT
 
 
@@ -36,8 +36,7 @@ class TextStream:
 
   def __init__(
       self, tokenizer: Tokenizer, prompt: Sequence[int] = (),
-      stops: Sequence[str] = (),
-  ):
+      stops: Sequence[str] = ()):
     """Starts after a prompt.
 
     Args:
@@ -98,7 +97,7 @@ class TextStream:
 
   def _advance(self, text: str) -> None:
     """The pending tokens become what later ones are decoded with."""
-    if text or not self._before:  # Others say nothing, and change nothing.
+    if text or not self._before:  # Others have no text, and change nothing.
       alone = self._tokenizer.decode(self._pending)
       # After what decodes to nothing a tokenizer takes the next for the first.
       self._context = (self._pending if alone else

@@ -6,7 +6,8 @@ files beside it. It knows nothing of documents or batches, and does not import
 TensorFlow.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+import dataclasses
 import hashlib
 import pathlib
 
@@ -22,6 +23,7 @@ _KINDS = {'tokenizer.json': TokenizersFile,
           'tokenizer.model': SentencePieceModel}
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
   """Text to ids and back, the same whichever library is behind it.
 
@@ -29,9 +31,8 @@ class Tokenizer:
   loses nothing (byte fallback or byte-level, identity normaliser).
 
   Attributes:
-    vocab_size: one more than the largest id.
+    model: what the library read.
     bos_id: the id that opens a document, None where the family adds none.
-    opening: the ids that open a document: `bos_id`, or none.
     eos_id: the id that ends a document.
     end_ids: the ids that end a generated text, `eos_token_id` of
       generation_config.json or else of config.json; often `eos_id` alone.
@@ -41,46 +42,23 @@ class Tokenizer:
       that change the ids of plain text.
   """
 
-  def __init__(
-      self,
-      encode_batch: Callable[[Sequence[str]], list[list[int]]],
-      decode: Callable[[list[int]], str],
-      *,
-      vocab_size: int,
-      bos_id: int | None,
-      eos_id: int,
-      digest: str,
-      end_ids: Sequence[int] = (),
-      pad_id: int | None = None,
-      names: Mapping[str, str] | None = None,
-      holes: frozenset[int] = frozenset(),
-      encode_special: Callable[[str], list[int]] | None = None,
-      token_bytes: Callable[[int], bytes] | None = None,
-  ):
-    """Of functions.
+  model: SentencePieceModel | TokenizersFile
+  bos_id: int | None
+  eos_id: int
+  end_ids: tuple[int, ...]
+  pad_id: int | None
+  names: Mapping[str, str]
+  digest: str
 
-    Args:
-      encode_batch, decode: of plain texts, and of known ids.
-      vocab_size, bos_id, eos_id, digest, pad_id: the attributes.
-      end_ids: the attribute; `eos_id` where it is empty.
-      names: the attribute; None is {}.
-      holes: ids below `vocab_size` that stand for nothing.
-      encode_special: as `encode_batch`, of one text with special tokens; None
-        where there are none.
-      token_bytes: of a known id; None decodes it alone.
-    """
-    self._encode_batch = encode_batch
-    self._encode_special = encode_special or self.encode
-    self._decode, self._holes = decode, holes
-    self._token_bytes = token_bytes or (lambda id: decode([id]).encode())
-    self.vocab_size = vocab_size
-    self.bos_id = bos_id
-    self.opening = [] if bos_id is None else [bos_id]
-    self.eos_id = eos_id
-    self.end_ids = tuple(end_ids) or (eos_id,)
-    self.pad_id = pad_id
-    self.names = dict(names or {})
-    self.digest = digest
+  @property
+  def vocab_size(self) -> int:
+    """One more than the largest id."""
+    return self.model.vocab_size
+
+  @property
+  def opening(self) -> list[int]:
+    """The ids that open a document: `bos_id`, or none."""
+    return [] if self.bos_id is None else [self.bos_id]
 
   def encode(self, text: str, *, special: bool = False) -> list[int]:
     """The ids of `text`; no special token is added.
@@ -92,23 +70,23 @@ class Tokenizer:
         tokenizer.json itself adds.
     """
     if special:
-      return self._encode_special(text)
-    return self._encode_batch([text])[0]
+      return self.model.encode_special(text)
+    return self.encode_batch([text])[0]
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """The ids of each plain text; no special token is added."""
-    return self._encode_batch(texts)
+    return self.model.encode_batch(texts)
 
   def decode(self, ids: Sequence[int]) -> str:
     """The text of `ids`; '' for those that the tokenizer does not know."""
-    return self._decode([int(i) for i in ids if self._knows(i)])
+    return self.model.decode([int(i) for i in ids if self._knows(i)])
 
   def token_bytes(self, id: int) -> bytes:
     """What a token adds to a text: UTF-8, or a part of a character's.
 
     A space that opens a word is included; b'' for an unknown id.
     """
-    return self._token_bytes(int(id)) if self._knows(id) else b''
+    return self.model.token_bytes(int(id)) if self._knows(id) else b''
 
   def known(self, V: int) -> np.ndarray:
     """Whether the tokenizer knows an id, bool [V].
@@ -117,11 +95,11 @@ class Tokenizer:
     to a round number.
     """
     known_V = np.arange(V) < self.vocab_size
-    known_V[[id for id in self._holes if id < V]] = False
+    known_V[[id for id in self.model.holes if id < V]] = False
     return known_V
 
   def _knows(self, id: int) -> bool:
-    return 0 <= id < self.vocab_size and id not in self._holes
+    return 0 <= id < self.vocab_size and id not in self.model.holes
 
 
 def load(directory: str | pathlib.Path) -> Tokenizer:
@@ -140,8 +118,7 @@ def load(directory: str | pathlib.Path) -> Tokenizer:
   raise UserError(
       f'{directory} holds no tokenizer: expected tokenizer.json or '
       'tokenizer.model (SentencePiece); copy it there from the model '
-      'the weights came with'
-  )
+      'the weights came with')
 
 
 def has_tokenizer(directory: str | pathlib.Path) -> bool:
@@ -158,13 +135,11 @@ def check_vocab(tokenizer: Tokenizer, V: int) -> None:
   if tokenizer.vocab_size - unused > V:
     raise UserError(
         f'the tokenizer has {tokenizer.vocab_size} ids but the model embeds '
-        f'only {V}: use the tokenizer that belongs to this model'
-    )
+        f'only {V}: use the tokenizer that belongs to this model')
 
 
 def _made(
-    path: pathlib.Path, model: SentencePieceModel | TokenizersFile,
-    files: Files
+    path: pathlib.Path, model: SentencePieceModel | TokenizersFile, files: Files
 ) -> Tokenizer:
   """A tokenizer of what a library read, with the ids of special tokens."""
   def own(name):
@@ -183,12 +158,10 @@ def _made(
   files.check(bos_id, eos_id, model.vocab_size)
   names = {**model.own, **files.named}
   return Tokenizer(
-      model.encode_batch, model.decode, vocab_size=model.vocab_size,
-      bos_id=bos_id, eos_id=eos_id, digest=_digest(path, model.plain),
+      model, bos_id=bos_id, eos_id=eos_id,
       end_ids=files.end_ids(eos_id, model.to_id),
       pad_id=model.to_id(names.get('pad_token', '')), names=names,
-      holes=model.holes, encode_special=model.encode_special,
-      token_bytes=model.token_bytes)
+      digest=_digest(path, model.plain))
 
 
 def _digest(path: pathlib.Path, added: Sequence[Added]) -> str:

@@ -295,14 +295,7 @@ def test_shards_partition_each_epoch(tok, corpus):
 
 
 def test_a_family_without_bos_opens_with_the_text(tok, corpus):
-  without = tokenizer.Tokenizer(
-      tok.encode_batch,
-      tok.decode,
-      vocab_size=tok.vocab_size,
-      bos_id=None,
-      eos_id=tok.eos_id,
-      digest=tok.digest,
-  )
+  without = dataclasses.replace(tok, bos_id=None)
   config = config_of(separated(corpus), heldout_fraction=0.5)
   held = data.heldout(config, without, max_documents=9)
   with_bos = data.heldout(config, tok, max_documents=9)
@@ -397,13 +390,12 @@ stream.restore(open(f'{out}/position', 'rb').read())
 for i in range(20):
   np.savez(f'{out}/{i}.npz', **next(stream))
 
-def slow(texts):
-  time.sleep(0.3)
-  return tok.encode_batch(texts)
+class Slow(tokenizer.Tokenizer):
+  def encode_batch(self, texts):
+    time.sleep(0.3)
+    return super().encode_batch(texts)
 
-other = tokenizer.Tokenizer(
-    slow, tok.decode, vocab_size=tok.vocab_size, bos_id=None, eos_id=1,
-    digest='')
+other = Slow(**{**vars(tok), 'bos_id': None})
 other = data.Stream(config, other)
 next(other)
 """

@@ -1,5 +1,6 @@
 """The loss against a loop over tokens, and what must not change it."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -152,10 +153,8 @@ def test_chunks_change_neither_loss_nor_gradients(arrays, divergence):
     np.testing.assert_allclose(
         3 * total(config, arrays, chunk)[0], value, rtol=1e-6
     )
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6),
-        gradients(config, arrays, chunk), expected,
-    )
+    chex.assert_trees_all_close(
+        gradients(config, arrays, chunk), expected, rtol=1e-7, atol=1e-6)
 
 
 @pytest.mark.parametrize('config', [
@@ -178,7 +177,7 @@ def test_a_loop_of_weight_0_is_not_even_looked_at(arrays):
   h = arrays['h'].copy()
   h[0] = np.nan
   found = gradients(config, {**arrays, 'h': h})
-  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  chex.assert_trees_all_equal(found, expected)
   np.testing.assert_array_equal(found['h'][0], 0)
 
 
@@ -202,7 +201,7 @@ def test_loops_without_weight_do_not_meet_the_head(arrays):
 def test_a_term_of_weight_0_changes_no_gradient(arrays):
   expected = gradients(losses.LossConfig((1.0,), ()), arrays)
   found = gradients(losses.LossConfig((0.0, 0.0, 1.0), (0.0,)), arrays)
-  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  chex.assert_trees_all_equal(found, expected)
 
 
 def test_tokens_of_weight_0_change_nothing(arrays):
@@ -212,7 +211,7 @@ def test_tokens_of_weight_0_change_nothing(arrays):
   unused = batch['weight_BT'] == 0
   batch['target_BT'] = np.where(unused, 0, batch['target_BT'])
   found = gradients(config, {**arrays, 'batch': batch})
-  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  chex.assert_trees_all_equal(found, expected)
   np.testing.assert_array_equal(found['h'][:, unused], 0)
 
 

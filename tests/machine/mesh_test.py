@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import chex
 import jax
 from jax.sharding import PartitionSpec
 import numpy as np
@@ -225,4 +226,4 @@ def test_place_takes_host_arrays_as_they_are():
   mesh = machine.make_mesh(machine.MeshConfig())
   tree = {'a': np.arange(6.0).reshape(2, 3), 'b': np.float32(4).reshape(())}
   found = machine.place(tree, machine.replicated(mesh))
-  jax.tree.map(np.testing.assert_array_equal, found, tree)
+  chex.assert_trees_all_equal(found, tree)

@@ -82,15 +82,7 @@ SENTENCEPIECE_IDS = [
         1,
     ),
     ({'source.json': {'bos_token_id': 3, 'eos_token_id': 4}}, 3, 4),
-    (
-        {
-            'config.json': {'V': 290},
-            'source.json': {'hf_config': {'bos_token_id': 3}},
-        },
-        3,
-        2,
-    ),
-    ({'source.json': {'config': {'eos_token_id': 7}}}, 1, 7),
+    ({'config.json': {'V': 290}, 'source.json': {'bos_token_id': 3}}, 3, 2),
 ]
 
 
