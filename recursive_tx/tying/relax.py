@@ -14,6 +14,7 @@ import pathlib
 import tempfile
 from typing import Any
 
+import jax
 import numpy as np
 
 from recursive_tx import config as config_lib
@@ -181,10 +182,12 @@ def initialised(
                   energy)
 
   with tempfile.TemporaryDirectory(prefix='.fit.', dir=scratch) as folder:
-    best = fit.nearest(
-        cfg, rcfg, read, rivals, token_NT, pathlib.Path(folder),
-        params=lambda made: _gathered(made.rcfg, parts_of(made, None)),
-        seed=seed, report=report)
+    # Accelerators would multiply fp32 numbers of 8 or 11 bits else.
+    with jax.default_matmul_precision('highest'):
+      best = fit.nearest(
+          cfg, rcfg, read, rivals, token_NT, pathlib.Path(folder),
+          params=lambda made: _gathered(made.rcfg, parts_of(made, None)),
+          seed=seed, report=report)
     yield best.rcfg, best.init, parts_of(best, energy)
 
 

@@ -9,7 +9,6 @@ import shutil
 from typing import Any
 
 from absl import logging
-import jax
 import numpy as np
 
 from recursive_tx import config as config_lib
@@ -56,8 +55,6 @@ class Initialisation:
   kernel: kernels.Kernel
 
 
-# An accelerator would multiply fp32 with 10 bits else.
-@jax.default_matmul_precision('highest')
 def nearest(
     cfg: config_lib.ModelConfig, rcfg: config_lib.ModelConfig, read: Read,
     rivals: dict[str, kernels.Kernel], token_NT: np.ndarray,

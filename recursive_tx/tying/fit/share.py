@@ -116,7 +116,7 @@ def factors(
   # Z^T a = U r^-1, so that the best b, which S does not change, is r U^T Z^T
   # times the residual.
   a, r = np.linalg.qr(matrices.unapply(root.T, np.asarray(U, np.float64)))
-  return a.astype(np.float32), (r @ inner).astype(np.float32)
+  return a.astype(np.float32), (r @ np.asarray(inner)).astype(np.float32)
 
 
 class _Metric(NamedTuple):
