@@ -147,9 +147,7 @@ class Bench:
       return lambda: rtx.open(directory)[:2]
 
     def random():
-      cfg = self.original.config
-      return cfg, jax.jit(lambda key: meta.unbox(model.Decoder(cfg).init(
-          key, jnp.zeros((1, 2), jnp.int32))))(jax.random.key(0))
+      return self.original.config, random_variables(self.original.config)
 
     found = {'original': opened(self.data / 'model'), 'random': random}
     for name in ('average', 'fit', 'uptrained'):
@@ -180,33 +178,34 @@ def attention(bench: Bench):
         jax.random.key(i), (B, T, heads, cfg.H), jnp.bfloat16)
         for i, heads in enumerate((cfg.N, cfg.K, cfg.K)))
     segment_BT = jnp.arange(T)[None] * 3 // T + jnp.zeros((B, 1), jnp.int32)
-    place_BT = jnp.arange(T)[None]
-
-    def ours(implementation):
-      def call(q, k, v):
-        return attention_lib.attend(
-            q, k, v, mask_BTS=attention_lib.visible(
-                place_BT, place_BT, window=0, segment_BT=segment_BT),
-            segment_BT=segment_BT, window=0, implementation=implementation)
-      return call
-
-    ways = {name: ours(name) for name in ('plain', 'blocks', 'pallas')}
+    ways = {name: functools.partial(attended, segment_BT, name)
+            for name in ('plain', 'blocks', 'pallas')}
     # No segments there: a lead on what else there is, not a way of ours.
     ways['cudnn, without segments'] = functools.partial(
         jax.nn.dot_product_attention, is_causal=True, implementation='cudnn')
     exact = None
     for name, way in ways.items():
-      def loss(q, k, v, way=way):
+      def total(q, k, v, way=way):
         return jnp.sum(way(q, k, v).astype(jnp.float32) ** 2)
+
       try:
         out = np.asarray(jax.jit(way)(q, k, v), np.float32)
         exact = out if exact is None else exact
         report.add(
             way=name, B=B, T=T, forward_ms=1e3 * timed(jax.jit(way), q, k, v),
-            both_ms=1e3 * timed(jax.jit(jax.grad(loss, (0, 1, 2))), q, k, v),
+            both_ms=1e3 * timed(jax.jit(jax.grad(total, (0, 1, 2))), q, k, v),
             error=float(np.linalg.norm(out - exact) / np.linalg.norm(exact)))
       except Exception as error:  # A figure that failed is a figure.
         report.add(way=name, B=B, T=T, failed=str(error).split('\n')[0][:200])
+
+
+def attended(segment_BT, implementation, q, k, v):
+  """Attention within segments, as a layer calls it."""
+  place_1T = jnp.arange(q.shape[1])[None]
+  return attention_lib.attend(
+      q, k, v, mask_BTS=attention_lib.visible(
+          place_1T, place_1T, window=0, segment_BT=segment_BT),
+      segment_BT=segment_BT, window=0, implementation=implementation)
 
 
 def decode(bench: Bench):
@@ -258,8 +257,7 @@ def speed(bench: Bench):
       (TAUGHT, relaxed, True, 'blocks')):
     try:
       trainer = Trainer(bench, student, with_teacher, way, steps=1000)
-      trainer.start(jax.jit(lambda key: meta.unbox(model.Decoder(student).init(
-          key, jnp.zeros((1, 2), jnp.int32))))(jax.random.key(0)))
+      trainer.start(random_variables(student))
       seconds = trainer.timed(batch, bench.sizes.timed)
       report.add(step=name, attention=way, batch=bench.sizes.batch,
                  seq_len=bench.sizes.seq_len, ms=1e3 * seconds,
@@ -468,6 +466,12 @@ class Trainer:
       metrics = self.update(batch)
     jax.block_until_ready((metrics, self.state))
     return (time.perf_counter() - begin) / repeats
+
+
+def random_variables(cfg) -> dict:
+  """Of a model as it is before any training."""
+  return jax.jit(lambda key: meta.unbox(model.Decoder(cfg).init(
+      key, jnp.zeros((1, 2), jnp.int32))))(jax.random.key(0))
 
 
 def random_batch(cfg, sizes) -> dict[str, np.ndarray]:
