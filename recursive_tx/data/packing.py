@@ -3,7 +3,9 @@
 A piece is a run of token ids of one document, at least 2 and at most T + 1
 of them: the last T are predicted from the first T. Nothing here looks at the
 value of an id: 0 is a token like any other, and only segment 0 is padding.
-NumPy only; it does not know where pieces come from.
+SeqIO's own packing takes id 0, a token of Pythia and Llama 3, for padding, and
+its position cannot be saved. NumPy only; it does not know where pieces come
+from.
 """
 
 import collections

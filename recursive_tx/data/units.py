@@ -1,5 +1,7 @@
 """The documents of a cached task, read unit by unit.
 
+Frames of TFRecords are read here, because TensorFlow's reader begins at the
+start of a file, and a stream wants the n-th unit of a shuffled order.
 TensorFlow is imported only where records are parsed.
 """
 

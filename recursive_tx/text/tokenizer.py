@@ -2,8 +2,9 @@
 
 Where `tokenizer.json` is, the `tokenizers` library reads it; else
 `tokenizer.model` is read by SentencePiece. Special tokens are those of the
-files beside it. It knows nothing of documents or batches, and does not import
-TensorFlow.
+files beside it. The two libraries differ in special tokens, unknown ids and
+bytes; this thin layer makes them one, without `transformers` and its torch. It
+knows nothing of documents or batches, and does not import TensorFlow.
 """
 
 from collections.abc import Mapping, Sequence
