@@ -44,6 +44,28 @@ def relaxation_cost(rows):
       for row in rows]
 
 
+def gpu_attention(rows):
+  return [('sequences x tokens', 'attention', 'forward, ms',
+           'with its gradient, ms')] + [
+      (f'{row["B"]} x {row["T"]:,}', row['way'], f'{row["forward_ms"]:.2f}',
+       f'{row["both_ms"]:.2f}') for row in rows]
+
+
+def gpu_speed(rows):
+  return [('step', 'attention', 'ms', 'tokens/s', 'TFLOP/s', 'MFU')] + [
+      (row['step'], row['attention'], f'{row["ms"]:.0f}',
+       f'{row["tokens_per_second"]:,.0f}', f'{row["tflops"]:.0f}',
+       f'{row["mfu"]:.1%}') for row in rows]
+
+
+def gpu_train(rows):
+  return [('million tokens', 'seconds', 'KL to the original, nats',
+           'next-token loss, nats')] + [
+      (f'{row["predicted_tokens"] / 1e6:.2f}', f'{row["seconds"]:.0f}',
+       f'{row["distill/loop2"]:.2f}', f'{row["next_token/loop2"]:.2f}')
+      for row in rows if row.get('step') in (1, 30, 60, 120, 180, 240, 265)]
+
+
 def updated(page: str) -> str:
   """The text of a page with its tables as the JSON files have them."""
   def table(match):

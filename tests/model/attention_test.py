@@ -53,6 +53,8 @@ def test_equals_brute_force(T, window, segments, implementation):
 @pytest.mark.parametrize('implementation, window', [
     ('splash', 0), ('splash', 20), ('pallas', 0)])
 def test_emulated_kernels_equal_brute_force(implementation, window):
+  if implementation == 'splash' and jax.default_backend() == 'gpu':
+    pytest.skip('JAX emulates kernels for TPUs on CPUs only')
   q, k, v, mask, segment = _case(128, window, True)
   assert attention.choose(
       implementation, T=128, S=128, window=window) == implementation
