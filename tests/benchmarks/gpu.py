@@ -35,12 +35,12 @@ from flax.linen import meta
 import jax
 import jax.numpy as jnp
 import numpy as np
+import quality
 
 import recursive_tx as rtx
 from recursive_tx import engine, files, losses, machine, model
 from recursive_tx.data import DataConfig, Task, packing
 from recursive_tx.evaluate.loglikelihood import Scorer
-from recursive_tx.evaluate.shared_rows import Request
 from recursive_tx.machine import chips, flops
 from recursive_tx.model import attention as attention_lib
 from recursive_tx.store import convert as convert_lib
@@ -64,7 +64,7 @@ class Sizes:
   new: int = 128
   calibration: int = 65_536
   rank: int = RANK
-  characters: int = 120_000  # Of each text that perplexity is taken on.
+  scored: int = 30_000  # Tokens of each text that perplexity is taken on.
   documents: int = 1 << 30  # Of each task.
   timed: int = 10
   square: int = 8192
@@ -72,7 +72,7 @@ class Sizes:
 
 
 SMALL = Sizes(batch=4, seq_len=128, slots=(1, 4), new=8, calibration=4096,
-              rank=8, characters=8_000, documents=20, timed=2, square=256,
+              rank=8, scored=2_000, documents=20, timed=2, square=256,
               lengths=(128,))
 
 
@@ -327,96 +327,28 @@ def train(bench: Bench):
 @jax.default_matmul_precision('highest')  # A GPU's default is TF32.
 def score(bench: Bench):
   """Perplexity, divergence from the original, and tasks, of every model."""
-  report = bench.report('score')
+  report, sizes = bench.report('score'), bench.sizes
   cfg, exact, tokenizer = bench.original[:3]
-  texts = {path.stem: pieces(
-      tokenizer, path.read_text('utf-8')[:bench.sizes.characters], bench.sizes)
+  texts = {path.stem: quality.Compared(cfg, exact, quality.pieces(
+      tokenizer, path.read_text('utf-8'), sizes.seq_len, sizes.scored), rows=4)
       for path in sorted((bench.data / 'texts').glob('*.txt'))}
-  tasks = {path.stem: task_requests(
-      tokenizer, path, bench.sizes.documents)
-      for path in sorted((bench.data / 'eval').glob('*.jsonl'))}
-  exact = jax.device_put(exact)
+  tasks = {path.stem: quality.requests(tokenizer, path, sizes.documents)
+           for path in sorted((bench.data / 'eval').glob('*.jsonl'))}
   for name, opened in bench.models_there().items():
     begin = time.perf_counter()
     mine, variables = opened()
-    variables = jax.device_put(variables)
     row = {'model': name, 'loops': mine.loops, 'parameters': sum(
         x.size for x in jax.tree.leaves(variables))}
-    both = jax.jit(functools.partial(nats_and_divergence, cfg, mine))
-    for text, token_NT in texts.items():
-      sums = [both(exact, variables, token_NT[i:i + 4])
-              for i in range(0, len(token_NT), 4)]
-      nats, kl = np.sum(sums, axis=0) / token_NT[:, 1:].size
-      row |= {f'{text} perplexity': float(np.exp(nats)), f'{text} KL': float(
-          kl)}
+    for text, compared in texts.items():
+      row |= {f'{text} {metric}': value for metric, value in compared(
+          mine, variables).items()}
     scorer = Scorer(mine, variables)
     for task, (requests, questions) in tasks.items():
       found = scorer(requests)
-      row |= {f'{task} {metric}': value for metric, value in accuracies(
+      row |= {f'{task} {metric}': value for metric, value in quality.accuracies(
           zip(found.log_p_LN[0], found.greedy_LN[0], strict=True),
           questions).items()}
     report.add(**row, seconds=time.perf_counter() - begin)
-
-
-def pieces(tokenizer, text, sizes) -> np.ndarray:
-  """A text's whole pieces of `seq_len` tokens, [N, T] int32."""
-  ids = np.asarray(tokenizer.encode(text), np.int32)
-  return ids[:len(ids) // sizes.seq_len * sizes.seq_len].reshape(
-      -1, sizes.seq_len)
-
-
-def nats_and_divergence(cfg, mine, exact, variables, token_BT) -> jax.Array:
-  """Sums over tokens but the first of -log p, and of KL(original || model)."""
-  one, other = (jax.nn.log_softmax(
-      model.Decoder(c).apply(v, token_BT[:, :-1]).astype(jnp.float32))
-      for c, v in ((cfg, exact), (mine, variables)))
-  return jnp.stack([
-      losses.next_token_nats(other, token_BT[:, 1:]).sum(),
-      (jnp.exp(one) * (one - other)).sum()])
-
-
-def task_requests(tokenizer, path, documents):
-  """Requests (context, continuation) of a task's file, as the harness has
-  them, and of each question its answers: (characters of each, the right one).
-  """
-  requests, questions = [], []
-  for line in path.read_text('utf-8').splitlines()[:documents]:
-    row = json.loads(line)
-    if 'context' in row:  # LAMBADA: the last word, which must be the best.
-      context, answers, gold = row['context'], [row['continuation']], None
-    else:
-      context, answers, gold = row['query'].rstrip(), row['choices'], row[
-          'gold']
-      if context.startswith('Question:'):
-        context += '\nAnswer:'
-    ids = tokenizer.encode(context)
-    for answer in answers:
-      whole = tokenizer.encode(f'{context} {answer}')
-      requests.append(Request(whole[:len(ids)], whole[len(ids):]))
-    questions.append(([len(answer) for answer in answers], gold))
-  return requests, questions
-
-
-def accuracies(found, questions) -> dict[str, float]:
-  """acc, acc_norm (by characters) and the standard error of acc."""
-  found, right, by_length, nats = iter(found), [], [], []
-  for lengths, gold in questions:
-    answers = [next(found) for _ in lengths]
-    if gold is None:
-      right.append(answers[0][1])
-      nats.append(-answers[0][0])
-      continue
-    right.append(np.argmax([log_p for log_p, _ in answers]) == gold)
-    by_length.append(np.argmax([
-        log_p / length for (log_p, _), length in zip(
-            answers, lengths, strict=True)]) == gold)
-  row = {'acc': float(np.mean(right)), 'stderr': float(
-      np.std(right, ddof=1) / math.sqrt(len(right)))}
-  if by_length:
-    row['acc_norm'] = float(np.mean(by_length))
-  if nats:
-    row['perplexity'] = float(np.exp(np.mean(nats)))
-  return row
 
 
 class Trainer:
