@@ -31,28 +31,23 @@ import time
 from typing import Any
 
 from absl import logging
-from flax.linen import meta
 import jax
 import jax.numpy as jnp
 import numpy as np
 import quality
+from training import Trainer, random_batch, random_variables
 
 import recursive_tx as rtx
-from recursive_tx import engine, files, losses, machine, model
-from recursive_tx.data import DataConfig, Task, packing
+from recursive_tx import engine, files
+from recursive_tx.data import packing
 from recursive_tx.evaluate.loglikelihood import Scorer
-from recursive_tx.machine import chips, flops
+from recursive_tx.machine import chips
 from recursive_tx.model import attention as attention_lib
 from recursive_tx.store import convert as convert_lib
 from recursive_tx.store import native
-from recursive_tx.train import optim, step
-from recursive_tx.train.config import Config
 
 LOOPS, RANK = 2, 96
 TAUGHT = 'relaxed, with its teacher'
-# As configs/common.py has it, which needs ml_collections.
-TABLE = (('adapters/.*/[ab]', 1.0, 0.0), ('.*/(scale|bias)', 1.0, 0.0),
-         ('embed/.*', 1.0, 0.0), ('.*/kernel', 1.0, 1.0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +138,13 @@ class Bench:
     rows, B = list(packer.ready), self.sizes.batch
     return [packing.batch(rows[i:i + B], self.sizes.seq_len)
             for i in range(0, len(rows) - B + 1, B)]
+
+  def trainer(self, cfg, with_teacher, attention, *, steps) -> Trainer:
+    """Of a model, in bf16, perhaps with the original as its teacher."""
+    return Trainer(
+        cfg, rtx.Run(dtype='bfloat16', attention=attention, logits_mib=2048),
+        batch=self.sizes.batch, seq_len=self.sizes.seq_len, steps=steps,
+        lr=self.lr, teacher=self.original[:2] if with_teacher else None)
 
   def models_there(self) -> dict[str, Any]:
     """(cfg, variables) of every model to score, opened when it is its turn."""
@@ -252,14 +254,14 @@ def speed(bench: Bench):
   relaxed = dataclasses.replace(
       cfg, loops=LOOPS, layers_per_loop=cfg.layers_per_loop // LOOPS,
       rank=str(bench.sizes.rank))
-  batch = random_batch(cfg, bench.sizes)
+  batch = random_batch(cfg.V, bench.sizes.batch, bench.sizes.seq_len)
   for name, student, with_teacher, way in (
       (TAUGHT, relaxed, True, bench.attention),
       ('relaxed', relaxed, False, bench.attention),
       ('vanilla', cfg, False, bench.attention),
       (TAUGHT, relaxed, True, 'blocks')):
     try:
-      trainer = Trainer(bench, student, with_teacher, way, steps=1000)
+      trainer = bench.trainer(student, with_teacher, way, steps=1000)
       trainer.start(random_variables(student))
       seconds = trainer.timed(batch, bench.sizes.timed)
       report.add(step=name, attention=way, batch=bench.sizes.batch,
@@ -305,7 +307,7 @@ def train(bench: Bench):
   seconds = min(row['ms'] for row in bench.report('speed').rows
                 if row['step'] == TAUGHT and 'ms' in row) / 1e3
   steps = min(len(bench.batches), int(bench.minutes * 60 / seconds))
-  trainer = Trainer(bench, cfg, True, bench.attention, steps=steps)
+  trainer = bench.trainer(cfg, True, bench.attention, steps=steps)
   report.add(steps=steps, batches=len(bench.batches), lr=bench.lr,
              tokens=steps * trainer.tokens)
   trainer.start(variables)
@@ -349,77 +351,6 @@ def score(bench: Bench):
           zip(found.log_p_LN[0], found.greedy_LN[0], strict=True),
           questions).items()}
     report.add(**row, seconds=time.perf_counter() - begin)
-
-
-class Trainer:
-  """A training step of the library, compiled for one device."""
-
-  def __init__(self, bench, cfg, with_teacher, way, *, steps):
-    sizes = bench.sizes
-    self.config = Config(
-        model=cfg,
-        data=DataConfig(
-            tasks=(Task(name='corpus', kind='jsonl', train=('-',)),),
-            seq_len=sizes.seq_len, batch=sizes.batch, shards=1),
-        optim=optim.OptimConfig(
-            steps=steps, lr=bench.lr, warmup=-(-steps // 20), min_ratio=0.05,
-            table=TABLE),
-        losses=losses.LossConfig(distill=(1.0,) if with_teacher else ()),
-        run=rtx.Run(dtype='bfloat16', attention=way, logits_mib=2048))
-    self.mesh = machine.make_mesh(
-        machine.MeshConfig(), devices=jax.devices()[:1])
-    teacher = bench.original.config if with_teacher else None
-    with jax.set_mesh(self.mesh):
-      self._tx, abstract = step.abstract_state(self.config, self.mesh)
-      self._step = step.jit_step(
-          self.config, self.mesh, self._tx, abstract, teacher)
-    self._teacher = None if teacher is None else jax.device_put(jax.tree.map(
-        lambda x: np.asarray(x, jnp.bfloat16), bench.original.variables))
-    self.tokens = sizes.batch * sizes.seq_len
-    self.flops = flops.train_step(
-        cfg, self.config.losses.weights(cfg.loops), teacher, sizes.batch,
-        sizes.seq_len)['total']
-
-  def start(self, variables):
-    """Sets the first state; compiles nothing of the step."""
-    with jax.set_mesh(self.mesh):
-      params = jax.device_put(jax.tree.map(
-          lambda x: jnp.asarray(x, jnp.float32), variables['params']),
-          machine.replicated(self.mesh))
-      self.state = step.TrainState(
-          jnp.int32(0), params, jax.jit(self._tx.init)(params))
-
-  def update(self, batch) -> dict:
-    """One update; its metrics, on the device."""
-    with jax.set_mesh(self.mesh):
-      placed = machine.place(batch, machine.rows(self.mesh))
-      self.state, metrics = self._step(self.state, placed, self._teacher)
-    return metrics
-
-  def timed(self, batch, repeats) -> float:
-    """Seconds of an update, after one that compiles."""
-    begin = time.perf_counter()
-    jax.block_until_ready(self.update(batch))
-    self.compile_seconds = time.perf_counter() - begin
-    jax.block_until_ready(self.update(batch))
-    begin = time.perf_counter()
-    for _ in range(repeats):
-      metrics = self.update(batch)
-    jax.block_until_ready((metrics, self.state))
-    return (time.perf_counter() - begin) / repeats
-
-
-def random_variables(cfg) -> dict:
-  """Of a model as it is before any training."""
-  return jax.jit(lambda key: meta.unbox(model.Decoder(cfg).init(
-      key, jnp.zeros((1, 2), jnp.int32))))(jax.random.key(0))
-
-
-def random_batch(cfg, sizes) -> dict[str, np.ndarray]:
-  """Rows of one document of random tokens each."""
-  ids = np.random.default_rng(0).integers(
-      0, cfg.V, (sizes.batch, sizes.seq_len + 1)).astype(np.int32)
-  return packing.batch([[row] for row in ids], sizes.seq_len)
 
 
 def chip_flops() -> float:

@@ -1,15 +1,16 @@
 """Speed of a training step on this CPU, side by side in one run.
 
-  python tests/benchmarks/train_step.py [--output=FILE]
+  python tests/benchmarks/train_step.py [--sizes '3 M' ...] [--output=FILE]
 
 Vanilla against `transformers` (Llama, sdpa, AdamW) on the same shapes, and
-recursive against vanilla. Every kind of step lives in a process of its own,
-since threads of one framework slow the other, and each round runs each kind in
-turn, so that a ratio is of neighbours in time: once untimed, since a system
-may take memory from an idle process, then a few times. The table gives medians
-over the rounds, of the clock and of the processor's time (both cores added
-up), which is steadier where a machine is shared. All processes get large pages
-for large arrays, as launch/ sets.
+recursive against vanilla; 'taught' is the relaxed one with a vanilla teacher in
+the step. 135 M are the shapes of SmolLM2. Every kind of step lives in a process
+of its own, since threads of one framework slow the other, and each round runs
+each kind in turn, so that a ratio is of neighbours in time: once untimed, since
+a system may take memory from an idle process, then a few times. The table gives
+medians over the rounds, of the clock and of the processor's time (both cores
+added up), which is steadier where a machine is shared. All processes get large
+pages for large arrays, as launch/ sets.
 """
 
 import argparse
@@ -24,9 +25,12 @@ import time
 SHAPES = {
     '3 M': dict(V=4096, D=192, F=512, N=6, K=2, H=32, layers_per_loop=6),
     '15 M': dict(V=4096, D=384, F=1024, N=6, K=2, H=64, layers_per_loop=8),
+    '135 M': dict(V=49152, D=576, F=1536, N=9, K=3, H=64, layers_per_loop=30),
 }
-STEPS = ('transformers', 'vanilla', 'recursive, 2 loops', 'relaxed, rank 32')
-B, T, THREADS = 8, 256, 2
+RANKS = {'3 M': '32', '15 M': '32', '135 M': '96'}
+BATCH = {'3 M': (8, 256), '15 M': (8, 256), '135 M': (4, 512)}
+STEPS = ('transformers', 'vanilla', 'recursive, 2 loops', 'relaxed', 'taught')
+THREADS = 2
 REPEATS = 3
 _ENVIRONMENT = {
     'JAX_PLATFORMS': 'cpu', 'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1',
@@ -35,6 +39,8 @@ _ENVIRONMENT = {
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--sizes', nargs='+', choices=SHAPES,
+                      default=['3 M', '15 M'])
   parser.add_argument('--rounds', type=int, default=7)
   parser.add_argument('--output')
   parser.add_argument('--serve', nargs=2, help=argparse.SUPPRESS)
@@ -43,9 +49,9 @@ def main() -> None:
     serve(*args.serve)
     return
   rows = []
-  print(f'batch {B} x {T}, fp32, {THREADS} threads, {args.rounds} rounds\n'
+  print(f'fp32, {THREADS} threads, {args.rounds} rounds\n'
         + ' ' * 25 + 'clock, over transformers, vanilla; processor, likewise')
-  for size in SHAPES:
+  for size in args.sizes:
     rows += measure(size, args.rounds)
   if args.output:
     pathlib.Path(args.output).write_text(json.dumps(rows, indent=2) + '\n')
@@ -84,6 +90,7 @@ def _row(size, name, times) -> dict:
           a / b[kind] for a, b in zip(mine, times[other], strict=True))
       row[f'{clock}_over_{other}'] = ratio
       text += f'{ratio:7.2f}'
+  B, T = BATCH[size]
   row['tokens_per_second'] = B * T / row['seconds']
   print(text, flush=True)
   return row
@@ -91,13 +98,15 @@ def _row(size, name, times) -> dict:
 
 def serve(size: str, name: str) -> None:
   """Runs steps for every line of stdin, and prints one's two durations."""
-  shape = SHAPES[size]
+  shape, batch = SHAPES[size], BATCH[size]
   looped = dict(shape, layers_per_loop=shape['layers_per_loop'] // 2, loops=2)
+  relaxed = dict(looped, rank=RANKS[size])
   run = {
-      'transformers': lambda: torch_step(shape),
-      'vanilla': lambda: step(shape),
-      'recursive, 2 loops': lambda: step(looped),
-      'relaxed, rank 32': lambda: step(dict(looped, rank='32')),
+      'transformers': lambda: torch_step(shape, *batch),
+      'vanilla': lambda: step(shape, *batch),
+      'recursive, 2 loops': lambda: step(looped, *batch),
+      'relaxed': lambda: step(relaxed, *batch),
+      'taught': lambda: step(relaxed, *batch, teacher=shape),
   }[name]()
   print('ready', flush=True)
   for _ in sys.stdin:
@@ -109,42 +118,29 @@ def serve(size: str, name: str) -> None:
            (time.process_time() - processor) / REPEATS], flush=True)
 
 
-def step(shape: dict):
-  """One update of ours: loss, gradients, AdamW, all of it compiled once."""
-  from flax.linen import meta
-  import jax
-  import optax
+def step(shape: dict, B: int, T: int, teacher: dict | None = None):
+  """One update of the library, all of it compiled once."""
+  from training import Trainer, random_batch, random_variables
 
   import recursive_tx as rtx
-  from recursive_tx import losses
-  cfg = rtx.ModelConfig(**shape)
-  decoder = rtx.Decoder(cfg, rtx.Run(unroll=True))
-  token_BT = _tokens(cfg.V)
-  init = jax.jit(lambda key: meta.unbox(decoder.init(key, token_BT[:, :-1])))
-  variables = init(jax.random.key(0))
-  tx = optax.adamw(1e-4)
-
-  def loss_fn(variables):
-    logits_BTV = decoder.apply(variables, token_BT[:, :-1])
-    return losses.next_token_nats(logits_BTV, token_BT[:, 1:]).mean()
-
-  def update(variables, opt_state):
-    loss, grads = jax.value_and_grad(loss_fn)(variables)
-    updates, opt_state = tx.update(grads, opt_state, variables)
-    return optax.apply_updates(variables, updates), opt_state, loss
-
-  update = jax.jit(update, donate_argnums=(0, 1))
-  state = [variables, tx.init(variables)]
+  cfg, taught = rtx.ModelConfig(**shape), None
+  if teacher:
+    vanilla = rtx.ModelConfig(**teacher)
+    taught = vanilla, random_variables(vanilla)
+  trainer = Trainer(
+      cfg, rtx.Run(unroll=True), batch=B, seq_len=T, steps=1000, lr=1e-4,
+      teacher=taught)
+  trainer.start(random_variables(cfg))
+  batch = random_batch(cfg.V, B, T)
 
   def run():
-    *state[:], loss = update(*state)
-    return float(loss)
+    return float(trainer.update(batch)['loss'])
 
   run()
   return run
 
 
-def torch_step(shape: dict):
+def torch_step(shape: dict, B: int, T: int):
   """One update of `transformers`, same shapes, same optimizer."""
   import torch
   import transformers
@@ -156,7 +152,7 @@ def torch_step(shape: dict):
       num_key_value_heads=shape['K'], head_dim=shape['H'],
       tie_word_embeddings=True, attn_implementation='sdpa', use_cache=False))
   optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=True)
-  token_BT = torch.tensor(_tokens(shape['V'])).long()
+  token_BT = torch.tensor(_tokens(shape['V'], B, T)).long()
 
   def run():
     optimizer.zero_grad(set_to_none=True)
@@ -171,7 +167,7 @@ def torch_step(shape: dict):
   return run
 
 
-def _tokens(V: int):
+def _tokens(V: int, B: int, T: int):
   import numpy as np
   return np.random.default_rng(0).integers(0, V, (B, T + 1)).astype(np.int32)
 
