@@ -78,7 +78,7 @@ class Service:
     return await self._answer(http, answers.Chats(self.name))
 
   async def models(self, http: HttpRequest) -> Response:
-    """GET /v1/models; `loops` and `max_len` are of our own."""
+    """GET /v1/models; `loops` and `max_len` are additions."""
     return JSONResponse({'object': 'list', 'data': [self._about()]})
 
   async def model(self, http: HttpRequest) -> Response:

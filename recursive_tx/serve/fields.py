@@ -248,7 +248,7 @@ def _first(model: type[Body], found: dict[str, Any], errors) -> Refused:
                    _path(outer) or name[:99], 'unknown_field')
   if error['type'] == 'missing':
     return Refused(f'{name!r} is missing', name, 'missing_field')
-  # A field has a description or a validator of ours, which gives the text.
+  # The text is the field's description, or that of its own validator.
   path, field = _path(error['loc']), owner.model_fields.get(name)
   if field and field.description:
     wrong = _wrong(error['input'], field.description)

@@ -38,7 +38,7 @@ class Live:
   start: float
 
   async def __call__(self, scope, receive, send) -> None:
-    gone = asyncio.ensure_future(_gone(receive))
+    gone = asyncio.ensure_future(_disconnect(receive))
     work = asyncio.ensure_future(
         self._stream(send) if self.body.stream
         else self._whole(scope, receive, send))
@@ -46,7 +46,7 @@ class Live:
       await asyncio.wait({gone, work}, return_when=asyncio.FIRST_COMPLETED)
     finally:
       if not work.done():
-        self.metrics.gone.inc()
+        self.metrics.disconnects.inc()
       for task in (gone, work):
         task.cancel()
       # Let them end, so that the slots are free.
@@ -61,7 +61,7 @@ class Live:
                       self.body.stop)
     with contextlib.closing(choices):
       async for events, pieces in choices.bursts():
-        self.metrics.saw(events)
+        self.metrics.count(events)
         if first:
           self.metrics.first.observe(time.monotonic() - self.start)
           first = False
@@ -112,7 +112,7 @@ class Live:
 
   @property
   def _logprobs(self) -> bool:
-    # At completions 0 asks for those of the chosen tokens too.
+    # For completions 0 means those of the chosen tokens too.
     return self.body.logprobs is not None and self.body.logprobs is not False
 
   def _usage(self, new: int) -> dict[str, int]:
@@ -120,6 +120,6 @@ class Live:
         sum(len(request.prompt) for request in self.requests), new)
 
 
-async def _gone(receive) -> None:
+async def _disconnect(receive) -> None:
   while (await receive())['type'] != 'http.disconnect':
     pass
