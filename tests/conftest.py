@@ -3,7 +3,8 @@
 import os
 
 # libtpu locks the machine for one process; only `plan` may load it.
-os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['JAX_PLATFORMS'] = os.environ.get(
+    'RECURSIVE_TX_TEST_PLATFORM', 'cpu')
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

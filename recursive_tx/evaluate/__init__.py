@@ -1,4 +1,7 @@
-"""Scores of a model: held-out text."""
+"""Scores of a model: held-out text, and continuations of contexts."""
 
 from recursive_tx.evaluate.heldout import evaluate as evaluate
+from recursive_tx.evaluate.loglikelihood import Request as Request
+from recursive_tx.evaluate.loglikelihood import Scorer as Scorer
+from recursive_tx.evaluate.loglikelihood import Scores as Scores
 from recursive_tx.evaluate.report import table as table

@@ -66,7 +66,8 @@ class Decoder(nn.Module):
     return self.logits(h_BTD)
 
   def hidden(
-      self, token_BT, segment_BT=None, position_BT=None, depth_BT=None
+      self, token_BT, segment_BT=None, position_BT=None, depth_BT=None,
+      mask_BTS=None,
   ):
     """What the head multiplies, for every loop: h_LBTD, compute dtype.
 
@@ -74,8 +75,13 @@ class Decoder(nn.Module):
     after that loop would. A token that exits after depth_BT loops keeps that
     hidden state; later loops compute its keys and values from it. With None no
     token exits.
+
+    mask_BTS, bool, is which tokens each token sees, in place of what segments
+    and the window allow; it must be causal. Only the 'plain' attention reads
+    all of it, and 'blocks' where the model has no window.
     """
-    return self._every_loop(token_BT, segment_BT, position_BT, depth_BT)[1]
+    return self._every_loop(
+        token_BT, segment_BT, position_BT, depth_BT, mask_BTS)[1]
 
   def hidden_and_gates(
       self, token_BT, segment_BT=None, position_BT=None, depth_BT=None
@@ -222,19 +228,22 @@ class Decoder(nn.Module):
   def _place_context(self, place):
     return {'rope': rope_tables(self.cfg, place.position_BT)}
 
-  def _context(self, token_BT, segment_BT, position_BT):
+  def _context(self, token_BT, segment_BT, position_BT, mask_BTS=None):
     """What every layer of one call shares."""
     place_1T = jnp.arange(token_BT.shape[1])[None]
     if position_BT is None:
       position_BT = jnp.broadcast_to(place_1T, token_BT.shape)
-    mask_BTS = attention.visible(
-        place_1T, place_1T, window=self.cfg.window, segment_BT=segment_BT)
+    if mask_BTS is None:
+      mask_BTS = attention.visible(
+          place_1T, place_1T, window=self.cfg.window, segment_BT=segment_BT)
     return {'mask_BTS': mask_BTS, 'segment_BT': segment_BT,
             'rope': rope_tables(self.cfg, position_BT)}
 
-  def _every_loop(self, token_BT, segment_BT, position_BT, depth_BT):
+  def _every_loop(
+      self, token_BT, segment_BT, position_BT, depth_BT, mask_BTS=None
+  ):
     """Each loop's output, x_LBTD, and what the head reads of it, h_LBTD."""
-    context = self._context(token_BT, segment_BT, position_BT)
+    context = self._context(token_BT, segment_BT, position_BT, mask_BTS)
     x_BTD = self._enter(token_BT, context)
     x_LBTD = self.block(
         x_BTD, self.adapters(), {**context, 'depth_BT': depth_BT})[1]

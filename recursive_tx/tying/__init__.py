@@ -3,7 +3,5 @@
 from recursive_tx.tying.arithmetic import INITS as INITS
 from recursive_tx.tying.arithmetic import factor as factor
 from recursive_tx.tying.arithmetic import fold as fold
-from recursive_tx.tying.arithmetic import gram as gram
-from recursive_tx.tying.arithmetic import leading as leading
 from recursive_tx.tying.arithmetic import merge as merge
 from recursive_tx.tying.arithmetic import sources as sources

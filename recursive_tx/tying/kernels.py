@@ -37,6 +37,15 @@ def matrix(
   return read(path(name), layer).astype(np.float32).reshape(cfg.in_out(name))
 
 
+def folded(
+    rcfg: config_lib.ModelConfig, read: Read, init: str, name: str, place: int
+) -> np.ndarray:
+  """The shared kernel by one of the paper's inits, in its letters."""
+  taken = tying.sources(
+      init, loops=rcfg.loops, layers_per_loop=rcfg.layers_per_loop)[place]
+  return tying.fold([read(path(name), rcfg.prelude + i) for i in taken])
+
+
 def energy(residual: np.ndarray) -> float:
   """Sum of squares, in fp64."""
   return float(np.linalg.norm(residual.astype(np.float64))) ** 2
@@ -70,11 +79,11 @@ def product(factors: Factors) -> np.ndarray:
 
 
 class Store:
-  """The kernels of one initialisation, in files of a directory."""
+  """The kernels of one initialisation, in files of `directory`."""
 
   def __init__(self, directory: pathlib.Path, loops: int):
     directory.mkdir()
-    self._directory, self._loops = directory, loops
+    self.directory, self._loops = directory, loops
 
   def put(self, name: str, place: int, shared: np.ndarray,
           factors: list[Factors]) -> None:
@@ -106,7 +115,7 @@ class Store:
     return a, b, float(share), float(total)
 
   def _path(self, name, place, what):
-    return self._directory / f'{name}.{place}.{what}'
+    return self.directory / f'{name}.{place}.{what}'
 
 
 def unrolled(

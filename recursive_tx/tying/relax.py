@@ -14,6 +14,7 @@ import pathlib
 import tempfile
 from typing import Any
 
+import jax
 import numpy as np
 
 from recursive_tx import config as config_lib
@@ -74,14 +75,9 @@ def relax(
   def read(path, layer):
     return np.asarray(
         paths.get(variables['params'], path)[() if layer is None else layer])
-  params = {}
   with initialised(cfg, rcfg, read, init=init, lora=lora, seed=seed,
              token_NT=token_NT) as (rcfg, _, found):
-    for path, shape in model.flat_shapes(rcfg).items():
-      paths.put(params, path, np.empty(shape, np.float32))
-    for path, at, array in found:
-      paths.get(params, path)[at] = array
-  return rcfg, {'params': params}
+    return rcfg, {'params': _gathered(rcfg, found)}
 
 
 def reduce(
@@ -180,11 +176,19 @@ def initialised(
     return
   rivals = {name: functools.partial(_paper_kernel, rcfg, read, name, lora,
                                     seed) for name in _RIVALS}
+
+  def parts_of(made, energy):
+    return _parts(cfg, made.rcfg, made.read, made.rule, made.kernel, seed,
+                  energy)
+
   with tempfile.TemporaryDirectory(prefix='.fit.', dir=scratch) as folder:
-    best = fit.nearest(cfg, rcfg, read, rivals, token_NT,
-                       pathlib.Path(folder), seed=seed, report=report)
-    yield best.rcfg, best.init, _parts(
-        cfg, best.rcfg, best.read, best.rule, best.kernel, seed, energy)
+    # Accelerators would multiply fp32 numbers of 8 or 11 bits else.
+    with jax.default_matmul_precision('highest'):
+      best = fit.nearest(
+          cfg, rcfg, read, rivals, token_NT, pathlib.Path(folder),
+          params=lambda made: _gathered(made.rcfg, parts_of(made, None)),
+          seed=seed, report=report)
+    yield best.rcfg, best.init, parts_of(best, energy)
 
 
 def parts(
@@ -211,6 +215,16 @@ def parts(
                      "with --init=fit first, and start from that")
   kernel = functools.partial(_paper_kernel, rcfg, read, init, lora, seed)
   yield from _parts(cfg, rcfg, read, init, kernel, seed, energy)
+
+
+def _gathered(rcfg, found):
+  """A tree of all the parts."""
+  params = {}
+  for path, shape in model.flat_shapes(rcfg).items():
+    paths.put(params, path, np.empty(shape, np.float32))
+  for path, at, array in found:
+    paths.get(params, path)[at] = array
+  return params
 
 
 def _parts(cfg, rcfg, read, init, kernel, seed, energy):
@@ -275,8 +289,7 @@ def _paper_kernel(rcfg, read, init, lora, seed, name, layer):
     shape = read(path, rcfg.prelude).shape
     shared = rng.normal(0, std, shape).astype(np.float32)
   else:
-    shared = tying.fold([read(path, rcfg.prelude + i)
-                         for i in _sources(rcfg, init)[layer]])
+    shared = kernels.folded(rcfg, read, init, name, layer)
   return shared, [
       _adapter(rcfg, name, read(path, virtual), shared, lora, rng)
       for virtual in kernels.virtual(rcfg, layer) if rank]

@@ -69,10 +69,14 @@ def embed(
     cfg: config_lib.ModelConfig, variables: dict, token_NT: np.ndarray
 ) -> np.ndarray:
   """The input of the first layer, [N, T, D] fp32."""
-  enter = jax.jit(lambda values, token: model.Decoder(cfg).apply(
-      values, token, None, None, method='enter')[0])
   return np.concatenate([
-      enter(variables, token_NT[rows]) for rows in batches(token_NT)])
+      _enter(cfg, variables, token_NT[rows]) for rows in batches(token_NT)])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _enter(cfg, variables, token_BT):
+  return model.Decoder(cfg).apply(
+      variables, token_BT, None, None, method='enter')[0]
 
 
 def stream(

@@ -30,17 +30,10 @@ def root(matrix):
   return np.sqrt(matrix) if matrix.ndim == 1 else np.linalg.cholesky(matrix)
 
 
-def square(root):
-  """Z Z^T."""
-  return root * root if root.ndim == 1 else root @ root.T
-
-
-def inverse(matrix):
-  """Of one that is positive definite."""
-  if matrix.ndim == 1:
-    return 1 / matrix
-  return scipy.linalg.cho_solve(
-      (np.linalg.cholesky(matrix), True), np.eye(len(matrix)))
+def solved(root, x):
+  """root^-1 x, of two roots that are both whole or both diagonals."""
+  return x / root if root.ndim == 1 else scipy.linalg.solve_triangular(
+      root, x, lower=True)
 
 
 def apply(matrix, x):
@@ -53,11 +46,6 @@ def unapply(matrix, x):
   if matrix.ndim == 1:
     return x / matrix[:, None]
   return scipy.linalg.solve_triangular(matrix, x)
-
-
-def product(one, other):
-  """one other, of two that are both whole or both diagonals."""
-  return one * other if one.ndim == 1 else one @ other
 
 
 def columns(x, matrix):

@@ -18,11 +18,20 @@ from recursive_tx.tying.fit import layers
 # Wider inputs and outputs have the diagonal of their moment only: the whole
 # one of Gemma 2B's MLP would take 1 GiB a layer, and 4 TFLOP to factor.
 _WIDEST = 4096
+# Hidden units' gradients depend less on each other, and have the diagonal only
+# where there are more than this: their products were half of the time.
+_WIDEST_HIDDEN = 1024
 
 
 def is_wide(size: int) -> bool:
   """Whether an input or output of that size has its moment's diagonal only."""
   return size > _WIDEST
+
+
+def has_diagonal(name: str, columns: int) -> bool:
+  """Whether a kernel's output has its moment's diagonal only."""
+  return is_wide(columns) or (
+      name in ('gate', 'up') and columns > _WIDEST_HIDDEN)
 
 
 class Moments:
@@ -87,32 +96,43 @@ def measure(
   d_NTD = _drawn(cfg, variables, token_NT, x_NTD, seed)
   for layer in reversed(range(cfg.num_layers)):
     values = jax.device_put(layers.read_layer(cfg, read, layer))
-    x_NTD, sums = moments.stream(layer), {}
+    x_NTD, sums = moments.stream(layer), _zeros(cfg)
     for rows in layers.batches(token_NT):
-      d_BTD, inputs, outputs = layers.backward(
-          cfg, values, x_NTD[rows], d_NTD[rows])
-      d_NTD[rows] = d_BTD
-      for side, values_by_name, moment in (
-          ('input', inputs, _square), ('mean', inputs, _sum),
-          ('output', outputs, _square)):
-        for name, x in values_by_name.items():
-          sums[name, side] = sums.get((name, side), 0.0) + moment(
-              np.asarray(x))
-    for (name, side), total in sums.items():
-      moments.put(name, layer, side, total / token_NT.size)
+      d_NTD[rows], sums = _add(cfg, values, sums, x_NTD[rows], d_NTD[rows])
+    for side, totals in sums.items():
+      for name, total in totals.items():
+        moments.put(name, layer, side, np.asarray(total) / token_NT.size)
     report(0.75 / cfg.num_layers)
   return moments
 
 
-def _sum(x: np.ndarray) -> np.ndarray:
-  return x.sum(axis=0, dtype=np.float64)
+def _zeros(cfg) -> dict[str, dict[str, jax.Array]]:
+  """Sums of no tokens, by side and kernel."""
+  def moment(size, diagonal):
+    return jnp.zeros(size if diagonal else (size, size))
+  sizes = {name: cfg.in_out(name) for name in cfg.kernels}
+  inputs = {name: rows for name, (rows, _) in sizes.items()
+            if layers.INPUT[name] == name}
+  return {
+      'input': {name: moment(rows, is_wide(rows))
+                for name, rows in inputs.items()},
+      'mean': {name: jnp.zeros(rows) for name, rows in inputs.items()},
+      'output': {name: moment(columns, has_diagonal(name, columns))
+                 for name, (_, columns) in sizes.items()}}
 
 
-def _square(x: np.ndarray) -> np.ndarray:
-  """x^T x, or its diagonal, of one batch: fp32 products, summed up in fp64."""
-  if is_wide(x.shape[1]):
-    return np.square(x).sum(axis=0, dtype=np.float64)
-  return (x.T @ x).astype(np.float64)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _add(cfg, values, sums, x_BTD, d_BTD):
+  """One batch: the gradient in the layer's input, and the sums."""
+  def more(total, x):
+    return total + (
+        x.T @ x if total.ndim == 2 else jnp.sum(x * x, axis=0))
+  d_BTD, inputs, outputs = layers.backward(cfg, values, x_BTD, d_BTD)
+  return d_BTD, {
+      'input': jax.tree.map(more, sums['input'], inputs),
+      'mean': jax.tree.map(lambda total, x: total + x.sum(axis=0),
+                           sums['mean'], inputs),
+      'output': jax.tree.map(more, sums['output'], outputs)}
 
 
 def _drawn(cfg, variables, token_NT, x_NTD, seed) -> np.ndarray:

@@ -13,6 +13,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
@@ -184,18 +185,21 @@ class _Sums(NamedTuple):
 
 
 def _sums(cfg, values, ours, x_NTD, y_NTD, name) -> _Sums:
-  total, ours = [0.0] * 6, jax.device_put(ours)
-  wide = moments.is_wide(cfg.in_out(name)[0])
+  total, ours = None, jax.device_put(ours)
   for rows in layers.batches(x_NTD[..., 0]):
-    x, z, s = layers.both_inputs(
-        cfg, values, ours, x_NTD[rows], y_NTD[rows], name)
-    z = np.asarray(z)
-    right = [z, np.asarray(x) - z, np.zeros((len(z), 1), z.dtype) if (
-        s is None) else np.asarray(s)]
-    total = [old + new.astype(np.float64) for old, new in zip(total, (
-        *(y.sum(axis=0) for y in right),
-        *(np.zeros(1) if wide else z.T @ y for y in right)), strict=True)]
-  return _Sums(*(value / x_NTD[..., 0].size for value in total))
+    new = _batch_sums(*layers.both_inputs(
+        cfg, values, ours, x_NTD[rows], y_NTD[rows], name))
+    total = jax.tree.map(jnp.add, total, new) if total else new
+  return jax.tree.map(
+      lambda value: np.asarray(value) / x_NTD[..., 0].size, total)
+
+
+@jax.jit
+def _batch_sums(x, z, s) -> _Sums:
+  right = [z, x - z, jnp.zeros((len(z), 1)) if s is None else s]
+  return _Sums(*(y.sum(axis=0) for y in right), *(
+      jnp.zeros(1) if moments.is_wide(z.shape[1]) else z.T @ y
+      for y in right))
 
 
 def _centred(sums: _Sums) -> _Sums:
@@ -210,18 +214,25 @@ def _pull(cfg, name, values, ours, sums):
   """E[z g^T], [rows, columns], g = x W + b + s - (z M + c): what the kernel's
   output lacks. fp32: some thousand tokens are no more exact."""
   kernel, mine = (_matrix(cfg, name, layer) for layer in (values, ours))
-  pull = sums.cross_shift.astype(np.float32) @ kernel + sums.cross_lack
+  pull = _change(sums, kernel, kernel - mine)
   if cfg.has_bias(name):
     pull += np.outer(sums.mean, np.ravel(
         values['vectors'][name]['bias'] - ours['vectors'][name]['bias']))
-  change = kernel - mine  # None where factors are fitted.
-  return pull + sums.square.astype(np.float32) @ change if (
-      change.any()) else pull
+  return pull
 
 
+@jax.jit
+def _change(sums, kernel, change):
+  """What is lacking without biases; `change` is 0 where factors are fitted."""
+  return (sums.cross_shift @ kernel + sums.cross_lack
+          + sums.square @ change)
+
+
+@jax.jit
 def _solved(moment, pull):
   """What to add to the kernel: damped least squares, [rows, columns]."""
   # So damped, the system is well conditioned in fp32.
-  return scipy.linalg.solve(
-      matrices.damped(moment, _DAMPING).astype(np.float32),
-      pull.astype(np.float32), assume_a='pos')
+  mean = jnp.trace(moment) / len(moment)
+  least = _DAMPING * jnp.where(mean > 0, mean, 1.0)
+  return jax.scipy.linalg.solve(
+      moment + least * jnp.eye(len(moment)), pull, assume_a='pos')

@@ -12,9 +12,18 @@ from absl import logging
 import numpy as np
 
 from recursive_tx import config as config_lib
+from recursive_tx.files import paths
 from recursive_tx.tying import kernels
-from recursive_tx.tying.fit import align, distance, matrices, moments, ranks
+from recursive_tx.tying.fit import (
+  align,
+  distance,
+  layers,
+  matrices,
+  moments,
+  ranks,
+)
 from recursive_tx.tying.fit.layers import Read
+from recursive_tx.tying.fit.polish import polish, polishes
 from recursive_tx.tying.fit.refit import fits_bias, fits_norms, refit, refitted
 from recursive_tx.tying.fit.share import factors, share, spectra
 
@@ -23,6 +32,9 @@ from recursive_tx.tying.fit.share import factors, share, spectra
 # the original, do not show it: of three models one was nearest with 1, two
 # with 3.
 _EARLIER = (1.0, 3.0)
+# Tokens at most: to measure moments on, evenly spaced sequences; and to choose
+# by.
+_MEASURED, _KEPT = 8192, 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +58,9 @@ class Initialisation:
 def nearest(
     cfg: config_lib.ModelConfig, rcfg: config_lib.ModelConfig, read: Read,
     rivals: dict[str, kernels.Kernel], token_NT: np.ndarray,
-    folder: pathlib.Path, *, seed: int, report: Callable[[float], Any],
+    folder: pathlib.Path, *,
+    params: Callable[[Initialisation], dict], seed: int,
+    report: Callable[[float], Any],
 ) -> Initialisation:
   """Makes every candidate, and keeps the one nearest to the original.
 
@@ -58,56 +72,119 @@ def nearest(
   as much (_EARLIER), its weight is 3 as well, and M = 2. All these models then
   read the tokens that were kept apart, and the one with the least KL divergence
   from the original is returned: the error above is only its local estimate.
+  That one is distilled as a whole (`polish`), and stays as it was if this
+  brought it no nearer.
 
   Args:
     cfg, read: the original.
     rcfg: of the recursive model. One rank for all is taken as a budget: the
       fit spreads its parameters over the kernels.
     rivals: other candidates, by the init that also gives norms and biases.
-    token_NT: calibration tokens; an eighth is kept apart, to choose by.
+    token_NT: calibration tokens; an eighth, at most 2,048 tokens, is kept
+      apart, to choose by.
     folder: empty; keeps the files that the result reads.
+    params: gives the parameters of a candidate.
     seed: of what is drawn.
     report: given the share of the work done since the last report.
   """
-  kept = max(1, len(token_NT) // 8)
+  last = polishes(rcfg) and not ranks.is_full(rcfg)
+  before = 0.4 if last else 1.0  # Share of the work.
+  kept = _rows(token_NT, len(token_NT) // 8, _KEPT)
+  given_NT = token_NT[:-kept]
+  stride = -(-len(given_NT) // _rows(token_NT, len(given_NT), _MEASURED))
   (folder / 'moments').mkdir()
   measured = moments.measure(
-      cfg, read, token_NT[:-kept], folder / 'moments', seed=seed,
-      report=lambda share: report(share / 4))
-  final_NTD = distance.final(cfg, read, token_NT[-kept:])
+      cfg, read, given_NT[::stride], folder / 'moments', seed=seed,
+      report=lambda share: report(before * share / 4))
+  final_NTD = distance.final(cfg, read, token_NT)
 
-  def nearer(best, made, store, where):
-    nats = distance.divergence(cfg, read, final_NTD, distance.final(
+  def nats_of(made, store):
+    nats = distance.divergence(cfg, read, final_NTD[-kept:], distance.final(
         cfg, kernels.unrolled(made.rcfg, made.read, made.rule, store),
         token_NT[-kept:]))
     logging.info('%s: KL %.4f nats a token on %d tokens kept apart',
-                 where.name, nats, token_NT[-kept:].size)
-    if best is None:
-      return nats, made, where
-    won, lost = sorted((best, (nats, made, where)), key=lambda row: row[0])
-    shutil.rmtree(lost[2])
-    return won
+                 store.directory.name, nats, token_NT[-kept:].size)
+    return nats
 
   # Factors of full rank represent each layer as it is.
   aligned = align.Aligned(read, measured, {} if ranks.is_full(rcfg) else (
       align.orders(rcfg, read, measured)))
-  best, weights = None, (1.0,) if any(rcfg.ranks.values()) else _EARLIER
+  found, weights = [], (1.0,) if any(rcfg.ranks.values()) else _EARLIER
   for earlier in weights:
-    where = folder / f'fit{earlier:g}'
-    store = kernels.Store(where, rcfg.loops)
-    made = _fitted(cfg, rcfg, aligned, store, earlier,
-                   lambda share: report(share * 9 / 16 / len(weights)))
-    best = nearer(best, made, store, where)
+    store = kernels.Store(folder / f'fit{earlier:g}', rcfg.loops)
+    made = _fitted(
+        cfg, rcfg, aligned, store, earlier,
+        lambda share: report(before * share * 9 / 16 / len(weights)))
+    found.append((nats_of(made, store), made))
   shutil.rmtree(folder / 'moments')
   for init, rival in rivals.items():
     store = kernels.Store(folder / init, rcfg.loops)
     for name in rcfg.kernels:
       for place in range(rcfg.layers_per_loop):
-        store.put(name, place, *rival(name, place))
-    report(3 / 16 / len(rivals))
-    best = nearer(best, Initialisation(
-        init, rcfg, read, init, store.kernel), store, folder / init)
-  return best[1]
+        store.put(name, place, *_nearly(rcfg, read, init, name, place))
+    made = Initialisation(init, rcfg, read, init, rival)
+    found.append((nats_of(made, store), made))
+    shutil.rmtree(folder / init)
+    report(before * 3 / 16 / len(rivals))
+  nats, best = min(found, key=lambda row: row[0])
+  if last:
+    store = kernels.Store(folder / 'polished', rcfg.loops)
+    made = _polished(cfg, best, polish(
+        best.rcfg, params(best), given_NT, final_NTD[:-kept], seed=seed,
+        report=lambda share: report((1 - before) * share)), store)
+    if nats_of(made, store) < nats:
+      return made
+  return best
+
+
+def _rows(token_NT, rows, tokens):
+  """So many sequences, if they are no more than so many tokens; at least 1."""
+  return max(1, min(rows, tokens // token_NT.shape[1]))
+
+
+def _nearly(rcfg, read, init, name, place):
+  """A rival's kernels, its factors to some per cent: enough to compare."""
+  rank, shared = rcfg.ranks[name], kernels.folded(rcfg, read, init, name, place)
+  flat = shared.reshape(rcfg.in_out(name))
+  ones = [np.ones(size) for size in rcfg.in_out(name)]
+  return shared, [
+      (*kernels.shaped(rcfg, name, *factors(
+          kernels.matrix(rcfg, read, name, layer), flat, *ones, rank)), 0, 0)
+      for layer in kernels.virtual(rcfg, place) if rank]
+
+
+def _polished(cfg, made, params, store) -> Initialisation:
+  """The candidate with other parameters."""
+  rcfg, changed = made.rcfg, {}
+  K, after = rcfg.layers_per_loop, rcfg.num_layers - rcfg.coda
+  for path in layers.leaves(cfg):
+    leaf = path.removeprefix('block/')
+    for part, first in (('prelude', 0), ('coda', after)):
+      for layer in range(getattr(rcfg, part)):
+        changed[path, first + layer] = paths.get(
+            params, f'{part}/{leaf}')[layer]
+    if leaf.startswith('vectors/'):
+      for layer in range(rcfg.loops * K):
+        loop, place = divmod(layer, K)
+        changed[path, rcfg.prelude + layer] = paths.get(
+            params['adapters'], leaf.removeprefix('vectors/'))[
+                loop, place] if rcfg.has_loop_vectors else paths.get(
+                    params, path)[place]
+  for name, rank in rcfg.ranks.items():
+    rows, columns = rcfg.in_out(name)
+    for place in range(K):
+      shared = paths.get(params, kernels.path(name))[place]
+      store.put(name, place, shared, [
+          kernels.kept(
+              rcfg, name, kernels.matrix(rcfg, made.read, name, layer)
+              - shared.reshape(rows, columns), a.reshape(rows, rank),
+              b.reshape(rank, columns))
+          for layer, a, b in zip(kernels.virtual(rcfg, place), *(
+              params['adapters'][name][factor][:, place] for factor in 'ab'),
+              strict=True)] if rank else [])
+  return Initialisation(
+      'fit', rcfg, lambda *at: changed[at] if at in changed else made.read(*at),
+      made.rule, store.kernel)
 
 
 def _fitted(cfg, rcfg, aligned, store, earlier, report) -> Initialisation:

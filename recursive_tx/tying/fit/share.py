@@ -5,14 +5,20 @@ is the second moment of the kernel's input x and S that of the gradient of the
 model's loss in the kernel's output: the two Kronecker factors of the Fisher
 matrix (Martens and Grosse, 2015), by which it estimates twice the KL divergence
 a token. Arrays in, arrays out.
+
+Second moments are ill-conditioned, so that they are factored in fp64 by NumPy.
+Everything of a kernel's size is fp32 on JAX's default device.
 """
 
 from collections.abc import Sequence
+import functools
+from typing import NamedTuple
 
+import jax
+from jax import lax
+import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 
-from recursive_tx import tying
 from recursive_tx.tying.fit import matrices
 
 # Added to a second moment, as a share of its mean diagonal: directions that
@@ -21,15 +27,16 @@ from recursive_tx.tying.fit import matrices
 _INPUT_DAMPING = 1e-4
 _OUTPUT_DAMPING = 1e-2
 
-# The alternation ends when so many rounds lower the error by less than this
+# The alternation ends with a round that lowers the error by less than this
 # share, or after this many.
-_ROUNDS, _LEAST_GAIN, _MOST_ROUNDS = 10, 1e-3, 100
+_LEAST_GAIN, _MOST_ROUNDS = 1e-3, 25
 # Where the loops could do the same thing each, the shared kernel might as
-# well; so little keeps the factors from growing against it.
-_RIDGE = 1e-6
-# Sine of a column's angle to those before it, below which Cholesky's method
-# loses more than fp32 holds.
-_NEAREST = 1e-4
+# well; so little keeps the factors from growing against it, and is more than
+# fp32 rounds to.
+_RIDGE = 1e-5
+
+# Subspace iteration: directions beyond those wanted, and rounds.
+_EXTRA, _ITERATIONS = 16, 4
 
 
 def share(
@@ -49,11 +56,15 @@ def share(
   Returns:
     [rows, columns], fp32.
   """
-  roots, right = _roots(inputs, outputs)
-  wide, shared, inverse = _mean(kernels, roots, right)
-  if 0 < rank < min(shared.shape):
-    shared -= _absorbed(wide, shared, roots, inverse, rank)
-  return matrices.columns_back(shared, right).astype(np.float32)
+  metric = _metric(inputs, outputs)
+  apart = _apart(kernels, metric)
+  change = _mean(apart, metric.roots)
+  if 0 < rank < min(change.shape):
+    change -= _absorbed(
+        apart, metric.roots, rank, _MOST_ROUNDS, _LEAST_GAIN)
+  return (kernels[0] + matrices.columns_back(
+      matrices.unapply(metric.whole.T, np.asarray(change, np.float64)),
+      metric.right)).astype(np.float32)
 
 
 def spectra(
@@ -69,13 +80,8 @@ def spectra(
     [min(rows, columns)], falling: squared singular values of the residuals
     that the best shared kernel without factors leaves, the layers' summed up.
   """
-  roots, right = _roots(inputs, outputs)
-  wide, mean, _ = _mean(kernels, roots, right)
-  total = np.zeros(min(mean.shape))
-  for kernel, root in zip(wide, roots, strict=True):
-    left = _left(root, kernel - mean)
-    total += np.maximum(scipy.linalg.eigvalsh(tying.gram(left))[::-1], 0)
-  return total
+  metric = _metric(inputs, outputs)
+  return np.asarray(_spectra(_apart(kernels, metric), metric.roots))
 
 
 def factors(
@@ -94,106 +100,140 @@ def factors(
   Returns:
     a [rows, rank] with orthonormal columns and b [rank, columns], fp32.
   """
+  residual = np.asarray(kernel, np.float32) - shared
+  rows, columns = residual.shape
+  if rank == min(rows, columns):  # Nothing is lost, whatever it weighs.
+    if rows <= columns:
+      return np.eye(rows, dtype=np.float32), residual
+    a, b = np.linalg.qr(residual.astype(np.float64))
+    return a.astype(np.float32), b.astype(np.float32)
   root = matrices.root(matrices.damped(
       input_moment.astype(np.float64), _INPUT_DAMPING))
   right = matrices.root(matrices.damped(
       output_moment.astype(np.float64), _OUTPUT_DAMPING))
-  residual = kernel.astype(np.float32) - shared
-  rows, columns = residual.shape
-  if rank == min(rows, columns):  # Nothing is lost, whatever it weighs.
-    a = np.eye(rows) if rows <= columns else _orthonormal(
-        residual.astype(np.float64))
-  else:
-    a = _orthonormal(matrices.unapply(root.T, _directions(
-        matrices.columns(_left(root, residual), right.astype(np.float32)),
-        rank)))
-  # The best b for this a; S does not change it.
-  q, r = np.linalg.qr(matrices.apply(root.T, a))
-  b = scipy.linalg.solve_triangular(r, matrices.apply(root, q).T @ residual)
-  return a.astype(np.float32), b.astype(np.float32)
+  U, inner = _projected(*(x.astype(np.float32) for x in (
+      residual, root, right)), rank)
+  # Z^T a = U r^-1, so that the best b, which S does not change, is r U^T Z^T
+  # times the residual.
+  a, r = np.linalg.qr(matrices.unapply(root.T, np.asarray(U, np.float64)))
+  return a.astype(np.float32), (r @ np.asarray(inner)).astype(np.float32)
 
 
-def _directions(matrix, rank):
-  """Leading left singular vectors, or what spans the same, [rows, rank]."""
-  _, vectors = tying.leading(matrix, rank)
-  return vectors if len(vectors) == len(matrix) else _orthonormal(
-      matrix @ vectors)
-
-
-def _left(root, kernel):
-  """Z^T kernel, fp32: a kernel's size times its rows is no work for fp64."""
-  return matrices.apply(root.T.astype(np.float32), kernel)
-
-
-def _mean(kernels, roots, right):
-  """The kernels and their weighted mean, fp32, with S taken into the columns
-  so that what is left to weigh is C; and the inverse of all C's sum, fp64."""
-  moments = [matrices.square(root) for root in roots]
-  inverse = matrices.inverse(sum(moments))
-  wide = [matrices.columns(kernel.astype(np.float32), right.astype(np.float32))
-          for kernel in kernels]
-  # This is best as long as there are no factors. All shares sum up to 1.
-  mean = wide[0].copy()
-  for kernel, moment in zip(wide[1:], moments[1:], strict=True):
-    mean += matrices.apply(
-        matrices.product(inverse, moment).astype(np.float32), kernel - wide[0])
-  return wide, mean, inverse
-
-
-def _roots(inputs, outputs):
-  """Roots of every C, and of an S that all layers have up to a number.
+class _Metric(NamedTuple):
+  """Roots of the moments.
 
   A root Z is lower triangular, or the diagonal, of Z Z^T. With one S for all,
   nothing of the kernel's size has to be solved for again and again. Each
   layer's number, its gradient's size, goes to its C; against an S for every
   layer that costs little, against no S at all it gains much.
+
+  Attributes:
+    whole: Y, the root of the sum of all layers' C, fp64.
+    roots: G_i = Y^-1 Z_i, fp32, with Z_i the root of layer i's C: the sum of
+      all G_i G_i^T is 1.
+    right: the root of an S that all layers have up to a number, fp64.
   """
+  whole: np.ndarray
+  roots: list[np.ndarray]
+  right: np.ndarray
+
+
+def _metric(inputs, outputs) -> _Metric:
   sizes = [matrices.trace(moment) or 1.0 for moment in outputs]
   common = sum(moment.astype(np.float64) / size
                for moment, size in zip(outputs, sizes, strict=True)
                ) / len(outputs)
-  right = matrices.root(matrices.damped(common, _OUTPUT_DAMPING))
-  damped = [matrices.damped(moment.astype(np.float64), _INPUT_DAMPING)
-            for moment in inputs]
-  return [matrices.root(size * moment)
-          for moment, size in zip(damped, sizes, strict=True)], right
+  damped = [size * matrices.damped(moment.astype(np.float64), _INPUT_DAMPING)
+            for moment, size in zip(inputs, sizes, strict=True)]
+  whole = matrices.root(sum(damped))
+  return _Metric(
+      whole, [matrices.solved(whole, matrices.root(moment)).astype(np.float32)
+              for moment in damped],
+      matrices.root(matrices.damped(common, _OUTPUT_DAMPING)))
 
 
-def _absorbed(wide, mean, roots, inverse, rank):
+def _apart(kernels, metric):
+  """Y^T (W_i - W_0) times S's root, fp32: what there is to share."""
+  first = kernels[0].astype(np.float32)
+  left, right = (x.astype(np.float32) for x in (metric.whole.T, metric.right))
+  return [_weighted(kernel.astype(np.float32) - first, left, right)
+          for kernel in kernels]
+
+
+@jax.jit
+def _weighted(kernel, left, right):
+  return matrices.columns(matrices.apply(left, kernel), right)
+
+
+@jax.jit
+def _mean(apart, roots):
+  """The layers' weighted mean: best as long as there are no factors."""
+  # All shares sum up to 1, and the first layer is the origin.
+  return sum(matrices.apply(root, matrices.apply(root.T, kernel))
+             for root, kernel in zip(roots, apart, strict=True))
+
+
+def _residuals(apart, roots):
+  """F_i = Z_i^T (W_i - mean)."""
+  mean = _mean(apart, roots)
+  return [matrices.apply(root.T, kernel - mean)
+          for root, kernel in zip(roots, apart, strict=True)]
+
+
+@jax.jit
+def _spectra(apart, roots):
+  return sum(jnp.maximum(jnp.linalg.eigvalsh(_gram(left))[::-1], 0)
+             for left in _residuals(apart, roots))
+
+
+@functools.partial(jax.jit, static_argnames='rank')
+def _projected(residual, root, right, rank):
+  """Leading directions U of a weighted residual, and U^T Z^T residual."""
+  left = matrices.apply(root.T, residual)
+  U = directions(matrices.columns(left, right), rank)
+  return U, U.T @ left
+
+
+@functools.partial(jax.jit, static_argnames='rank')
+def _absorbed(apart, roots, rank, most, gain):
   """What the factors, and not the shared kernel, represent, [rows, columns].
 
-  Let F_i = Z_i^T (W_i - mean), and P_i = U_i b_i the factors of layer i in
-  its root's coordinates. The best shared kernel for them leaves to layer i
-  R_i = F_i + sum_j H_ij P_j, H_ij = Z_i^T (sum_j Z_j Z_j^T)^-1 Z_j. A round
-  updates each U_i by a step of subspace iteration on R_i, and then solves for
-  all b at once. Its products are all thin: R is never made.
+  Let P_i = U_i b_i be the factors of layer i in its root's coordinates, and
+  F_i its residual without any. The best shared kernel for them leaves to
+  layer i R_i = F_i + sum_j H_ij P_j, H_ij = G_i^T G_j. A round updates each
+  U_i by a step of subspace iteration on R_i, and then solves for all b at
+  once. Its products are all thin: R is never made.
   """
   # fp32 does: H is a projection, and the factors are made anew afterwards.
-  F = [_left(root, kernel - mean)
-       for root, kernel in zip(roots, wide, strict=True)]
-  halves = [matrices.product(root.T, inverse) for root in roots]
-  H = [[matrices.product(half, other).astype(np.float32) for other in roots]
-       for half in halves]
-  places = range(len(F))
-  U = _initial(F, H, rank)
-  b, error = _solve(F, H, U)
-  errors = [error]
-  for _ in range(_MOST_ROUNDS):
-    U = [_orthonormal(F[i] @ b[i].T + sum(
-        matrices.apply(H[i][j], U[j]) @ (b[j] @ b[i].T) for j in places))
-         for i in places]
-    b, error = _solve(F, H, U)
-    errors.append(error)
-    if (len(errors) > _ROUNDS
-        and errors[-1 - _ROUNDS] - error < _LEAST_GAIN * abs(error)):
-      break
-  return sum(
-      matrices.apply(
-          inverse, matrices.apply(roots[i], U[i].astype(np.float64))) @ b[i]
-      for i in places)
+  F = _residuals(apart, roots)
+  total = sum(jnp.vdot(left, left) for left in F)
+  U = _initial(F, roots, rank)
+
+  def step(state):
+    U, b, error, _, rounds = state
+    old = U, b, error
+    A = [matrices.apply(root, u) for root, u in zip(roots, U, strict=True)]
+    U = [_orthonormal(left @ mine.T + matrices.apply(root.T, sum(
+        a @ (other @ mine.T) for a, other in zip(A, b, strict=True))))
+         for left, root, mine in zip(F, roots, b, strict=True)]
+    b, taken = _solve(F, roots, U)
+    better = total - taken < error  # Not so for nan.
+    return *jax.tree.map(
+        lambda new, was: jnp.where(better, new, was),
+        (U, b, total - taken), old), error, rounds + 1
+
+  def unfinished(state):
+    _, _, error, before, rounds = state
+    return (rounds < most) & (before - error > gain * error)
+
+  b, taken = _solve(F, roots, U)
+  U, b, *_ = lax.while_loop(
+      unfinished, step, (U, b, total - taken, jnp.inf, 0))
+  return sum(matrices.apply(root, u) @ mine
+             for root, u, mine in zip(roots, U, b, strict=True))
 
 
-def _initial(F, H, rank):
+def _initial(F, roots, rank):
   """Where the search begins: the leading directions of every layer alone.
 
   Of two layers the second has the leading directions of what the first leaves:
@@ -203,42 +243,49 @@ def _initial(F, H, rank):
   U = []
   for left in F:
     if U and len(F) == 2:
-      b, _ = _solve(F[:1], H[:1], U)
-      left = left + matrices.apply(H[1][0], U[0]) @ b[0]
-    U.append(_directions(left, rank).astype(np.float32))
+      b, _ = _solve(F[:1], roots[:1], U)
+      left = left + matrices.apply(
+          roots[1].T, matrices.apply(roots[0], U[0]) @ b[0])
+    U.append(directions(left, rank))
   return U
 
 
-def _solve(F, H, U):
-  """The best b_i for given U_i, and the error that is left.
+def _solve(F, roots, U):
+  """The best b_i for given U_i, and the error that they take off.
 
   Since H is a projection, the error is that without factors, minus
   2 <F, P>, plus <P, (1 - H) P>: a system of size rank times layers.
   """
-  places, rank = range(len(F)), U[0].shape[1]
-  system = np.eye(len(F) * rank) * (1 + _RIDGE)
-  system -= np.block([
-      [U[i].T @ matrices.apply(H[i][j], U[j]) for j in places] for i in places])
-  wanted = np.concatenate([u.T @ f for u, f in zip(U, F, strict=True)])
-  b = scipy.linalg.solve(
-      system, wanted.astype(np.float64), assume_a='pos').astype(np.float32)
-  error = sum(float(np.vdot(f, f)) for f in F) - float(np.vdot(wanted, b))
-  return np.split(b, len(F)), error
+  A = jnp.concatenate([
+      matrices.apply(root, u) for root, u in zip(roots, U, strict=True)], 1)
+  wanted = jnp.concatenate([u.T @ f for u, f in zip(U, F, strict=True)])
+  system = (1 + _RIDGE) * jnp.eye(len(wanted)) - A.T @ A
+  b = jax.scipy.linalg.solve(system, wanted, assume_a='pos')
+  return jnp.split(b, len(F)), jnp.vdot(wanted, b)
+
+
+def directions(matrix: jax.Array, rank: int) -> jax.Array:
+  """Leading left singular vectors, or what spans the same, [rows, rank].
+
+  Where few are wanted, by subspace iteration (Halko et al., 2011).
+  """
+  rows, columns = matrix.shape
+  wide = rank + _EXTRA
+  if 2 * wide >= min(rows, columns):
+    vectors = jnp.linalg.eigh(_gram(matrix))[1][:, -rank:]
+    return vectors if rows <= columns else _orthonormal(matrix @ vectors)
+  x = matrix @ jax.random.normal(jax.random.key(0), (columns, wide))
+  for _ in range(_ITERATIONS):
+    x = matrix @ (matrix.T @ _orthonormal(x))
+  x = _orthonormal(x)
+  return x @ jnp.linalg.eigh(_gram(x.T @ matrix))[1][:, -rank:]
+
+
+def _gram(matrix):
+  """Inner products of the rows or of the columns, whichever are fewer."""
+  rows, columns = matrix.shape
+  return matrix @ matrix.T if rows <= columns else matrix.T @ matrix
 
 
 def _orthonormal(x):
-  """Columns that span what those of x [n, rank] do.
-
-  Where they are not too near to each other, by Cholesky, all products of
-  matrices; Householder's way was most of the time for 16384 x 231.
-  """
-  wide = x.astype(np.float64)
-  wide /= np.maximum(np.linalg.norm(wide, axis=0), np.finfo(x.dtype).tiny)
-  try:
-    root = np.linalg.cholesky(wide.T @ wide)
-  except np.linalg.LinAlgError:
-    return np.linalg.qr(x)[0]
-  if root.diagonal().min() < _NEAREST:
-    return np.linalg.qr(x)[0]
-  return scipy.linalg.solve_triangular(
-      root, wide.T, lower=True).T.astype(x.dtype)
+  return jnp.linalg.qr(x)[0]

@@ -186,13 +186,14 @@ def test_spectra_are_what_ranks_take_off(shape):
     assert left == pytest.approx(falling[rank:].sum(), rel=0.05)
 
 
-@pytest.mark.parametrize('apart', [1, 1e-3, 1e-5, 1e-6, 0])
-@pytest.mark.parametrize('dtype', [np.float32, np.float64])
-def test_orthonormal_columns_however_near_they_were(apart, dtype):
-  x = np.random.default_rng(0).normal(size=(50, 6))
-  x[:, 1:] = x[:, :1] + apart * x[:, 1:]
-  x *= np.geomspace(1, 1e-12, 6)  # Short ones are no problem.
-  q = share_lib._orthonormal(x.astype(dtype))
-  assert q.dtype == dtype
-  assert np.abs(q.T @ q - np.eye(6)).max() < 1e-6
-  assert np.abs(x - q @ (q.T @ x)).max() < 1e-6
+@pytest.mark.parametrize('shape', [(150, 120), (120, 150), (12, 9)])
+def test_directions_hold_what_the_leading_singular_vectors_do(shape):
+  """Where they are found by iteration, and where all are found at once."""
+  matrix = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+  matrix *= np.geomspace(1, 1e-3, shape[1])
+  best = np.linalg.svd(matrix, compute_uv=False)
+  for rank in (1, 5):
+    U = np.asarray(share_lib.directions(matrix, rank))
+    assert np.abs(U.T @ U - np.eye(rank)).max() < 1e-5
+    assert np.square(U.T @ matrix).sum() == pytest.approx(
+        np.square(best[:rank]).sum(), rel=1e-4)
