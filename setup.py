@@ -10,6 +10,7 @@ _LIBTPU = 'libtpu>=0.0.42.1'
 _SERVE = [
     'jinja2>=3.1',
     'prometheus_client>=0.20',
+    'pydantic>=2.8',
     'starlette>=0.45',
     'uvicorn>=0.30',
 ]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import numbers
 from typing import Any
 
 _FLOAT32_MAX = 3.4028234663852886e38
@@ -33,27 +34,32 @@ def nearest(value: str, known) -> str:
 def in_range(what: str, value: Any, span: str, kind: type = float) -> None:
   """Raises UserError unless a value is a number in an interval.
 
-  NaN is in no interval. Neither is a number that is infinite in float32, in
-  which the program computes. A bool is not a number.
+  NaN and infinity are in no interval. A bool is not a number.
 
   Args:
     what: the name of the value, such as 'optim.b1' or '--best'.
     value: of any type.
     span: the interval, such as '[0, 1)'. A square bracket includes its end, a
       round one does not; an end may be 'inf'.
-    kind: int takes whole numbers only; float takes both.
+    kind: int takes Python's whole numbers only and float both; neither takes
+      what is infinite in float32, in which the program computes.
+      numbers.Integral and numbers.Real take NumPy's numbers and any size too.
   """
-  low, high = (float(end) for end in span[1:-1].split(','))
-  numbers = int if kind is int else int | float
-  if isinstance(value, numbers) and not isinstance(value, bool):
+  ends = span[1:-1].split(', ')
+  low, high = map(float, ends)
+  if isinstance(value, int | float if kind is float else kind) and not (
+      isinstance(value, bool)):
     above = value > low or (span[0] == '[' and value == low)
     below = value < high or (span[-1] == ']' and value == high)
-    if above and below and abs(value) <= _FLOAT32_MAX:
+    if above and below and (
+        kind not in (int, float) or abs(value) <= _FLOAT32_MAX):
       return
-  number = 'a whole number' if kind is int else 'a finite number'
-  least = f' of at least {low:g}' if span[0] == '[' else f' above {low:g}'
-  most = f' and at most {high:g}' if span[-1] == ']' else (
-      '' if high == float('inf') else f' and below {high:g}')
+  number = ('a whole number' if issubclass(kind, numbers.Integral) else
+            'a finite number')
+  least = f' of at least {ends[0]}' if span[0] == '[' else (
+      '' if ends[0] == '-inf' else f' above {ends[0]}')
+  most = f' and at most {ends[1]}' if span[-1] == ']' else (
+      '' if ends[1] == 'inf' else f' and below {ends[1]}')
   raise UserError(f'{what} is {value!r}, expected {number}{least}{most}')
 
 

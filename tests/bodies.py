@@ -111,4 +111,5 @@ BAD = [
     ('chat/completions', {'messages': [{'role': 'user', 'content': 'x',
                                         'tool_calls': [1]}]}, 400, 'no field'),
     ('chat/completions', CHAT | {'top_logprobs': 1}, 400, 'not supported'),
+    ('completions', '{"prompt": "x", "\\ud800": 1}', 400, 'no field'),
 ]

@@ -3,8 +3,10 @@
 import dataclasses
 import inspect
 import math
+from numbers import Integral, Real
 import re
 
+import numpy as np
 import pytest
 import tiny
 
@@ -81,6 +83,17 @@ def test_every_interval_is_in_the_docstring(section, field):
     (3.5e38, '[0, inf)', float, False), (2**31, '[1, inf)', int, True),
     (1e-46, '(0, inf)', float, True), (math.nan, '[0, inf)', float, False),
     (1.0, '[0, inf)', int, False), (False, '[0, inf)', int, False),
+    # A config is written as JSON, which takes no NumPy numbers.
+    (np.int64(1), '[0, inf)', int, False),
+    (np.int64(1), '[0, inf)', float, False),
+    (np.int64(1), '[1, inf)', Integral, True),
+    (np.int64(0), '[1, inf)', Integral, False),
+    (np.float32(0.5), '[0, 1]', Real, True),
+    (np.float32(0.5), '[0, 1]', Integral, False),
+    (np.bool_(True), '[0, 1]', Integral, False),
+    (True, '[0, 1]', Real, False), (1e300, '[0, inf)', Real, True),
+    (math.inf, '[0, inf)', Real, False), (math.nan, '[0, inf)', Real, False),
+    (-10**400, '(-inf, inf)', Integral, True),
 ])
 def test_an_interval_holds_what_its_brackets_say(value, span, kind, inside):
   if inside:

@@ -52,7 +52,7 @@ _FUSED = ('model/kv_cache_test.py::'
 _MIXED = 'model/kv_cache_test.py::test_a_pass_over_rows_at_different_loops'
 _ALONE = ('engine/engine_test.py::'
           'test_every_request_gets_what_it_would_get_alone')
-_LEAVES = 'engine/engine_test.py::test_tokens_leave_as_the_rule_says'
+_LEAVES = 'engine/engine_test.py::test_tokens_exit_by_the_rule'
 _NEIGHBOURS = ('engine/engine_test.py::'
                'test_neighbours_and_arrivals_change_nothing')
 _PARITY = 'store/families_test.py::test_logits_equal_those_of_transformers'
@@ -156,7 +156,7 @@ MUTANTS = {
     'shared_keys_overwritten': Mutant(
         'model/decoder.py', 'writes_BT=loop_BT == 0', 'writes_BT=loop_BT >= 0',
         (_MIXED, 'engine/engine_test.py::'
-         'test_who_left_is_not_seen_where_loops_share_keys')),
+         'test_exits_change_no_later_token_where_loops_share_keys')),
     'leaves_only_above_the_threshold': Mutant(
         'exits/thresholds.py', 'score_E[loop] >= threshold',
         'score_E[loop] > threshold',
@@ -177,7 +177,7 @@ MUTANTS = {
         'model/linear.py', 'y_BTY[..., -sum(widths):]',
         'y_BTY[..., :sum(widths)]', (_FUSED,)),
     'up_stands_before_the_gate': Mutant(
-        'engine/step.py', "fuse(tree['mlp'], ('gate', 'up'))",
+        'engine/weights.py', "fuse(tree['mlp'], ('gate', 'up'))",
         "fuse(tree['mlp'], ('up', 'gate'))", (_FUSED,)),
     'loops_share_their_keys': Mutant(
         'model/decoder.py', 'cfg.prelude + loop_BT * cfg.layers_per_loop',

@@ -28,15 +28,9 @@ def write_files(folder: pathlib.Path, train: int = 3000) -> None:
   By default there is so much that every shard has a block of its own, and all
   rows differ.
   """
-  import tokenizers
+  import tiny_tokenizers
 
-  vocab = {c: i for i, c in enumerate([*LETTERS, '<bos>', '<eos>'])}
-  model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
-  model.post_processor = tokenizers.processors.TemplateProcessing(
-      single='<bos> $A', special_tokens=[('<bos>', vocab['<bos>'])])
-  model.save(str(folder / 'tokenizer.json'))
-  (folder / 'tokenizer_config.json').write_text(json.dumps({
-      'bos_token': '<bos>', 'eos_token': '<eos>'}))
+  tiny_tokenizers.letters(folder, [*LETTERS, '<bos>', '<eos>'])
   rng = np.random.default_rng(0)
   for split, count in (('train', train), ('heldout', 5)):
     with (folder / f'{split}.jsonl').open('w') as f:

@@ -97,7 +97,7 @@ def started(directory, *flags):
       process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    assert 'Traceback' not in errors, errors
+    assert 'Traceback' not in errors and 'Warning' not in errors, errors
   finally:
     process.kill()
     process.communicate()

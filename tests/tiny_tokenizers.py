@@ -1,5 +1,6 @@
 """Tokenizers trained on the spot, of both kinds."""
 
+from collections.abc import Iterable
 import json
 import pathlib
 
@@ -32,6 +33,23 @@ def byte_level_dir(tmp_path_factory) -> pathlib.Path:
   model.save(str(directory / 'tokenizer.json'))
   write(directory, 'config.json', {'bos_token_id': 0, 'eos_token_id': 0})
   return directory
+
+
+def letters(directory: pathlib.Path, pieces: Iterable[str]) -> None:
+  """Saves a tokenizer of one id a character; texts open with BOS.
+
+  Args:
+    directory: where tokenizer.json and tokenizer_config.json go.
+    pieces: in the order of their ids; '<bos>' and '<eos>' are among them.
+  """
+  vocab = {piece: i for i, piece in enumerate(pieces)}
+  model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+  model.decoder = tokenizers.decoders.Fuse()
+  model.post_processor = tokenizers.processors.TemplateProcessing(
+      single='<bos> $A', special_tokens=[('<bos>', vocab['<bos>'])])
+  model.save(str(directory / 'tokenizer.json'))
+  write(directory, 'tokenizer_config.json',
+        {'bos_token': '<bos>', 'eos_token': '<eos>'})
 
 
 def train(directory: pathlib.Path, **how) -> pathlib.Path:

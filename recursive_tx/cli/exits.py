@@ -46,8 +46,8 @@ def parse(text: str, cfg: ModelConfig) -> exits.Exit:
   if text == 'none':
     return exits.Exit()
   rule, _, values = text.partition('=')
-  one_of('exit rule', rule, [x for x in exits.RULES if x not in
-                             exits.SCORELESS] + ['none'])
+  one_of('exit rule', rule,
+         [x for x in exits.RULES if x != 'last'] + ['none'])
   try:
     numbers = [float(value) for value in values.split(',')]
   except ValueError:

@@ -18,9 +18,9 @@ import numpy as np
 
 from recursive_tx import exits, machine, model
 from recursive_tx.config import ModelConfig, Run
-from recursive_tx.engine import sampling, step
+from recursive_tx.engine import sampling, step, weights
 from recursive_tx.engine import state as state_lib
-from recursive_tx.errors import UserError, one_of
+from recursive_tx.errors import UserError, in_range, one_of
 from recursive_tx.model import kv_cache
 
 # A call of prefill has this many tokens, of one prompt or of several.
@@ -43,14 +43,11 @@ class Request:
       the engine's `max_len`.
     sampler: how they are drawn.
     ignore_eos: continue after an end-of-text token.
-    script: for an engine whose exit is `oracle`: the tokens to give, and how
-      many loops each takes.
   """
   prompt: Sequence[int]
   max_new_tokens: int = 64
   sampler: sampling.Sampler = sampling.Sampler()
   ignore_eos: bool = False
-  script: tuple[Sequence[int], Sequence[int]] | None = None
 
 
 class Event(NamedTuple):
@@ -113,7 +110,7 @@ class Engine:
     """
     for name, value in (
         ('slots', slots), ('max_len', max_len), ('steps', steps)):
-      _check_count(name, value)
+      in_range(name, value, '[1, inf)', numbers.Integral)
     one_of('fill', fill, step.FILLS)
     one_of('schedule', schedule, step.SCHEDULES)
     exit.check(cfg)
@@ -126,19 +123,14 @@ class Engine:
     # third do little is computed in vain. A few rows take as long as one.
     self._plan = step.Plan(
         cfg, run, exit, fill, schedule, max(_FEW, -(-slots // 2)), rules)
-    self._steps, self._scripted = steps, exit.rule == 'oracle'
-    if mesh:
-      params = machine.of_boxed(model.abstract_params(cfg), mesh, rules)
-      variables = machine.place(variables, {'params': params})
-    elif device:
-      variables = jax.device_put(variables, device)
-    self._variables = self._call(
-        _serving, cfg, run.dtype, bool(mesh), variables, known_V)
+    self._steps = steps
+    variables = _placed(cfg, variables, mesh, device, rules)
+    self._weights = self._call(
+        weights.prepare, cfg, run.dtype, bool(mesh), variables, known_V)
     # Half as many requests more wait with their prompts read.
     self._rows = slots + -(-slots // 2)
     self._state = self._call(
-        _init, self._plan, slots, self._rows, max_len, len(self._ends),
-        self._scripted)
+        _init, self._plan, slots, self._rows, max_len, len(self._ends))
     self._ids = itertools.count()
     self._waiting: dict[int, Request] = {}  # In the order of arrival.
     self._owner: dict[int, tuple[int, Request]] = {}  # Of a row.
@@ -170,7 +162,7 @@ class Engine:
       raise UserError(
           f'a prompt is {prompt.dtype} of shape {prompt.shape}; expected one'
           ' list of token ids')
-    _check_count('max_new_tokens', most)
+    in_range('max_new_tokens', most, '[1, inf)', numbers.Integral)
     if prompt.min() < 0 or prompt.max() >= self.cfg.V:
       raise UserError(
           f"token ids {prompt.min()}..{prompt.max()} are outside the model's "
@@ -179,10 +171,6 @@ class Engine:
       raise UserError(
           f'a prompt of {len(prompt)} tokens and max_new_tokens={most} exceed '
           f'max_len={self.max_len}; shorten one or make the other larger')
-    if (request.script is not None) != self._scripted:
-      raise UserError(
-          "a request has a script where the engine's exit is 'oracle', and "
-          'nowhere else')
     new = next(self._ids)
     self._waiting[new] = request
     return new
@@ -203,7 +191,7 @@ class Engine:
     if not self._owner:
       return None
     self._state, log = self._call(
-        _burst, self._plan, self._steps, self._variables, self._state)
+        _burst, self._plan, self._steps, self._weights, self._state)
     return log
 
   def _admit(self) -> None:
@@ -243,7 +231,7 @@ class Engine:
         for i, (row, tokens) in enumerate(now):
           token_PT[i, :len(tokens)], row_P[i] = tokens, row
         self._state = self._call(
-            _prefill, self._plan, self._variables, self._state, token_PT,
+            _prefill, self._plan, self._weights, self._state, token_PT,
             np.full(size, start, np.int32), row_P)
 
   def _insert(self, batch) -> None:
@@ -252,10 +240,6 @@ class Engine:
     token_P, position_P, left_P = np.zeros((3, size), np.int32)
     eos_PE = np.full((size, len(self._ends)), -1, np.int32)
     samplers = [sampling.Sampler()] * size
-    script = None
-    if self._scripted:
-      script = (np.full((size, self.max_len), -1, np.int32),
-                np.full((size, self.max_len), self.cfg.loops - 1, np.int32))
     for i, (row, id, request) in enumerate(batch):
       row_P[i], token_P[i] = row, request.prompt[-1]
       position_P[i] = len(request.prompt) - 1
@@ -263,19 +247,14 @@ class Engine:
       if not request.ignore_eos:
         eos_PE[i] = self._ends
       samplers[i] = request.sampler
-      if script is not None:
-        tokens, depths = request.script
-        span = slice(position_P[i], position_P[i] + len(tokens))
-        script[0][i, span], script[1][i, span] = tokens, np.array(depths) - 1
       self._owner[row] = id, request
       self._left[id] = request.max_new_tokens
     self._state = self._call(
         _insert, self._plan, self._state, row_P, state_lib.Rows(
-            token_P, position_P, left_P, eos_PE, sampling.stack(samplers),
-            script))
+            token_P, position_P, left_P, eos_PE, sampling.stack(samplers)))
 
   def _stop_cancelled(self) -> None:
-    """Makes their next token their last, which gives the row back."""
+    """Makes their next token their last, which frees the row."""
     rows = [row for row, (id, _) in self._owner.items()
             if id in self._cancelled]
     if rows:
@@ -312,6 +291,14 @@ class Engine:
       return function(*args)
 
 
+def _placed(cfg: ModelConfig, variables: dict, mesh, device, rules) -> dict:
+  """The variables on their devices."""
+  if mesh:
+    params = machine.of_boxed(model.abstract_params(cfg), mesh, rules)
+    return machine.place(variables, {'params': params})
+  return jax.device_put(variables, device) if device else variables
+
+
 def _rules(cfg: ModelConfig, mesh: Mesh) -> machine.Rules:
   if mesh.shape['data'] * mesh.shape['fsdp'] > 1:
     raise UserError(
@@ -319,11 +306,6 @@ def _rules(cfg: ModelConfig, mesh: Mesh) -> machine.Rules:
         'make the other axes 1')
   sizes = {letter: getattr(cfg, letter) for letter in 'VDFNK'}
   return machine.make_rules(mesh, {**sizes, 'R': 1, 'B': 1})
-
-
-def _check_count(name: str, value: object) -> None:
-  if not isinstance(value, numbers.Integral) or value < 1:
-    raise UserError(f'{name}={value}; expected at least 1')
 
 
 def _ends(eos_id: int | Sequence[int] | None) -> tuple[int, ...]:
@@ -347,23 +329,22 @@ def _known(known_V: np.ndarray | None, V: int) -> np.ndarray | None:
   return np.asarray(known_V, bool)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
-def _init(plan, slots, rows, length, ends, script):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _init(plan, slots, rows, length, ends):
   return _settle(plan, state_lib.init(
-      plan.cfg, plan.run, slots=slots, rows=rows, length=length, ends=ends,
-      script=script))
+      plan.cfg, plan.run, slots=slots, rows=rows, length=length, ends=ends))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _burst(plan, steps, variables, state):
-  state, log = step.burst(plan, steps, variables, state)
+def _burst(plan, steps, weights, state):
+  state, log = step.burst(plan, steps, weights, state)
   return _settle(plan, state), log
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _prefill(plan, variables, state, token_PT, start_P, row_P):
+def _prefill(plan, weights, state, token_PT, start_P, row_P):
   return _settle(plan, step.prefill(
-      plan, variables, state, token_PT, start_P, row_P))
+      plan, weights, state, token_PT, start_P, row_P))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -375,11 +356,6 @@ def _insert(plan, state, row_P, new):
 def _stop(plan, state, row_P):
   left = state.rows.left.at[row_P].set(0, mode='drop')
   return _settle(plan, state._replace(rows=state.rows._replace(left=left)))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _serving(cfg, dtype, meshed, variables, known_V):
-  return step.serving(cfg, dtype, variables, meshed, known_V)
 
 
 def _settle(plan, state):

@@ -1,7 +1,6 @@
 """Several engines, each on its own device, as one.
 
-What a request gets depends on nothing but itself, so it does not matter which
-of them answers it.
+A request's tokens depend on that request alone, so any of them may answer it.
 """
 
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from recursive_tx.engine.engine import Engine, Event, Request
 
 
 class Replicas:
-  """An engine's verbs; the replica with the fewest requests takes the next.
+  """An engine's methods; the replica with the fewest requests takes the next.
 
   Their bursts run at the same time, and a poll waits for all of them.
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 import dataclasses
-import math
 import numbers
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from recursive_tx.errors import UserError
+from recursive_tx.errors import in_range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,13 +18,16 @@ class Sampler:
   """How the next token is drawn.
 
   Attributes:
-    temperature: divides the logits; finite, at least 0. 0 takes the likeliest
-      token, the first of several, and the smallest values do as well.
-    top_k: keeps this many of the likeliest tokens; 0 keeps all; below 2^31.
-    top_p: keeps the fewest likeliest tokens whose probability reaches this;
-      above 0, at most 1. The smallest values keep the likeliest alone.
+    temperature: divides the logits, [0, inf). 0 takes the likeliest token,
+      the first of several, and the smallest values do as well.
+    top_k: keeps this many of the likeliest tokens, [0, 2^31); 0 keeps all.
+    top_p: keeps the fewest likeliest tokens whose probability reaches this,
+      (0, 1]. The smallest values keep the likeliest alone.
     seed: of the draws, any integer, modulo 2^32. The same seed and text give
       the same next token, whatever else is in the batch.
+
+  Raises:
+    UserError: a value outside its interval.
   """
   temperature: float = 0.0
   top_k: int = 0
@@ -33,16 +35,12 @@ class Sampler:
   seed: int = 0
 
   def __post_init__(self):
-    # NaN is in no range.
-    if not (_is(numbers.Real, self.temperature)
-            and 0 <= self.temperature < math.inf
-            and _is(numbers.Integral, self.top_k) and 0 <= self.top_k < 2**31
-            and _is(numbers.Real, self.top_p) and 0 < self.top_p <= 1
-            and _is(numbers.Integral, self.seed)):
-      raise UserError(
-          f'{self} is no sampler; temperature is a finite number of at least '
-          '0, top_k an integer from 0 to 2^31 - 1, top_p above 0 and at most '
-          '1, seed an integer')
+    for name, span, kind in (
+        ('temperature', '[0, inf)', numbers.Real),
+        ('top_k', f'[0, {2**31})', numbers.Integral),
+        ('top_p', '(0, 1]', numbers.Real),
+        ('seed', '(-inf, inf)', numbers.Integral)):
+      in_range(name, getattr(self, name), span, kind)
 
 
 class Samplers(NamedTuple):
@@ -124,8 +122,3 @@ def _cut(samplers, logits_BV):
 def _draw(seed, position, logits_V):
   key = jax.random.fold_in(jax.random.key(seed), position)
   return jax.random.categorical(key, logits_V).astype(jnp.int32)
-
-
-def _is(kind, value) -> bool:
-  """Whether a value is a number of a kind; True and False are none."""
-  return isinstance(value, kind) and not isinstance(value, bool)

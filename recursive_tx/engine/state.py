@@ -25,9 +25,9 @@ class Slots(NamedTuple):
     x_BD: what its next pass reads, compute dtype.
     loop: the loop of that pass.
     token: the token that was chosen, -1 until then.
-    likeliest: token after the preceding loop, -1 if not asked for.
+    likeliest: token after the preceding loop, -1 where it is not needed.
     done: all passes of its token are done, or it has exited and there is
-      nothing more to do; it waits for the others if the schedule wants that.
+      nothing more to do; under some schedules it waits for the others.
   """
   row: jax.Array
   x_BD: jax.Array
@@ -46,16 +46,12 @@ class Rows(NamedTuple):
     left: how many tokens it may still get.
     eos: the tokens that end it, [R, E]; -1 is none.
     samplers: how its tokens are drawn.
-    script: of `rule='oracle'`, else None: the tokens that it gets [R, S] and
-      the loops, from 0, that they exit at [R, S], by the position they are
-      predicted at.
   """
   token: jax.Array
   position: jax.Array
   left: jax.Array
   eos: jax.Array
   samplers: sampling.Samplers
-  script: tuple[jax.Array, jax.Array] | None
 
 
 class Queue(NamedTuple):
@@ -90,7 +86,7 @@ class Log(NamedTuple):
 
 def init(
     cfg: ModelConfig, run: Run, *, slots: int, rows: int, length: int,
-    ends: int, script: bool
+    ends: int,
 ) -> State:
   """Nothing in any slot.
 
@@ -99,7 +95,6 @@ def init(
     slots, rows: how many.
     length: tokens of a row, at most.
     ends: tokens that may end a row.
-    script: rows have scripts.
   """
   def full(size, value, dtype=jnp.int32):
     return jnp.full(size, value, dtype)
@@ -113,9 +108,7 @@ def init(
            eos=full((R, ends), -1),
            samplers=sampling.Samplers(
                full(R, 0, jnp.float32), full(R, 0), full(R, 1, jnp.float32),
-               full(R, 0, jnp.uint32)),
-           script=(full((R, length), -1), full((R, length), cfg.loops - 1))
-           if script else None),
+               full(R, 0, jnp.uint32))),
       Queue(full(R, 0), full((), 0), full((), 0)))
 
 

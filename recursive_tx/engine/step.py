@@ -4,7 +4,7 @@ A slot whose token is decided and whose passes are done starts its next token,
 or the next request that waits, at the first loop, in the same step. Relaxed
 Recursive Transformers, section 2.4: continuous depth-wise batching.
 
-Everything here is traced; nothing asks the host.
+Everything here is traced; nothing waits for the host.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from recursive_tx import config as config_lib
 from recursive_tx import exits, machine
 from recursive_tx.engine import sampling
 from recursive_tx.engine.state import Log, Queue, Slots, State
-from recursive_tx.model import Decoder, kv_cache, mixed_loops, normalize
-from recursive_tx.model.linear import fuse
+from recursive_tx.engine.weights import Weights
+from recursive_tx.model import Decoder, kv_cache, normalize
 
 # static: requests start together, when every one before has ended.
 # csb: continuous sequence-wise; a request's end frees its slot, all slots are
@@ -52,13 +52,14 @@ class Plan:
   group: int
   rules: machine.Rules
 
-  def apply(self, variables, *args, method):
+  def apply(self, weights, *args, method):
     with nn.logical_axis_rules(self.rules):
-      return Decoder(self.cfg, self.run).apply(variables, *args, method=method)
+      return Decoder(self.cfg, self.run).apply(
+          weights.variables, *args, method=method)
 
 
 def burst(
-    plan: Plan, steps: int, variables: dict, state: State
+    plan: Plan, steps: int, weights: Weights, state: State
 ) -> tuple[State, Log]:
   """Up to so many steps; fewer once every slot is idle."""
   B, R = len(state.slots.row), len(state.rows.token)
@@ -71,25 +72,25 @@ def burst(
 
   def body(carry):
     i, state, log = carry
-    state, entry = _step(plan, variables, state)
+    state, entry = _step(plan, weights, state)
     log = Log(*(leaf.at[i].set(new)
                 for leaf, new in zip(log, entry, strict=True)))
     return i + 1, state, log
 
   # Requests that came while every slot was idle.
-  state = _advance(plan, variables, state)
+  state = _advance(plan, weights, state)
   _, state, log = lax.while_loop(has_work, body, (jnp.int32(0), state, log))
   return state, log
 
 
 def prefill(
-    plan: Plan, variables: dict, state: State, token_PT: jax.Array,
+    plan: Plan, weights: Weights, state: State, token_PT: jax.Array,
     start_P: jax.Array, row_P: jax.Array
 ) -> State:
   """Puts the keys and values of a part of some prompts into their rows.
 
   Args:
-    plan, variables, state: of the engine.
+    plan, weights, state: of the engine.
     token_PT: tokens of each; what pads them on the right leaves keys that are
       overwritten before they are read.
     start_P: position of the first.
@@ -97,22 +98,23 @@ def prefill(
   """
   position_PT = start_P[:, None] + jnp.arange(token_PT.shape[1])
   _, cache = plan.apply(
-      variables, token_PT, position_PT, row_P, state.cache, method='decode')
+      weights, token_PT, position_PT, row_P, state.cache, weights.mixed_N,
+      weights.head_DV, method='decode')
   return state._replace(cache=cache)
 
 
-def _step(plan, variables, state: State) -> tuple[State, Log]:
+def _step(plan, weights, state: State) -> tuple[State, Log]:
   slots, rows = state.slots, state.rows
   R = len(rows.token)
   busy_B = (slots.row < R) & ~slots.done
   row_B = jnp.where(busy_B, slots.row, R)
   place = _place(rows, row_B)
   x_B1D, cache = plan.apply(
-      variables, slots.x_BD[:, None], slots.loop[:, None], state.cache, place,
-      method='loop')
+      weights, slots.x_BD[:, None], slots.loop[:, None], state.cache, place,
+      '__call__', weights.mixed_N, method='loop')
   x_BD = jnp.where(busy_B[:, None], x_B1D[:, 0], slots.x_BD)
   slots, cache, exits_B, log_p_B = _decide(
-      plan, variables, slots._replace(x_BD=x_BD), rows, busy_B, cache, place)
+      plan, weights, slots._replace(x_BD=x_BD), rows, busy_B, cache, place)
   rows = rows._replace(left=rows.left.at[jnp.where(exits_B, row_B, R)].add(
       -1, mode='drop'))
   entry = Log(jnp.where(exits_B, slots.row, -1), slots.token, slots.loop + 1,
@@ -121,19 +123,19 @@ def _step(plan, variables, state: State) -> tuple[State, Log]:
   ends_B = exits_B & (
       (slots.token[:, None] == rows.eos.at[row_B].get(mode='clip')).any(-1)
       | (rows.left.at[row_B].get(mode='clip') <= 0))
-  finished_B = busy_B & (slots.loop == plan.cfg.loops - 1)
+  finished_B = busy_B & _last(plan, slots)
   if plan.fill == 'propagate':
     early_B = exits_B & ~finished_B & ~ends_B
-    cache = _propagate(plan, variables, slots, early_B, cache, place)
+    cache = _propagate(plan, weights, slots, early_B, cache, place)
     finished_B |= exits_B
   slots = slots._replace(
       row=jnp.where(ends_B, R, slots.row), loop=slots.loop + ~finished_B,
       done=slots.done | finished_B & ~ends_B)
   state = state._replace(cache=cache, slots=slots, rows=rows)
-  return _advance(plan, variables, state), entry
+  return _advance(plan, weights, state), entry
 
 
-def _decide(plan, variables, slots: Slots, rows, busy_B, cache, place):
+def _decide(plan, weights, slots: Slots, rows, busy_B, cache, place):
   """Which slots' tokens exit after this loop, and which tokens those are.
 
   An example: 3 loops, the rule 'top' with thresholds (0.9, 0.8), 4 slots.
@@ -154,21 +156,9 @@ def _decide(plan, variables, slots: Slots, rows, busy_B, cache, place):
   Returns:
     The slots with their tokens, the cache, exits_B and log_p_B.
   """
-  cfg, rule = plan.cfg, plan.exit.rule
-  last_B = slots.loop == cfg.loops - 1
-  pending_B = busy_B & (slots.token < 0)
-  confident_B = last_B
   threshold_B = jnp.array([*plan.exit.thresholds, -jnp.inf])[slots.loop]
-  if plan.exit.needs == 'gate':
-    h_BD = normalize(cfg, slots.x_BD, variables['params']['norm'])
-    score_B = jax.nn.sigmoid(
-        plan.apply(variables, h_BD, slots.loop, method='gate'))
-    confident_B |= score_B >= threshold_B
-  elif rule == 'static':
-    confident_B |= threshold_B <= 0
-  elif rule == 'oracle':
-    at_B = (slots.row, place.position_BT[:, 0])
-    confident_B |= slots.loop >= rows.script[1].at[at_B].get(mode='clip')
+  pending_B = busy_B & (slots.token < 0)
+  confident_B = _confident(plan, weights, slots, threshold_B)
   by_head = plan.exit.needs == 'logits'
   if not by_head:
     pending_B &= confident_B
@@ -176,13 +166,14 @@ def _decide(plan, variables, slots: Slots, rows, busy_B, cache, place):
   def choose(index_G, carry):
     (token_B, likeliest_B, confident_B, log_p_B), cache = carry
     (token_G, log_p_G, logits_GV), cache = _sample(
-        plan, variables, slots, rows, index_G, cache, place)
+        plan, weights, slots, rows, index_G, cache, place)
     likeliest_G = jnp.full_like(token_G, -1)
     confident_G = jnp.full(len(index_G), True)
     if by_head:
       likeliest_G = sampling.likeliest(logits_GV)
-      score_G = exits.score(rule, logits_BV=logits_GV,
-                            before_B=likeliest_B.at[index_G].get(mode='clip'))
+      score_G = exits.score(
+          plan.exit.rule, logits_BV=logits_GV,
+          before_B=likeliest_B.at[index_G].get(mode='clip'))
       confident_G = score_G >= threshold_B.at[index_G].get(mode='clip')
     new = (token_G, likeliest_G, confident_G, log_p_G)
     old = (token_B, likeliest_B, confident_B, log_p_B)
@@ -195,20 +186,43 @@ def _decide(plan, variables, slots: Slots, rows, busy_B, cache, place):
       ((slots.token, slots.likeliest, confident_B,
         jnp.zeros(len(busy_B), jnp.float32)), cache))
   exits_B = pending_B & confident_B
-  if plan.fill == 'complete' and cfg.coda:
+  if plan.fill == 'complete' and plan.cfg.coda:
     # The coda has run on an earlier state; these are the keys of the last.
-    def close(index_G, cache):
-      part = _take(place, index_G, len(rows.token))
-      return plan.apply(
-          variables, _inputs(slots, index_G), cache, part, method='leave')[1]
-
-    cache = _grouped(plan.group, busy_B & last_B & ~exits_B, close, cache)
+    cache = _close(plan, weights, slots, busy_B & _last(plan, slots) & ~exits_B,
+                   cache, place)
   slots = slots._replace(
       token=jnp.where(exits_B, token_B, slots.token), likeliest=likeliest_B)
   return slots, cache, exits_B, log_p_B
 
 
-def _sample(plan, variables, slots: Slots, rows, index_G, cache, place):
+def _confident(plan, weights, slots: Slots, threshold_B):
+  """Which slots exit whatever their logits; all do at the last loop."""
+  last_B = _last(plan, slots)
+  if plan.exit.needs == 'gate':
+    h_BD = normalize(
+        plan.cfg, slots.x_BD, weights.variables['params']['norm'])
+    gate_B = plan.apply(weights, h_BD, slots.loop, method='gate')
+    return last_B | (exits.score('gate', gate_B=gate_B) >= threshold_B)
+  if plan.exit.rule == 'static':
+    return last_B | (exits.score('static') >= threshold_B)
+  return last_B
+
+
+def _last(plan, slots: Slots):
+  return slots.loop == plan.cfg.loops - 1
+
+
+def _close(plan, weights, slots: Slots, mask_B, cache, place):
+  """The cache after the coda has run in some slots."""
+  def close(index_G, cache):
+    part = _take(place, index_G, cache.k.shape[1])
+    return plan.apply(
+        weights, _inputs(slots, index_G), cache, part, method='leave')[1]
+
+  return _grouped(plan.group, mask_B, close, cache)
+
+
+def _sample(plan, weights, slots: Slots, rows, index_G, cache, place):
   """The tokens that some slots would emit if they exited now.
 
   Returns:
@@ -217,24 +231,22 @@ def _sample(plan, variables, slots: Slots, rows, index_G, cache, place):
   part = _take(place, index_G, len(rows.token))
   row_G, position_G = part.row_BT[:, 0], part.position_BT[:, 0]
   h_G1D, cache = plan.apply(
-      variables, _inputs(slots, index_G), cache, part, method='leave')
+      weights, _inputs(slots, index_G), cache, part, method='leave')
   logits_GV = plan.apply(
-      variables, h_G1D[:, 0], slots.loop.at[index_G].get(mode='clip'),
-      method='logits')
+      weights, h_G1D[:, 0], slots.loop.at[index_G].get(mode='clip'),
+      weights.head_DV, method='logits')
   samplers = jax.tree.map(
       lambda leaf: leaf.at[row_G].get(mode='clip'), rows.samplers)
   allowed_GV = logits_GV
-  if 'known' in variables:
-    allowed_GV = jnp.where(variables['known']['V'], logits_GV, -jnp.inf)
+  if weights.known_V is not None:
+    allowed_GV = jnp.where(weights.known_V, logits_GV, -jnp.inf)
   token_G = sampling.sample(samplers, allowed_GV, position_G)
-  if rows.script is not None:
-    token_G = rows.script[0].at[row_G, position_G].get(mode='clip')
   chosen_G1 = jnp.take_along_axis(logits_GV, token_G[:, None], axis=1)
   log_p_G = chosen_G1[:, 0] - jax.nn.logsumexp(logits_GV, axis=1)
   return (token_G, log_p_G, logits_GV), cache
 
 
-def _propagate(plan, variables, slots: Slots, early_B, cache, place):
+def _propagate(plan, weights, slots: Slots, early_B, cache, place):
   """Keys and values of the loops that tokens skip, from their last state."""
   cfg = plan.cfg
   if cfg.loops == 1 or plan.exit.rule == 'last' or not cfg.loop_keys:
@@ -256,12 +268,13 @@ def _propagate(plan, variables, slots: Slots, early_B, cache, place):
           lambda leaf: leaf.reshape(-1, 1),
           (part._replace(position_BT=position_GL, virtual_BT=loop_GL), loop_GL))
     return plan.apply(
-        variables, x_G1D, loop_GL, cache, part, 'fill', method='loop')[1]
+        weights, x_G1D, loop_GL, cache, part, 'fill', weights.mixed_N,
+        method='loop')[1]
 
   return _grouped(plan.group, early_B, fill, cache)
 
 
-def _advance(plan, variables, state: State) -> State:
+def _advance(plan, weights, state: State) -> State:
   """Slots that are done, or idle, start their next token where they may."""
   cache, slots, rows, queue = state
   R = len(rows.token)
@@ -282,7 +295,7 @@ def _advance(plan, variables, state: State) -> State:
 
   starts_B = next_B | takes_B
   x_BD, cache = _enter(
-      plan, variables, rows, row_B, starts_B, slots.x_BD, cache)
+      plan, weights, rows, row_B, starts_B, slots.x_BD, cache)
   slots = Slots(
       row=row_B, x_BD=x_BD, loop=jnp.where(starts_B, 0, slots.loop),
       token=jnp.where(starts_B, -1, slots.token),
@@ -291,20 +304,20 @@ def _advance(plan, variables, state: State) -> State:
   return State(cache, slots, rows, queue)
 
 
-def _enter(plan, variables, rows, row_B, starts_B, x_BD, cache):
+def _enter(plan, weights, rows, row_B, starts_B, x_BD, cache):
   """The input of the first loop, in the slots that start a token."""
   R = len(rows.token)
   place = _place(rows, jnp.where(starts_B, row_B, R))
   token_B = rows.token.at[row_B].get(mode='clip')
   if not plan.cfg.prelude:
     new_B1D, _ = plan.apply(
-        variables, token_B[:, None], cache, place, method='enter')
+        weights, token_B[:, None], cache, place, method='enter')
     return jnp.where(starts_B[:, None], new_B1D[:, 0], x_BD), cache
 
   def enter(index_G, carry):
     x_BD, cache = carry
     new_G1D, cache = plan.apply(
-        variables, token_B.at[index_G].get(mode='clip')[:, None], cache,
+        weights, token_B.at[index_G].get(mode='clip')[:, None], cache,
         _take(place, index_G, R), method='enter')
     return x_BD.at[index_G].set(new_G1D[:, 0], mode='drop'), cache
 
@@ -350,58 +363,3 @@ def _take(place, index_G, R: int) -> kv_cache.Place:
       place.row_BT.at[index_G].get(mode='fill', fill_value=R),
       place.position_BT.at[index_G].get(mode='clip'),
       jnp.zeros_like(index_G[:, None]))
-
-
-def serving(
-    cfg: config_lib.ModelConfig, dtype: str, variables: dict, meshed: bool,
-    known_V: jax.Array | None = None,
-) -> dict:
-  """The model's variables as a burst reads them fastest.
-
-  Beside 'params' there is {'known': {'V': known_V}}, the tokens that may be
-  generated, unless that is None: all of them.
-
-  Layers apart, so that no step slices a stack; kernels in the compute dtype;
-  the kernels that read the same side by side, unless `meshed`: a mesh cuts
-  each by its own letters; the factors of all loops side by side (see
-  mixed_loops.py); the head's table transposed where that is faster.
-  """
-  params = dict(variables['params'])
-
-  def cast(path, leaf):
-    # Norms, biases and gates are computed in fp32.
-    names = [step.key for step in path]
-    exact = names[-1] in ('scale', 'bias') or 'exit' in names
-    return leaf if exact else leaf.astype(dtype)
-
-  params = jax.tree_util.tree_map_with_path(cast, params)
-  for stack, size in (('prelude', cfg.prelude), ('coda', cfg.coda),
-                      ('block', cfg.layers_per_loop)):
-    if stack in params:
-      params[stack] = {
-          part: [jax.tree.map(lambda leaf, i=i: leaf[i], tree)
-                 for i in range(size)]
-          for part, tree in params[stack].items()}
-      if not meshed:
-        params[stack]['layers'] = [
-            _fused(cfg, tree) for tree in params[stack]['layers']]
-  if 'adapters' in params:
-    rest = {name: leaves for name, leaves in params['adapters'].items()
-            if name in ('head', 'exit')}
-    params['adapters'] = rest
-    params['mixed'] = mixed_loops.mixed(cfg, variables['params']['adapters'])
-  if jax.default_backend() == 'cpu':
-    # There a few rows times [V, D] take several times as long as times [D, V].
-    table = params['embed']['embedding'] if cfg.tied else params.pop(
-        'head')['kernel']
-    params['transposed'] = table.T
-  known = {} if known_V is None else {'known': {'V': known_V}}
-  return {'params': params, **known}
-
-
-def _fused(cfg, tree: dict) -> dict:
-  """A layer's kernels as one for what attention reads, one for the MLP."""
-  tree = {**tree, 'attn': fuse(tree['attn'], ('q', 'k', 'v'))}
-  if cfg.gated:
-    tree['mlp'] = fuse(tree['mlp'], ('gate', 'up'))
-  return tree

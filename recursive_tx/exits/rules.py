@@ -25,11 +25,9 @@ from recursive_tx.errors import UserError, one_of
 _NEEDS = {
     'last': 'nothing', 'static': 'nothing', 'top': 'logits',
     'margin': 'logits', 'entropy': 'logits', 'agreement': 'logits',
-    'gate': 'gate', 'oracle': 'nothing',
+    'gate': 'gate',
 }
 RULES = tuple(_NEEDS)
-# Those that have no score: depths are known before, or there is no exit.
-SCORELESS = ('last', 'oracle')
 # A threshold that no score reaches.
 NEVER = 2.0
 
@@ -43,10 +41,9 @@ class Exit:
   Attributes:
     rule: 'last': after the last loop; 'static': after the same loop always;
       by the loop's own logits 'top', 'margin', 'entropy' or 'agreement', see
-      `score`; 'gate': by the learned gate; 'oracle': at depths that are given
-      for each token, for analysis.
+      `score`; 'gate': by the learned gate.
     thresholds: one for every loop but the last, in [0, 2]; a token exits
-      where its score, in [0, 1], is at least that. () where the rule has no
+      where its score, in [0, 1], is at least that. () for 'last', which has no
       score.
 
   Raises:
@@ -69,7 +66,7 @@ class Exit:
 
   def check(self, cfg: config_lib.ModelConfig) -> None:
     """Raises UserError where a model has no such exits."""
-    wanted = 0 if self.rule in SCORELESS else cfg.loops - 1
+    wanted = 0 if self.rule == 'last' else cfg.loops - 1
     if len(self.thresholds) != wanted:
       raise UserError(
           f'exit rule {self.rule!r} has {len(self.thresholds)} thresholds'
@@ -118,7 +115,7 @@ def score(
   Returns:
     score_B, fp32, in [0, 1]; a scalar for 'static'.
   """
-  assert rule in RULES and rule not in SCORELESS, rule
+  assert rule in RULES and rule != 'last', rule
   if rule == 'static':
     return jnp.float32(0)
   if rule == 'gate':

@@ -115,7 +115,7 @@ class Decoder(nn.Module):
       return gate[..., 0]
     return jnp.take_along_axis(gate, loop[..., None], -1, mode='clip')[..., 0]
 
-  def logits(self, h, loop=None):
+  def logits(self, h, loop=None, head_DV=None):
     """The head: h[..., D] to fp32 logits[..., V].
 
     Args:
@@ -123,17 +123,17 @@ class Decoder(nn.Module):
       loop: which loop's, from 0, so that its head's factors are added: an
         int, or int32 of h's leading shape; None is the final loop, which has
         none.
+      head_DV: the head's table transposed, where that is faster; None is the
+        model's own.
     """
     if h.ndim == 3:
       h = nn.with_logical_constraint(h, ('B_head', 'T', 'D'))
     h_TD = h.reshape(-1, h.shape[-1])
-    # The engine adds it, for CPUs.
-    transposed_DV = self.variables['params'].get('transposed')
-    if transposed_DV is None:
+    if head_DV is None:
       table = self.embed() if self.head is None else self.head()
       logits = project('TD,VD->TV', h_TD, table.astype(h.dtype), jnp.float32)
     else:
-      logits = project('TD,DV->TV', h_TD, transposed_DV, jnp.float32)
+      logits = project('TD,DV->TV', h_TD, head_DV, jnp.float32)
     exits = self.cfg.loops - 1
     loop = exits if loop is None else loop
     is_exit = not isinstance(loop, int) or loop != exits
@@ -155,7 +155,8 @@ class Decoder(nn.Module):
       logits = nn.with_logical_constraint(logits, ('B_head', 'T', 'V'))
     return logits
 
-  def decode(self, token_BT, position_BT, row_B, cache):
+  def decode(self, token_BT, position_BT, row_B, cache, mixed_N=None,
+             head_DV=None):
     """Logits of new tokens, whose predecessors' keys are in the cache.
 
     Args:
@@ -164,6 +165,7 @@ class Decoder(nn.Module):
       position_BT: their positions, below the cache's length.
       row_B: the cache's row of each row here.
       cache: of `cache.init` or an earlier call.
+      mixed_N, head_DV: of `loop` and `logits`.
 
     Returns:
       logits_BTV, fp32, and the cache with these tokens in it.
@@ -172,9 +174,10 @@ class Decoder(nn.Module):
         row_B[:, None], position_BT, jnp.zeros_like(row_B[:, None]))
     x_BTD, cache = self.enter(token_BT, cache, place)
     for loop in range(self.cfg.loops):
-      x_BTD, cache = self.loop(x_BTD, loop, cache, place)
+      x_BTD, cache = self.loop(
+          x_BTD, loop, cache, place, mixed_N=mixed_N)
     h_BTD, cache = self.leave(x_BTD, cache, place)
-    return self.logits(h_BTD), cache
+    return self.logits(h_BTD, head_DV=head_DV), cache
 
   def enter(self, token_BT, cache, place):
     """What the first loop reads, x_BTD, and the cache after the prelude."""
@@ -185,7 +188,7 @@ class Decoder(nn.Module):
         x_BTD, [{}] * self.cfg.prelude, self._place_context(place), cache,
         place)
 
-  def loop(self, x_BTD, loop, cache, place, method='__call__'):
+  def loop(self, x_BTD, loop, cache, place, method='__call__', mixed_N=None):
     """One pass of the block: x_BTD and the cache.
 
     Args:
@@ -194,11 +197,12 @@ class Decoder(nn.Module):
         row; for 'fill' without adapters also [B, L], several.
       cache, place: see kv_cache.py; place.virtual_BT is not read.
       method: of Layer; 'fill' writes keys and values only.
+      mixed_N: of `mixed_loops.mixed`; None computes it.
     """
-    cfg, params = self.cfg, self.variables['params']
-    mixed_N = params.get('mixed')  # The engine adds them.
+    cfg = self.cfg
     if mixed_N is None:
-      mixed_N = mixed_loops.mixed(cfg, params.get('adapters', {}))
+      mixed_N = mixed_loops.mixed(
+          cfg, self.variables['params'].get('adapters', {}))
     values_N = mixed_loops.at(cfg, mixed_N, loop)
     loop_BT = jnp.full_like(place.row_BT, loop) if isinstance(
         loop, int) else loop

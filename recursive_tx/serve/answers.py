@@ -1,6 +1,6 @@
 """The JSON of answers, in the form of OpenAI's two endpoints.
 
-`depth` is of our own: the loops that each token took.
+`depth`, the loops that each token took, is an addition.
 """
 
 import time
@@ -53,7 +53,7 @@ class Chats:
                    'created': int(time.time()), 'model': model}
 
   def opening(self, index: int) -> list[dict[str, Any]]:
-    """The chunk that says who speaks."""
+    """The chunk with the role."""
     return [self._chunk({
         'index': index, 'delta': {'role': 'assistant', 'content': ''},
         'logprobs': None, 'finish_reason': None})]
@@ -98,7 +98,7 @@ def usage(prompt: int, new: int) -> dict[str, int]:
 
 def error(message: str, status: int, param: str | None = None,
           code: str | None = None) -> dict[str, Any]:
-  """What says that there is no answer."""
+  """An error in OpenAI's form."""
   kind = {429: 'rate_limit_error', 500: 'server_error',
           503: 'server_error'}.get(status, 'invalid_request_error')
   return {'error': {

@@ -1,4 +1,4 @@
-"""The endpoints: what is asked is checked, answered and counted.
+"""The endpoints: requests are checked, answered and counted.
 
 No answer names a path of this machine, and no header lets other sites in.
 """
@@ -24,7 +24,7 @@ from recursive_tx.engine import Request
 from recursive_tx.engine.sampling import Sampler
 from recursive_tx.errors import UserError
 from recursive_tx.serve import answers, fields, metrics
-from recursive_tx.serve.fields import Asked, Refused
+from recursive_tx.serve.fields import Body, Refused
 from recursive_tx.serve.live import Live
 from recursive_tx.serve.worker import Worker
 from recursive_tx.text.chat import Chat
@@ -71,16 +71,14 @@ class Service:
 
   async def completions(self, http: HttpRequest) -> Live:
     """POST /v1/completions."""
-    asked = fields.parse(await self._body(http), chat=False)
-    return await self._answer(asked, answers.Completions(self.name))
+    return await self._answer(http, answers.Completions(self.name))
 
   async def chats(self, http: HttpRequest) -> Live:
     """POST /v1/chat/completions."""
-    asked = fields.parse(await self._body(http), chat=True)
-    return await self._answer(asked, answers.Chats(self.name))
+    return await self._answer(http, answers.Chats(self.name))
 
   async def models(self, http: HttpRequest) -> Response:
-    """GET /v1/models; `loops` and `max_len` are of our own."""
+    """GET /v1/models; `loops` and `max_len` are additions."""
     return JSONResponse({'object': 'list', 'data': [self._about()]})
 
   async def model(self, http: HttpRequest) -> Response:
@@ -137,12 +135,11 @@ class Service:
                     code='timeout') from None
     return bytes(body)
 
-  async def _answer(self, asked: Asked, form) -> Live:
-    start = time.monotonic()
-    self._check_name(asked.model)
-    # In another thread: a long prompt takes a while.
-    prompts = await asyncio.to_thread(self._ids, asked, form)
-    requests = self._requests(asked, form, prompts)
+  async def _answer(self, http: HttpRequest, form) -> Live:
+    raw, start = await self._body(http), time.monotonic()
+    # In another thread: a long body takes a while.
+    body, prompts = await asyncio.to_thread(self._read, raw, form)
+    requests = self._requests(body, form, prompts)
     live, most = self.worker.live, self.worker.slots + self.limits.queue
     if len(requests) > most:
       raise Refused(f"'prompt' holds {len(requests)} prompts; send at most"
@@ -151,23 +148,26 @@ class Service:
       raise Refused(f'{live} requests are being answered or wait, of at most'
                     f' {most}; try again', code='queue_full', status=429)
     self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
-    return Live(self.worker, self.tokenizer, self.metrics, asked, form,
+    return Live(self.worker, self.tokenizer, self.metrics, body, form,
                 requests, start)
 
-  def _ids(self, asked: Asked, form) -> list[list[int]]:
-    """Token ids of the prompts."""
-    if isinstance(form, answers.Chats):
+  def _read(self, raw: bytes, form) -> tuple[Body, list[list[int]]]:
+    """The body, and the token ids of its prompts."""
+    body = fields.parse(raw, chat=isinstance(form, answers.Chats))
+    self._check_name(body.model)
+    if isinstance(body, fields.Chat):
       try:
-        return [self.chat.encode(asked.prompts[0])]
+        return body, [self.chat.encode(body.model_dump()['messages'])]
       except UserError as error:
         raise Refused(str(error), 'messages', 'invalid_value') from None
-    return [self.tokenizer.opening + self.tokenizer.encode(prompt)
-            if isinstance(prompt, str) else prompt for prompt in asked.prompts]
+    return body, [
+        self.tokenizer.opening + self.tokenizer.encode(prompt)
+        if isinstance(prompt, str) else prompt for prompt in body.prompt]
 
-  def _requests(self, asked: Asked, form, prompts) -> list[Request]:
-    """What the engine is asked for."""
+  def _requests(self, body: Body, form, prompts) -> list[Request]:
+    """For the engine, one a prompt."""
     most, requests = self.limits.max_len, []
-    seed = secrets.randbits(32) if asked.seed is None else asked.seed
+    seed = secrets.randbits(32) if body.seed is None else body.seed
     for i, prompt in enumerate(prompts):
       if not prompt and isinstance(form, answers.Chats):
         raise Refused("the model's chat template makes no text of the"
@@ -178,7 +178,7 @@ class Service:
       if max(prompt) >= self.V:
         raise Refused(f"'prompt' holds token id {max(prompt)}; the model has"
                       f' ids 0 to {self.V - 1}', 'prompt', 'invalid_value')
-      wanted = asked.max_tokens
+      wanted = body.max_tokens
       if wanted is None:
         chat = isinstance(form, answers.Chats)
         wanted = max(1, most - len(prompt)) if chat else 16
@@ -189,7 +189,7 @@ class Service:
             'max_tokens' if len(prompt) < most else 'prompt',
             'context_length_exceeded')
       requests.append(Request(prompt, wanted, Sampler(
-          asked.temperature, asked.top_k, asked.top_p, seed + i)))
+          body.temperature, body.top_k, body.top_p, seed + i)))
     return requests
 
 

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 from recursive_tx.engine import Request
 from recursive_tx.serve.answers import Chats, Completions, usage
 from recursive_tx.serve.choices import Choices, Piece
-from recursive_tx.serve.fields import Asked
+from recursive_tx.serve.fields import Body
 from recursive_tx.serve.metrics import Metrics
 from recursive_tx.serve.worker import Worker
 from recursive_tx.text.tokenizer import Tokenizer
@@ -24,7 +24,7 @@ class Live:
 
   Attributes:
     worker, tokenizer, metrics: of the service.
-    asked: by the client.
+    body: of the request.
     form: of the JSON.
     requests: for the engine, one a prompt.
     start: time.monotonic() of its request.
@@ -32,21 +32,21 @@ class Live:
   worker: Worker
   tokenizer: Tokenizer
   metrics: Metrics
-  asked: Asked
+  body: Body
   form: Completions | Chats
   requests: list[Request]
   start: float
 
   async def __call__(self, scope, receive, send) -> None:
-    gone = asyncio.ensure_future(_gone(receive))
+    gone = asyncio.ensure_future(_disconnect(receive))
     work = asyncio.ensure_future(
-        self._stream(send) if self.asked.stream
+        self._stream(send) if self.body.stream
         else self._whole(scope, receive, send))
     try:
       await asyncio.wait({gone, work}, return_when=asyncio.FIRST_COMPLETED)
     finally:
       if not work.done():
-        self.metrics.gone.inc()
+        self.metrics.disconnects.inc()
       for task in (gone, work):
         task.cancel()
       # Let them end, so that the slots are free.
@@ -58,10 +58,10 @@ class Live:
     """Pieces of all prompts as they come, some at a time."""
     first = True
     choices = Choices(self.worker, self.tokenizer, self.requests,
-                      self.asked.stop)
+                      self.body.stop)
     with contextlib.closing(choices):
       async for events, pieces in choices.bursts():
-        self.metrics.saw(events)
+        self.metrics.count(events)
         if first:
           self.metrics.first.observe(time.monotonic() - self.start)
           first = False
@@ -99,7 +99,7 @@ class Live:
                     for chunk in self.form.opening(i)] + chunks
         await self._send(send, chunks)
     ending = [self.form.last() | {'usage': self._usage(new)}
-              ] if self.asked.include_usage else []
+              ] if self.body.stream_options.include_usage else []
     await self._send(send, [*ending, None])
     await send({'type': 'http.response.body'})
 
@@ -112,14 +112,14 @@ class Live:
 
   @property
   def _logprobs(self) -> bool:
-    # At completions 0 asks for those of the chosen tokens too.
-    return self.asked.logprobs is not None and self.asked.logprobs is not False
+    # For completions 0 means those of the chosen tokens too.
+    return self.body.logprobs is not None and self.body.logprobs is not False
 
   def _usage(self, new: int) -> dict[str, int]:
     return usage(
         sum(len(request.prompt) for request in self.requests), new)
 
 
-async def _gone(receive) -> None:
+async def _disconnect(receive) -> None:
   while (await receive())['type'] != 'http.disconnect':
     pass

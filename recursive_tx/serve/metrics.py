@@ -19,14 +19,14 @@ class Metrics:
   """The server's figures; all from one thread."""
 
   def __init__(self, worker: Worker):
-    """Gauges ask the worker when they are read."""
+    """Gauges call the worker when they are collected."""
     self._registry = registry = CollectorRegistry()
     self._recent = collections.deque()  # (when, tokens, their loops)
     self.requests = Counter(
         'recursive_tx_requests', 'Answers of /v1 by HTTP status; 499: the'
-        ' client went before it began.', ['status'], registry=registry)
-    self.gone = Counter(
-        'recursive_tx_disconnects', 'Clients that went before the end.',
+        ' client disconnected before it began.', ['status'], registry=registry)
+    self.disconnects = Counter(
+        'recursive_tx_disconnects', 'Clients that disconnected before the end.',
         registry=registry)
     self.prompt_tokens = Counter(
         'recursive_tx_prompt_tokens', 'Tokens of prompts.', registry=registry)
@@ -50,8 +50,8 @@ class Metrics:
       Gauge(f'recursive_tx_{name}', about,
             registry=registry).set_function(read)
 
-  def saw(self, events: list[Event]) -> None:
-    """Counts tokens."""
+  def count(self, events: list[Event]) -> None:
+    """Adds a burst's tokens."""
     loops = sum(event.depth for event in events)
     self._tokens.inc(len(events))
     self._loops.inc(loops)

@@ -15,7 +15,7 @@ import threading
 from recursive_tx.engine import Engine, Event, Replicas, Request
 from recursive_tx.errors import UserError
 
-# What a ticket's owner is called with: some tokens, or why there are none.
+# The callback of a ticket gets tokens, or the error that ended them.
 Deliver = Callable[[list[Event] | Exception], None]
 
 
@@ -26,17 +26,17 @@ class Ticket:
   Attributes:
     request: the prompt and how to continue it.
     deliver: called in the loop, with every token once, in order.
-    gone: it was cancelled, and nothing more is delivered.
+    cancelled: nothing more is delivered.
     id: the engine's id, set and read by the thread alone.
   """
   request: Request
   deliver: Deliver
-  gone: bool = False
+  cancelled: bool = False
   id: int = -1
 
 
 class Worker:
-  """Drives an engine from a thread of its own.
+  """Drives an engine from a separate thread.
 
   Methods are called from the asyncio loop, those under "In the thread" from
   the thread.
@@ -93,8 +93,8 @@ class Worker:
 
   def cancel(self, ticket: Ticket) -> None:
     """Nothing more is delivered; its slot is freed soon."""
-    if not ticket.gone:
-      ticket.gone = True
+    if not ticket.cancelled:
+      ticket.cancelled = True
       self._order('cancel', ticket)
 
   def stop(self) -> None:
@@ -177,12 +177,12 @@ class Worker:
   ) -> None:
     self.live -= ended
     for ticket, events in answers.items():
-      if not ticket.gone:
+      if not ticket.cancelled:
         ticket.deliver(events)
 
   def _fail(self, error: Exception) -> None:
     self.failure = error
     for ticket in (*self._tickets.values(), *(
         ticket for what, ticket in self._orders if what == 'submit')):
-      if not ticket.gone:
+      if not ticket.cancelled:
         ticket.deliver(error)

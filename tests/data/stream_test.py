@@ -13,6 +13,7 @@ import sys
 import numpy as np
 import pytest
 from tiny_data import make_tfds, pieces_of
+import tiny_tokenizers
 from tiny_tokenizers import byte_level_dir as byte_level_dir
 from tiny_tokenizers import sentencepiece_dir as sentencepiece_dir
 import tokenizers
@@ -31,15 +32,7 @@ ALPHABET = 'abcdefghijklmnopqrstuvwxyz0123456789 \n'
 def tok(tmp_path_factory) -> tokenizer.Tokenizer:
   """One id a character: 'a' is 0. BOS is 38 and EOS 39."""
   directory = tmp_path_factory.mktemp('characters')
-  vocab = {c: i for i, c in enumerate([*ALPHABET, '<bos>', '<eos>'])}
-  model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
-  model.decoder = tokenizers.decoders.Fuse()
-  model.post_processor = tokenizers.processors.TemplateProcessing(
-      single='<bos> $A', special_tokens=[('<bos>', vocab['<bos>'])]
-  )
-  model.save(str(directory / 'tokenizer.json'))
-  config = {'eos_token_id': vocab['<eos>']}
-  (directory / 'config.json').write_text(json.dumps(config))
+  tiny_tokenizers.letters(directory, [*ALPHABET, '<bos>', '<eos>'])
   return tokenizer.load(directory)
 
 

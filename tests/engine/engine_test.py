@@ -116,7 +116,7 @@ def test_log_probabilities_are_the_models():
 def _frozen(cfg, values, token_1T, depth_T, last):
   """Logits and gates of place `last` at every loop, [L, V] and [L].
 
-  By a full forward in which a token stays as it is once it has left, after
+  By a full forward in which a token stays as it is once it has exited, after
   depth_T loops; every layer makes keys and values of what it is.
   """
   params = values['params']
@@ -195,7 +195,7 @@ SERIAL = dataclasses.replace(tiny.FAMILIES['gpt_neox'], loops=3,
         (GATED, 'gate', 'complete'), (TIED, 'margin', 'propagate'),
         (TIED, 'entropy', 'complete'), (SERIAL, 'agreement', 'propagate'),
         (SERIAL, 2, 'propagate'), (MIXED, 1, 'complete')))])
-def test_tokens_leave_as_the_rule_says(cfg, rule, fill):
+def test_tokens_exit_by_the_rule(cfg, rule, fill):
   exit = (exits.static(rule, cfg.loops) if isinstance(rule, int)
           else _half(cfg, rule))
   prompts = _prompts(cfg, 3)
@@ -207,15 +207,15 @@ def test_tokens_leave_as_the_rule_says(cfg, rule, fill):
     assert [event.token for event in row] == tokens
     assert [event.depth for event in row] == depths
     seen.update(depths)
-  assert len(seen) > 1 or isinstance(rule, int), 'all leave at the same loop'
+  assert len(seen) > 1 or isinstance(rule, int), 'all exit at the same loop'
 
 
 @pytest.mark.parametrize('cfg', [
     dataclasses.replace(TIED, loop_keys=False),
     pytest.param(dataclasses.replace(
         SERIAL, loop_keys=False, prelude=1), marks=pytest.mark.slow)])
-def test_who_left_is_not_seen_where_loops_share_keys(cfg):
-  """Full forwards of whole texts say which token comes, and when it leaves."""
+def test_exits_change_no_later_token_where_loops_share_keys(cfg):
+  """By full forwards of whole texts: the next token, and when it exits."""
   exit, prompts = _half(cfg, 'top'), _prompts(cfg, 3)
   events = _run(cfg, [engine.Request(prompt, 8) for prompt in prompts],
                 exit=exit)
@@ -225,8 +225,8 @@ def test_who_left_is_not_seen_where_loops_share_keys(cfg):
     for event in row:
       logits_LV = _full(cfg, tokens)[:, -1]
       score_L = exits.score('top', logits_BV=logits_LV)
-      leaves_L = score_L >= np.array([*exit.thresholds, -np.inf])
-      loop = int(np.argmax(leaves_L))
+      exits_L = score_L >= np.array([*exit.thresholds, -np.inf])
+      loop = int(np.argmax(exits_L))
       assert event.token == logits_LV[loop].argmax()
       assert event.depth == loop + 1
       tokens.append(event.token)
@@ -272,7 +272,7 @@ def _any_schedule(arrivals, slots, schedule):
 
   def poll():
     for event in served.poll():
-      assert event.id not in cancelled, 'told after it was cancelled'
+      assert event.id not in cancelled, 'an event after it was cancelled'
       got[event.id].append((event.token, event.depth))
 
   for wait, prompt, count, sampler, patience in arrivals:
@@ -325,9 +325,9 @@ def test_the_end_of_text_ends_a_request():
   events = _run(MIXED, [engine.Request(prompt, 8),
                         engine.Request(prompt, 8, ignore_eos=True)],
                 eos_id=whole[3])
-  stopped, went_on = _tokens(events)
+  stopped, continued = _tokens(events)
   assert stopped == whole[:whole.index(whole[3]) + 1]
-  assert went_on == whole
+  assert continued == whole
   assert [row[-1].finish for row in events.values()] == ['stop', 'length']
 
 
@@ -343,31 +343,22 @@ def test_generate_leaves_the_end_of_text_out():
 
 @pytest.mark.parametrize('request_, part', [
     (engine.Request(()), 'empty prompt'),
-    (engine.Request((1,), 0), 'max_new_tokens=0'),
+    (engine.Request((1,), 0), 'max_new_tokens is 0'),
     (engine.Request((1,), LENGTH), f'max_len={LENGTH}'),
     (engine.Request((29,), 1), 'outside'),
-    (engine.Request((-1,), 1), 'outside'),
-    (engine.Request((1,), 2, script=((1, 2), (1, 1))), 'oracle')])
+    (engine.Request((-1,), 1), 'outside')])
 def test_bad_requests_are_refused(request_, part):
   with tiny.refused(part):
     _served(2, 'cdb').submit(request_)
 
 
 @pytest.mark.parametrize('arguments, part', [
-    (dict(slots=0), 'slots=0'), (dict(max_len=0), 'max_len=0'),
+    (dict(slots=0), 'slots is 0'), (dict(max_len=0), 'max_len is 0'),
     (dict(fill='share'), 'propagate'), (dict(schedule='cbd'), "'csb'"),
     (dict(exit=exits.Exit('top', (0.5,))), 'thresholds')])
 def test_bad_engines_are_refused(arguments, part):
   with tiny.refused(part):
     rtx.Engine(MIXED, _variables(MIXED), **arguments)
-
-
-def test_an_oracles_script_is_followed():
-  prompt = PROMPTS[0]
-  script = ((5, 7, 5, 3), (3, 1, 2, 1))
-  row, = _run(MIXED, [engine.Request(prompt, 4, script=script)],
-              exit=exits.Exit('oracle')).values()
-  assert [(e.token, e.depth) for e in row] == list(zip(*script, strict=True))
 
 
 def test_long_prompts_are_read_in_chunks(monkeypatch):
@@ -421,8 +412,8 @@ def test_unknown_tokens_are_never_generated(temperature):
     (dict(prompt=[]), 'empty prompt'), (dict(prompt=[1.5]), 'float64'),
     (dict(prompt=[[1]]), '(1, 1)'), (dict(prompt=[-1]), '-1..-1'),
     (dict(prompt=[TIED.V]), 'outside'), (dict(prompt=[True]), 'bool'),
-    (dict(prompt=[1], max_new_tokens=0), 'max_new_tokens=0'),
-    (dict(prompt=[1], max_new_tokens=1.5), 'max_new_tokens=1.5'),
+    (dict(prompt=[1], max_new_tokens=0), 'max_new_tokens is 0'),
+    (dict(prompt=[1], max_new_tokens=1.5), 'max_new_tokens is 1.5'),
     (dict(prompt=[1], max_new_tokens=LENGTH), 'exceed max_len')])
 def test_a_bad_request_is_refused(request_, says):
   served = rtx.Engine(TIED, _variables(TIED), slots=1, max_len=LENGTH)

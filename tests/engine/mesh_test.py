@@ -24,7 +24,7 @@ for cfg in (tiny.MIXED, tiny.FAMILIES['gpt_neox'])[:int(sys.argv[1])]:
   rule = exits.Exit('top', (0.2,) * (cfg.loops - 1))
   rng = np.random.default_rng(0)
   prompts = [rng.integers(0, cfg.V, n).tolist() for n in (5, 1, 9)]
-  told = {'tokens': [], 'compiled': []}
+  found = {'tokens': [], 'compiled': []}
   cuts = [None, dict(data=1, fsdp=1, tensor=2)]
   for cut in cuts:
     mesh = cut and machine.make_mesh(machine.MeshConfig(**cut))
@@ -37,11 +37,11 @@ for cfg in (tiny.MIXED, tiny.FAMILIES['gpt_neox'])[:int(sys.argv[1])]:
     while served.pending:
       for event in served.poll():
         got[event.id].append((event.token, event.depth))
-    told['tokens'].append(list(got.values()))
-    told['compiled'].append(engine._burst._cache_size() - before)
-  told['cache'] = str(served._state.cache.k.sharding.spec)
-  told['depths'] = sorted({depth for row in got.values() for _, depth in row})
-  rows.append(told)
+    found['tokens'].append(list(got.values()))
+    found['compiled'].append(engine._burst._cache_size() - before)
+  found['cache'] = str(served._state.cache.k.sharding.spec)
+  found['depths'] = sorted({depth for row in got.values() for _, depth in row})
+  rows.append(found)
 try:
   rtx.Engine(cfg, tiny.variables(cfg), mesh=machine.make_mesh(
       machine.MeshConfig(data=2, fsdp=1, tensor=1)))
@@ -66,10 +66,10 @@ def test_a_tensor_parallel_engine_gives_the_same_tokens(models):
       timeout=900, check=False)
   assert done.returncode == 0, done.stderr[-3000:]
   *rows, refused = json.loads(done.stdout.splitlines()[-1])
-  for told in rows:
-    assert told['tokens'][0] == told['tokens'][1]
+  for found in rows:
+    assert found['tokens'][0] == found['tokens'][1]
     # No burst after the first is compiled anew.
-    assert told['compiled'] == [1, 1]
-    assert 'tensor' in told['cache']
+    assert found['compiled'] == [1, 1]
+    assert 'tensor' in found['cache']
   assert len(rows[0]['depths']) > 1
   assert 'tensor alone' in refused

@@ -28,33 +28,33 @@ def requests(count):
   return [rtx.Request(prompt[:1 + i % 5].tolist(), 3 + i)
           for i, prompt in enumerate(tiny.tokens(CFG, count, 6))]
 
-def drain(served, asked):
-  ids = [served.submit(request) for request in asked]
-  told = {id: [] for id in ids}
+def drain(served, wanted):
+  ids = [served.submit(request) for request in wanted]
+  found = {id: [] for id in ids}
   while served.pending:
     for event in served.poll():
-      told[event.id].append((event.token, event.depth, event.finish))
-  return list(told.values())
+      found[event.id].append((event.token, event.depth, event.finish))
+  return list(found.values())
 
 engines = [one(device) for device in DEVICES[1:]]
-both, alone, told = engine.Replicas(engines), one(None), {}
-told['slots'] = both.slots, both.replicas, both.max_len
+both, alone, found = engine.Replicas(engines), one(None), {}
+found['slots'] = both.slots, both.replicas, both.max_len
 # The second time with what the first left behind.
-told['texts'] = [[drain(served, asked) for served in (both, alone)]
-                 for asked in (requests(7), requests(7)[::-1])]
-told['devices'] = [
+found['texts'] = [[drain(served, wanted) for served in (both, alone)]
+                 for wanted in (requests(7), requests(7)[::-1])]
+found['devices'] = [
     sorted({str(leaf.device) for leaf in jax.tree.leaves(
-        (served._state, served._variables))}) for served in engines]
+        (served._state, served._weights))}) for served in engines]
 ids = [both.submit(request) for request in requests(6)]
-told['shares'] = [served.pending for served in engines]
-told['counts'] = both.pending, both.waiting
+found['shares'] = [served.pending for served in engines]
+found['counts'] = both.pending, both.waiting
 both.cancel(ids[1])
-told['left'] = [served.pending for served in engines]
+found['left'] = [served.pending for served in engines]
 heard = set()
 while both.pending:
   heard |= {event.id for event in both.poll()}
-told['heard'] = sorted(ids.index(id) for id in heard)
-print(json.dumps(told))
+found['events'] = sorted(ids.index(id) for id in heard)
+print(json.dumps(found))
 """
 
 
@@ -69,13 +69,13 @@ def test_replicas_are_as_one_engine():
       [sys.executable, '-c', SCRIPT], env=env, capture_output=True, text=True,
       cwd=tiny.TESTS, timeout=600, check=False)
   assert done.returncode == 0, done.stderr[-3000:]
-  told = json.loads(done.stdout.splitlines()[-1])
-  assert told['slots'] == [4, 2, 32]
-  for together, alone in told['texts']:
+  found = json.loads(done.stdout.splitlines()[-1])
+  assert found['slots'] == [4, 2, 32]
+  for together, alone in found['texts']:
     assert together == alone and len(together) == 7
   # Each computes on its own device alone.
-  assert told['devices'] == [['cpu:1'], ['cpu:2']]
+  assert found['devices'] == [['cpu:1'], ['cpu:2']]
   # Shared out evenly; what is cancelled is not heard of.
-  assert told['shares'] == [3, 3] and told['counts'] == [6, 6]
-  assert told['left'] == [3, 2]
-  assert told['heard'] == [0, 2, 3, 4, 5]
+  assert found['shares'] == [3, 3] and found['counts'] == [6, 6]
+  assert found['left'] == [3, 2]
+  assert found['events'] == [0, 2, 3, 4, 5]

@@ -105,5 +105,5 @@ NAN = float('nan')
     dict(top_k=NAN), dict(top_p=0.0), dict(top_p=1.1), dict(top_p=NAN),
     dict(top_p=-1e-9), dict(seed=0.5), dict(seed=NAN)])
 def test_a_bad_sampler_is_refused(arguments):
-  with tiny.refused('is no sampler', next(iter(arguments))):
+  with tiny.refused(f'{next(iter(arguments))} is', 'expected a'):
     Sampler(**arguments)

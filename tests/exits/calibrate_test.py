@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-import tokenizers
+import tiny_tokenizers
 
 import recursive_tx as rtx
 from recursive_tx import data, exits
@@ -349,15 +349,9 @@ def test_what_cannot_be_is_refused(cfg, change, parts):
 
 @pytest.mark.slow
 def test_the_command_line(tmp_path):
-  vocab = {'a': 0, '<bos>': 1, '<eos>': 2, 'b': 3, 'c': 4}
   model = tmp_path / 'model'
   rtx.save(model, CFG, tiny.variables(CFG))
-  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
-  tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-      single='<bos> $A', special_tokens=[('<bos>', vocab['<bos>'])])
-  tokenizer.save(str(model / 'tokenizer.json'))
-  (model / 'tokenizer_config.json').write_text(json.dumps({
-      'bos_token': '<bos>', 'eos_token': '<eos>'}))
+  tiny_tokenizers.letters(model, ['a', '<bos>', '<eos>', 'b', 'c'])
   (tmp_path / 'text.txt').write_text('abcabbac' * 40)
 
   def ran(*flags):

@@ -68,9 +68,9 @@ def test_the_gates_score_is_its_probability():
 
 def test_what_a_rule_needs():
   assert {rule: exits.Exit(rule).needs for rule in exits.RULES} == {
-      'last': 'nothing', 'static': 'nothing', 'oracle': 'nothing',
-      'gate': 'gate', 'top': 'logits', 'margin': 'logits',
-      'entropy': 'logits', 'agreement': 'logits'}
+      'last': 'nothing', 'static': 'nothing', 'gate': 'gate',
+      'top': 'logits', 'margin': 'logits', 'entropy': 'logits',
+      'agreement': 'logits'}
 
 
 @pytest.mark.parametrize('loop', [1, 2, 3])
@@ -82,7 +82,7 @@ def test_static_leaves_after_its_loop(loop):
 
 
 @pytest.mark.parametrize('make, parts', [
-    (lambda: exits.Exit('agrement'), ("'agrement'", "'agreement'", 'oracle')),
+    (lambda: exits.Exit('agrement'), ("'agrement'", "'agreement'", 'entropy')),
     *((lambda value=value: exits.Exit('top', (0.5, value)),
        ('(0.5,', 'from 0', 'to 1, or 2')) for value in (
            float('nan'), float('inf'), -1e-9, 2.5, 95, 10**400, 'x', None)),
@@ -106,7 +106,6 @@ def test_what_can_be_is_accepted():
   exits.Exit('gate', (0.5, 1.0)).check(GATED)
   exits.Exit().check(one)
   exits.Exit('top').check(one)
-  exits.Exit('oracle').check(CFG)
   # A value: it can be an argument of jit that is not traced.
   assert hash(exits.Exit('top', [0, 1])) == hash(exits.Exit('top', (0.0, 1.0)))
 

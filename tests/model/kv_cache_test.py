@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 import recursive_tx as rtx
-from recursive_tx.engine import step
+from recursive_tx.engine import weights
 from recursive_tx.model import kv_cache
 
 B, T = 2, 12
@@ -146,10 +146,11 @@ def test_a_pass_over_rows_at_different_loops(cfg):
 def test_kernels_side_by_side_compute_what_they_do_apart(cfg):
   """Prompts, rows at different loops, and the keys of loops left out."""
   apart, fused = (
-      step.serving(cfg, 'float32', tiny.variables(cfg), meshed)['params']
+      weights.prepare(cfg, 'float32', meshed, tiny.variables(cfg))
       for meshed in (True, False))
-  for stack in {'prelude', 'block', 'coda'} & set(fused):
-    for layer in fused[stack]['layers']:
+  params = fused.variables['params']
+  for stack in {'prelude', 'block', 'coda'} & set(params):
+    for layer in params[stack]['layers']:
       assert set(layer['attn']) == {'fused', 'o'}
       assert set(layer['mlp']) == (
           {'fused', 'down'} if cfg.gated else {'up', 'down'})
@@ -161,13 +162,13 @@ def test_kernels_side_by_side_compute_what_they_do_apart(cfg):
       ROWS[:, None], np.full((B, 1), T, np.int32), np.zeros((B, 1), np.int32))
 
   @tiny.jit
-  def go(params):
-    apply = functools.partial(rtx.Decoder(cfg).apply, {'params': params})
-    read = apply(token_BT, position_BT, ROWS,
-                 kv_cache.init(cfg, B, T + 1), method='decode')
+  def go(w):
+    apply = functools.partial(rtx.Decoder(cfg).apply, w.variables)
+    read = apply(token_BT, position_BT, ROWS, kv_cache.init(cfg, B, T + 1),
+                 w.mixed_N, w.head_DV, method='decode')
     return [read, *(
         apply(x_B1D.astype(np.float32), loop_B1, read[1], place, method,
-              method='loop') for method in ('__call__', 'fill'))]
+              w.mixed_N, method='loop') for method in ('__call__', 'fill'))]
 
   for one, other in zip(
       jax.tree.leaves(go(fused)), jax.tree.leaves(go(apart)), strict=True):
