@@ -7,6 +7,8 @@ import setuptools
 _README = pathlib.Path(__file__).parent / 'README.md'
 # The TPU compiler, which needs no TPU. JAX 0.10.2 wants 0.0.42.*.
 _LIBTPU = 'libtpu>=0.0.42.1'
+# Its parts that are used have no promise to stay; it needs no torch here.
+_EVAL = 'lm_eval>=0.4.13,<0.5'
 _SERVE = [
     'jinja2>=3.1',
     'prometheus_client>=0.20',
@@ -62,12 +64,15 @@ setuptools.setup(
         'tqdm>=4.66',
     ],
     extras_require={
+        'eval': [_EVAL],
         'gpu': ['jax[cuda12]'],
         'tpu': ['jax[tpu]', _LIBTPU],
         'serve': _SERVE,
         'test': [
             *_SERVE,
             'chex>=0.1.90',
+            _EVAL,
+            'accelerate>=1.0',  # For the `hf` backend that tests compare with.
             'httpx>=0.27',
             'hypothesis>=6.100',
             _LIBTPU,  # For `plan`.

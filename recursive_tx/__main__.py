@@ -18,7 +18,7 @@ VERBS = {
     'train': 'pretrain, or uptrain with distillation',
     'plan': 'does a run fit a TPU topology, and what does a step cost',
     'compare': 'a model reduced, looped and relaxed, uptrained alike',
-    'evaluate': 'held-out loss and bits per byte of every loop',
+    'evaluate': 'held-out loss of every loop, or scores of tasks',
     'calibrate': "exit thresholds that keep to the full depth's tokens",
     'generate': 'continue a prompt',
     'serve': 'answer over HTTP, as OpenAI does',

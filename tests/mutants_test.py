@@ -56,8 +56,23 @@ _LEAVES = 'engine/engine_test.py::test_tokens_exit_by_the_rule'
 _NEIGHBOURS = ('engine/engine_test.py::'
                'test_neighbours_and_arrivals_change_nothing')
 _PARITY = 'store/families_test.py::test_logits_equal_those_of_transformers'
+_SCORED = 'evaluate/loglikelihood_test.py::test_equals_each_request_alone'
 
 MUTANTS = {
+    'a_branch_sees_its_neighbours': Mutant(
+        'evaluate/loglikelihood.py', 'mask_BTS &= own_BTS |',
+        'mask_BTS &= True | own_BTS |', (f'{_SCORED}[llama]',)),
+    'a_branch_continues_the_one_before': Mutant(
+        'evaluate/shared_rows.py', 'C + np.arange(n)',
+        't - begin + np.arange(n)', (f'{_SCORED}[llama]',)),
+    'the_window_counts_places_of_the_row': Mutant(
+        'evaluate/loglikelihood.py', 'position_BT, position_BT, window',
+        'place_1T, place_1T, window', (f'{_SCORED}[mistral]',)),
+    'answers_of_another_model': Mutant(
+        'evaluate/answers.py', 'digest.update(array.reshape(-1)',
+        'len(array.reshape(-1)', (
+            'evaluate/answers_test.py::test_the_fingerprint_is_of_the_content',
+        )),
     'stepwise_rounds_down': Mutant(
         'tying/arithmetic.py',
         '[[round(place)] for', '[[int(place)] for', (_STEPWISE,)),

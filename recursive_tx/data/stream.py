@@ -219,6 +219,7 @@ class Heldout:
     num_documents: how many there are, one that is cut included.
     faults: how many documents had which fault, as `Stream.faults`.
     is_cut: whether the last document was cut at `max_tokens`.
+    documents: the token ids of each, whole: what opens it, its text, EOS.
   """
 
   batches: list[dict[str, np.ndarray]]
@@ -226,6 +227,7 @@ class Heldout:
   num_documents: int
   faults: dict[str, int] = dataclasses.field(default_factory=dict)
   is_cut: bool = False
+  documents: list[np.ndarray] = dataclasses.field(default_factory=list)
 
   @property
   def num_tokens(self) -> int:
@@ -267,7 +269,7 @@ def heldout(
   packer = packing.Packer(config.seq_len)
   num_bytes = num_documents = num_tokens = 0
   names, faults = pipeline.fault_names(config), collections.Counter()
-  is_cut = False
+  is_cut, texts = False, []
   try:
     for pieces, size, code in _in_turn(sources):
       _raise_errors(documents)
@@ -284,6 +286,7 @@ def heldout(
         continue
       for piece in pieces:
         packer.add(piece)
+      texts.append(_joined(pieces))
       num_bytes += size
       num_tokens += tokens
       num_documents += 1
@@ -298,8 +301,15 @@ def heldout(
   rows += [[]] * (-len(rows) % config.batch)
   batches = [
       packing.batch(rows[i : i + config.batch], config.seq_len)
-      for i in range(0, len(rows), config.batch)]
-  return Heldout(batches, num_bytes, num_documents, dict(faults), is_cut)
+      for i in range(0, len(rows), config.batch)
+  ]
+  return Heldout(
+      batches, num_bytes, num_documents, dict(faults), is_cut, texts)
+
+
+def _joined(pieces: packing.Row) -> np.ndarray:
+  """The ids that `packing.split` cut into pieces."""
+  return np.concatenate([pieces[0], *(piece[1:] for piece in pieces[1:])])
 
 
 def _cut(
@@ -320,7 +330,7 @@ def _cut(
     T: predictions of a row.
     tokenizer: that made the ids.
   """
-  ids = np.concatenate([pieces[0], *(piece[1:] for piece in pieces[1:])])
+  ids = _joined(pieces)
   kept = ids[: tokens + 1]
   start = len(tokenizer.opening)
   whole = len(tokenizer.decode(ids[start:-1]).encode())

@@ -7,9 +7,10 @@ UTF-8 bytes of the documents.
 Knows a model and batches. Does not know where either comes from.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import functools
 import math
+import re
 from typing import Any
 
 import jax
@@ -21,7 +22,9 @@ import numpy as np
 from recursive_tx import losses, machine
 from recursive_tx.config import ModelConfig, Run
 from recursive_tx.errors import UserError
+from recursive_tx.evaluate.loglikelihood import Request, Scorer
 from recursive_tx.model import Decoder, adapters
+from recursive_tx.text import Tokenizer
 
 _RUN = Run()
 
@@ -63,6 +66,81 @@ def evaluate(
     # Summed on the host: float32 loses digits over millions of tokens.
     nats_LBT = np.asarray(nats_fn(variables, batch))
     nats_L += nats_LBT.sum(axis=(1, 2), dtype=np.float64)
+  return _result(nats_L, tokens, heldout, run)
+
+
+def evaluate_strided(
+    cfg: ModelConfig,
+    variables: Any,
+    heldout: Any,
+    *,
+    seq_len: int,
+    stride: int,
+    run: Run = _RUN,
+    progress: Callable[[Sequence], Iterable] = iter,
+) -> dict[str, Any]:
+  """As `evaluate`, with the context of earlier pieces of a document.
+
+  The first `seq_len` tokens of a document are predicted at once, as `evaluate`
+  does; after them, `stride` tokens at a time, with as many tokens before them
+  as make `seq_len`.
+
+  Args:
+    cfg, variables, run, progress: as for `evaluate`.
+    heldout: with `documents`, the token ids of each.
+    seq_len: most tokens that the model reads at once.
+    stride: in [1, seq_len]. Less takes longer and gives more context.
+
+  Raises:
+    UserError: as `evaluate`.
+  """
+  requests = [window for ids in heldout.documents
+              for window in _windows(ids, seq_len, stride)]
+  scorer = Scorer(cfg, variables, run=run, max_length=seq_len, exits=True)
+  log_p_LN = scorer(requests, progress=progress).log_p_LN
+  tokens = sum(len(request.continuation) for request in requests)
+  return _result(-log_p_LN.sum(axis=1), tokens, heldout, run)
+
+
+def add_words(
+    result: dict[str, Any], heldout: Any, tokenizer: Tokenizer
+) -> None:
+  """Adds perplexities per word and per byte to a result.
+
+  `words` and every loop's `word_perplexity` and `byte_perplexity`, as
+  lm-evaluation-harness defines them: e to the power of the summed nats over
+  the number of words, which white space separates, or of bytes. At most e^700.
+
+  Args:
+    result: of `evaluate` or `evaluate_strided`.
+    heldout: what it is of, with `documents`.
+    tokenizer: that made the documents' ids.
+  """
+  start = len(tokenizer.opening)
+  result['words'] = words = sum(
+      len(re.split(r'\s+', tokenizer.decode(ids[start:].tolist()[
+          :-1 if ids[-1] == tokenizer.eos_id else None])))
+      for ids in heldout.documents)
+  for row in result['loops']:
+    nats = row['loss'] * result['tokens']
+    for unit, count in (('word', words), ('byte', result['bytes'])):
+      row[f'{unit}_perplexity'] = math.exp(min(nats / count, 700.0))
+
+
+def _windows(ids: np.ndarray, length: int, stride: int) -> Iterator[Request]:
+  """Every id but the first once as a continuation, in order."""
+  ids = ids.tolist()
+  stop = 1
+  while stop < len(ids):
+    start, stop = stop, min(
+        len(ids), stop + (length if stop == 1 else stride))
+    yield Request(ids[max(0, stop - 1 - length):start], ids[start:stop])
+
+
+def _result(
+    nats_L: np.ndarray, tokens: float, heldout: Any, run: Run
+) -> dict[str, Any]:
+  """What `evaluate` returns, of the summed nats of every loop."""
   if not tokens or not heldout.num_bytes:
     raise UserError('The held-out set is empty: no token to predict.')
   for loop, nats in enumerate(nats_L.tolist(), 1):

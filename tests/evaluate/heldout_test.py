@@ -19,7 +19,11 @@ from recursive_tx import data, losses, machine
 from recursive_tx.data import packing
 from recursive_tx.errors import UserError
 from recursive_tx.evaluate import table
-from recursive_tx.evaluate.heldout import evaluate
+from recursive_tx.evaluate.heldout import (
+  add_words,
+  evaluate,
+  evaluate_strided,
+)
 
 T = 24
 BOS, EOS = 1, 2
@@ -55,7 +59,8 @@ def heldout(documents):
   rows = list(packer.ready)
   rows += [[]] * (-len(rows) % 4)
   batches = [packing.batch(rows[i : i + 4], T) for i in range(0, len(rows), 4)]
-  return data.Heldout(batches, num_bytes=123, num_documents=len(documents))
+  return data.Heldout(batches, num_bytes=123, num_documents=len(documents),
+                      documents=documents)
 
 
 def of_loop(variables, loop):
@@ -106,6 +111,64 @@ def test_equals_single_documents_by_hand(variables, documents, heldout):
         nats / math.log(2) / 123, rel=1e-5)
   loss = [row['loss'] for row in result['loops']]
   assert len({round(x, 4) for x in loss}) == 3
+
+
+def strided_by_hand(variables, documents, loop, T, stride):
+  """Nats of each id given the T (or fewer) before its window's end."""
+  cfg, params = of_loop(variables, loop)
+  apply = jax.jit(rtx.Decoder(cfg).apply)
+  nats = 0.0
+  for ids in documents:
+    for target in range(1, len(ids)):
+      # The last id of the window that predicts this one.
+      end = T if target <= T else T + -(-(target - T) // stride) * stride
+      first = max(0, min(end, len(ids) - 1) - T)
+      token_BT = np.zeros((1, T), np.int32)
+      token_BT[0, :target - first] = ids[first:target]
+      logits_V = np.asarray(
+          apply(params, token_BT)[0, target - first - 1], np.float64)
+      nats += math.log(np.exp(logits_V).sum()) - logits_V[ids[target]]
+  return nats
+
+
+@pytest.mark.parametrize('stride', [1, 3, 5])
+def test_a_stride_gives_the_context_of_earlier_pieces(
+    variables, documents, heldout, stride):
+  result = evaluate_strided(CFG, variables, heldout, seq_len=5, stride=stride)
+  assert result['tokens'] == sum(len(ids) - 1 for ids in documents)
+  assert (result['documents'], result['bytes']) == (7, 123)
+  for loop in (1, 3):
+    nats = strided_by_hand(variables, documents, loop, 5, stride)
+    assert result['loops'][loop - 1]['loss'] == pytest.approx(
+        nats / result['tokens'], rel=1e-5)
+
+
+def test_a_stride_changes_nothing_where_documents_are_short(
+    variables, heldout):
+  result = evaluate_strided(CFG, variables, heldout, seq_len=T, stride=4)
+  expected = evaluate(CFG, variables, heldout)
+  for row, other in zip(result['loops'], expected['loops'], strict=True):
+    assert row == pytest.approx(other, rel=1e-5)
+
+
+def test_words_are_what_white_space_separates():
+  """As lm-evaluation-harness counts: of re.split, empty ends included."""
+  from recursive_tx.store import opening
+  tokenizer = opening.load_tokenizer('recursive_tx/demo')
+  texts = ['one two\n\nthree', 'four', 'five six \n']
+  documents = [np.array([*tokenizer.opening, *tokenizer.encode(text),
+                         tokenizer.eos_id]) for text in texts]
+  # The last was cut before its end.
+  documents[2] = documents[2][:-1]
+  result = dict(bytes=31, tokens=20, loops=[dict(loss=1.5), dict(loss=200.0)])
+  add_words(result, data.Heldout([], 31, 3, documents=documents), tokenizer)
+  assert result['words'] == 3 + 1 + 3
+  assert result['loops'][0]['word_perplexity'] == pytest.approx(
+      math.exp(1.5 * 20 / 7))
+  assert result['loops'][0]['byte_perplexity'] == pytest.approx(
+      math.exp(1.5 * 20 / 31))
+  assert result['loops'][1]['word_perplexity'] == pytest.approx(
+      math.exp(200 * 20 / 7))
 
 
 def test_the_mesh_does_not_matter(variables, heldout):
@@ -187,7 +250,7 @@ def test_a_tables_columns_stay_apart():
 
 
 @pytest.mark.slow
-def test_the_command_line_tells_the_same(variables, tmp_path):
+def test_the_command_line_prints_the_same(variables, tmp_path):
   # One id a character: 'a' is 0. BOS is 1 and EOS 2, as above.
   model = tmp_path / 'model'
   rtx.save(model, CFG, variables)
@@ -210,4 +273,7 @@ def test_the_command_line_tells_the_same(variables, tmp_path):
   nats = by_hand(variables, documents, 3)
   assert result['loops'][2]['bits_per_byte'] == pytest.approx(
       nats / math.log(2) / 13, rel=1e-5)
+  assert result['words'] == 3
+  assert result['loops'][2]['word_perplexity'] == pytest.approx(
+      math.exp(nats / 3), rel=1e-4)
   assert f'{result["loops"][2]["bits_per_byte"]:.4f}' in done.stdout
