@@ -21,7 +21,7 @@ from recursive_tx import losses, model
 _MOST_PARAMETERS = 1 << 29
 # Tokens of a step. One pass over the calibration tokens, since a second learns
 # them by heart; but not fewer steps.
-_BATCH, _LEAST_STEPS = 1024, 24
+_BATCH, _LEAST_STEPS = 512, 24
 _RATE, _WARMUP = 2e-4, 0.1
 # Bytes of fp32 logits at once.
 _LOGITS = 64 << 20

@@ -29,7 +29,7 @@ _OUTPUT_DAMPING = 1e-2
 
 # The alternation ends with a round that lowers the error by less than this
 # share, or after this many.
-_LEAST_GAIN, _MOST_ROUNDS = 1e-3, 25
+_LEAST_GAIN, _MOST_ROUNDS = 1e-3, 15
 # Where the loops could do the same thing each, the shared kernel might as
 # well; so little keeps the factors from growing against it, and is more than
 # fp32 rounds to.
