@@ -19,7 +19,7 @@ cd "$(dirname "$0")/.."
 source launch/common.bash
 
 data=runs/gpu/data output=runs/gpu
-steps='tests peak attention decode speed fit train score'
+steps='tests peak attention speed tokens fit train score decode'
 limit=150 python=python3
 read_options 'data output steps limit python' '' "$@"
 whole_numbers limit
@@ -44,7 +44,7 @@ tests() {
   [ "$dry_run" ] || log=$output/tests.txt
   # Each process takes of the card's memory what it needs; TF32 is no fp32.
   XLA_PYTHON_CLIENT_PREALLOCATE=false JAX_DEFAULT_MATMUL_PRECISION=highest \
-    RECURSIVE_TX_TEST_PLATFORM=cuda,cpu run timeout "$limit" \
+    RECURSIVE_TX_TEST_PLATFORM=cuda,cpu run timeout -s INT -k 20 "$limit" \
     "$python" -m pytest -q -n 8 --dist loadfile -p no:cacheprovider \
     -m 'not slow' --durations=5 -rfE tests/model tests/losses tests/engine \
     tests/train/optim_test.py tests/train/early_test.py 2>&1 |

@@ -5,11 +5,12 @@
 Steps, in this order:
   peak       bf16 matrix products and copies: the ceilings of this card
   attention  the fused attention against the plain one, forward and backward
-  decode     tokens/s of the engine at several numbers of slots
   speed      tokens/s and MFU of training steps
+  tokens     the corpus, tokenised
   fit        the original's layers as loops, initialised from data
   train      uptraining of the fit with the original as its teacher
   score      perplexity, divergence and tasks of all models that are there
+  decode     tokens/s of the engine at several numbers of slots
 
 DIR of --data holds model/ (a Hugging Face directory), corpus.jsonl.xz (one
 {"text": ...} a line), texts/*.txt and eval/*.jsonl; `launch/gpu.sh` makes it.
@@ -20,6 +21,7 @@ neither TensorFlow nor a network. `--small` is a rehearsal on a CPU.
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import lzma
 import math
@@ -28,6 +30,7 @@ import statistics
 import time
 from typing import Any
 
+from absl import logging
 from flax.linen import meta
 import jax
 import jax.numpy as jnp
@@ -211,11 +214,11 @@ def attended(segment_BT, implementation, q, k, v):
 def decode(bench: Bench):
   """Tokens/s of the engine, prompts of 16 tokens, all slots full."""
   report = bench.report('decode')
-  for name, opened in bench.models_there().items():
-    if name not in ('original', 'uptrained'):
-      continue
-    cfg, variables = opened()
-    for slots in bench.sizes.slots:
+  there = bench.models_there()
+  for slots, name in itertools.product(
+      sorted(bench.sizes.slots, reverse=True), ('uptrained', 'original')):
+    if name in there:
+      cfg, variables = there[name]()
       run = rtx.Run(dtype='bfloat16')
       eng = engine.Engine(cfg, variables, slots=slots, max_len=256, run=run)
       prompts = np.random.default_rng(0).integers(0, cfg.V, (slots, 16))
@@ -268,6 +271,12 @@ def speed(bench: Bench):
     except Exception as error:
       report.add(step=name, attention=way,
                  failed=str(error).split('\n')[0][:300])
+
+
+def tokens(bench: Bench):
+  """Tokenises the corpus, which the next steps then read."""
+  bench.report('tokens').add(
+      documents=len(bench.documents), tokens=sum(map(len, bench.documents)))
 
 
 def fit(bench: Bench):
@@ -499,7 +508,7 @@ def timed(call, *args, repeats: int = 10) -> float:
 
 
 STEPS = {f.__name__: f for f in (
-    peak, attention, decode, speed, fit, train, score)}
+    peak, attention, speed, tokens, fit, train, score, decode)}
 
 
 def main() -> None:
@@ -514,6 +523,7 @@ def main() -> None:
   parser.add_argument('--attention', default='auto', help='of training')
   parser.add_argument('--small', action='store_true')
   args = parser.parse_args()
+  logging.set_verbosity(logging.INFO)
   bench = Bench(args)
   for name in args.steps:
     begin = time.perf_counter()
