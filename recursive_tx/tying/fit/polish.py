@@ -67,8 +67,9 @@ def polish(
   state = start(trained)
   for step in range(steps):
     at = order[step * rows:(step + 1) * rows]
-    trained, state = update(
-        trained, state, fixed, token_NT[at], final_NTD[at])
+    # Waited for, so that what is reported is done.
+    trained, state = jax.block_until_ready(update(
+        trained, state, fixed, token_NT[at], final_NTD[at]))
     report(1 / steps)
   return {**params, **jax.tree.map(np.asarray, trained)}
 
