@@ -8,8 +8,8 @@
 MODEL is a directory with a model and its tokenizer. `fit` is fitted to
 --calibration, from which each seed draws its own sequences, and `sampled` to
 text that the model samples; both, and the paper's inits, keep norms per loop.
-The KL divergence to the original, in nats a token, is on --text; bits per byte are
-on --text and on --other, of another kind. The texts must be different files,
+The KL divergence to the original, in nats a token, is on --text; bits per byte
+are on --text and on --other, of another kind. The texts are different files,
 with nothing in common. With --json each cell is appended as a line when it is
 done, and those that the file holds are not run again.
 
