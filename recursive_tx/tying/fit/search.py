@@ -96,7 +96,8 @@ def nearest(
   measured = moments.measure(
       cfg, read, given_NT[::stride], folder / 'moments', seed=seed,
       report=lambda share: report(before * share / 4))
-  final_NTD = distance.final(cfg, read, token_NT)
+  final_NTD = distance.final(
+      cfg, read, token_NT if last else token_NT[-kept:])
 
   def nats_of(made, store):
     nats = distance.divergence(cfg, read, final_NTD[-kept:], distance.final(
