@@ -223,20 +223,29 @@ MUTANTS = {
         '[1.0 for moment in outputs]',
         ('tying/fit/share_test.py::'
          'test_a_layer_that_does_nothing_to_the_output_weighs_nothing',)),
-    'near_columns_by_cholesky': Mutant(
-        'tying/fit/share.py', 'root.diagonal().min() < _NEAREST', 'False',
+    'directions_of_no_iteration': Mutant(
+        'tying/fit/share.py', 'range(_ITERATIONS)', 'range(0)',
         ('tying/fit/share_test.py::'
-         'test_orthonormal_columns_however_near_they_were',)),
+         'test_directions_hold_what_the_leading_singular_vectors_do',)),
+    'distilled_whatever_comes_of_it': Mutant(
+        'tying/fit/search.py', 'if nats_of(made, store) < nats:', 'if True:',
+        ('tying/fit/polish_test.py::test_what_it_made_worse_is_not_kept',)),
+    'distilled_from_the_normalised': Mutant(
+        'tying/fit/polish.py',
+        "logits(None, model.normalize(rcfg, x_BTD, fixed['norm']))",
+        'logits(None, x_BTD)',
+        ('tying/fit/polish_test.py::'
+         'test_its_gradient_is_that_of_the_mean_divergence',)),
     'both_take_the_same': Mutant(
         'tying/fit/share.py', 'if U and len(F) == 2:', 'if False:',
         ('tying/fit/share_test.py::'
          'test_two_layers_leave_what_no_two_factors_could_take',)),
     'factors_against_the_shared_kernel': Mutant(
-        'tying/fit/share.py', 'system -= np.block', 'system += np.block',
+        'tying/fit/share.py', '- A.T @ A', '+ A.T @ A',
         ('tying/fit/share_test.py::test_neither_side_can_be_bettered_alone',)),
     'moments_by_sequence': Mutant(
         'tying/fit/moments.py',
-        'total / token_NT.size', 'total / len(token_NT)',
+        '(total) / token_NT.size', '(total) / len(token_NT)',
         ('tying/fit/search_test.py::test_moments_are_means_over_tokens',)),
     'units_of_one_kernel_stay': Mutant(
         'tying/fit/align.py', "if name in ('gate', 'up'):", "if name == 'up':",

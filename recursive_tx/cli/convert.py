@@ -33,7 +33,7 @@ _CALIBRATION = flags.DEFINE_string(
     'calibration', '', 'Text file that --init=fit fits to. Empty: text '
     'sampled from the model, for which it must fit in memory.')
 _TOKENS = flags.DEFINE_integer(
-    'calibration_tokens', 40960, 'How many of its tokens, from the start.')
+    'calibration_tokens', 24576, 'How many of its tokens, from the start.')
 _DOCUMENT = flags.DEFINE_string(
     'document', '', 'What stands between two documents of --calibration, such '
     'as <|endoftext|>. Empty: the file is one document.')

@@ -6,14 +6,14 @@
     [--steps 50 200 1000 --workdir=DIR] MODEL [MODEL ...]
 
 MODEL is a directory with a model and its tokenizer. `fit` is fitted to
---calibration, from which each seed draws its own sequences, and `said` to what
-the model says itself; both, and the paper's inits, keep norms per loop. The
-KL divergence to the original, in nats a token, is on --text; bits per byte are
-on --text and on --other, of another kind. The texts must be different files,
+--calibration, from which each seed draws its own sequences, and `sampled` to
+text that the model samples; both, and the paper's inits, keep norms per loop.
+The KL divergence to the original, in nats a token, is on --text; bits per byte
+are on --text and on --other, of another kind. The texts are different files,
 with nothing in common. With --json each cell is appended as a line when it is
 done, and those that the file holds are not run again.
 
-With --steps every start is uptrained on --calibration by distillation from the
+With --steps every model is uptrained on --calibration by distillation from the
 original, once for each number of steps, with a schedule of its own, and
 measured: held-out nats a token, KL divergence, bits per byte of --other, and
 the tokens that the longest run took to come within 0.05 nats of the original.
@@ -38,7 +38,7 @@ from recursive_tx.store import convert
 from recursive_tx.text import tokenizer
 from recursive_tx.tying import fit
 
-INITS = ('average', 'stepwise', 'lower', 'fit', 'said')
+INITS = ('average', 'stepwise', 'lower', 'fit', 'sampled')
 SHAPE = ('model', 'loops', 'prelude', 'coda', 'rank')
 KEYS = (*SHAPE, 'init', 'seed')
 COLUMNS = (('model', 14), ('loops', 6), ('prelude', 8), ('coda', 5),
@@ -68,7 +68,7 @@ def main() -> None:
   parser.add_argument('--steps', type=int, nargs='+', default=[])
   parser.add_argument('--lr', type=float, default=5e-4)
   parser.add_argument('--batch', type=int, default=4)
-  parser.add_argument('--workdir', help='Where uptraining goes on if stopped.')
+  parser.add_argument('--workdir', help='Interrupted uptraining continues.')
   args = parser.parse_args()
   if bool(args.steps) != bool(args.workdir):
     parser.error('--steps and --workdir go together')
@@ -105,7 +105,7 @@ def cells(args, model: str, done: list[dict]):
       for init in args.inits:
         # The paper's inits draw nothing, but uptraining does.
         for seed in args.seeds if (
-            init in ('fit', 'said') or args.steps) else [0]:
+            init in ('fit', 'sampled') or args.steps) else [0]:
           key = (name, loops, args.prelude, args.coda, rank, init, seed)
           if key in known:
             continue
@@ -122,7 +122,7 @@ def cells(args, model: str, done: list[dict]):
 
 
 def plan(args, model: str) -> Plan:
-  """How a start is uptrained."""
+  """How a converted model is uptrained."""
   return Plan(
       teacher=model, budgets=tuple(sorted(args.steps)), heldout=args.heldout,
       lr=args.lr, batch=args.batch, seq_len=256, task=data.Task(
@@ -141,7 +141,7 @@ def relax(args, cfg, variables, ids, key):
     calibration = np.random.default_rng(seed).permutation(rows_NT)[:count]
   return rtx.relax(
       cfg, variables, loops=loops, prelude=prelude, coda=coda, rank=rank,
-      calibration=calibration, init='fit' if init == 'said' else init,
+      calibration=calibration, init='fit' if init == 'sampled' else init,
       seed=seed)
 
 
@@ -163,9 +163,9 @@ def measure(original, new, texts) -> dict:
   def nats(one, other, batch):
     one, other = jax.nn.log_softmax(one), jax.nn.log_softmax(other)
     kl_BT = jnp.sum(jnp.exp(one) * (one - other), axis=-1)
-    said_BT = -jnp.take_along_axis(
+    loss_BT = -jnp.take_along_axis(
         other, batch['target_BT'][..., None], -1)[..., 0]
-    return [jnp.sum(x * batch['weight_BT']) for x in (kl_BT, said_BT)]
+    return [jnp.sum(x * batch['weight_BT']) for x in (kl_BT, loss_BT)]
 
   found = {}
   for key, text in texts.items():
@@ -175,9 +175,9 @@ def measure(original, new, texts) -> dict:
                   batch['position_BT'])
                 for f, (_, v) in zip(apply, (original, new), strict=True)]
       sums += [*map(float, nats(*logits, batch)), batch['weight_BT'].sum()]
-    kl, said, tokens = sums.tolist()
+    kl, loss, tokens = sums.tolist()
     found[key] = {'kl': kl / tokens, 'tokens': tokens,
-                  'bits_per_byte': said / math.log(2) / text.num_bytes}
+                  'bits_per_byte': loss / math.log(2) / text.num_bytes}
   return found
 
 

@@ -21,7 +21,7 @@ from recursive_tx import losses, model
 _MOST_PARAMETERS = 1 << 29
 # Tokens of a step. One pass over the calibration tokens, since a second learns
 # them by heart; but not fewer steps.
-_BATCH, _LEAST_STEPS = 1024, 24
+_BATCH, _LEAST_STEPS = 512, 24
 _RATE, _WARMUP = 2e-4, 0.1
 # Bytes of fp32 logits at once.
 _LOGITS = 64 << 20
@@ -67,8 +67,9 @@ def polish(
   state = start(trained)
   for step in range(steps):
     at = order[step * rows:(step + 1) * rows]
-    trained, state = update(
-        trained, state, fixed, token_NT[at], final_NTD[at])
+    # Waited for, so that what is reported is done.
+    trained, state = jax.block_until_ready(update(
+        trained, state, fixed, token_NT[at], final_NTD[at]))
     report(1 / steps)
   return {**params, **jax.tree.map(np.asarray, trained)}
 

@@ -34,7 +34,7 @@ from recursive_tx.tying.fit.share import factors, share, spectra
 _EARLIER = (1.0, 3.0)
 # Tokens at most: to measure moments on, evenly spaced sequences; and to choose
 # by.
-_MEASURED, _KEPT = 8192, 2048
+_MEASURED, _KEPT = 6144, 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ def nearest(
     rcfg: of the recursive model. One rank for all is taken as a budget: the
       fit spreads its parameters over the kernels.
     rivals: other candidates, by the init that also gives norms and biases.
-    token_NT: calibration tokens; an eighth, at most 2,048 tokens, is kept
+    token_NT: calibration tokens; an eighth, at most 1,024 tokens, is kept
       apart, to choose by.
     folder: empty; keeps the files that the result reads.
     params: gives the parameters of a candidate.
@@ -88,7 +88,7 @@ def nearest(
     report: given the share of the work done since the last report.
   """
   last = polishes(rcfg) and not ranks.is_full(rcfg)
-  before = 0.4 if last else 1.0  # Share of the work.
+  before = 0.6 if last else 1.0  # Share of the work.
   kept = _rows(token_NT, len(token_NT) // 8, _KEPT)
   given_NT = token_NT[:-kept]
   stride = -(-len(given_NT) // _rows(token_NT, len(given_NT), _MEASURED))
@@ -96,7 +96,8 @@ def nearest(
   measured = moments.measure(
       cfg, read, given_NT[::stride], folder / 'moments', seed=seed,
       report=lambda share: report(before * share / 4))
-  final_NTD = distance.final(cfg, read, token_NT)
+  final_NTD = distance.final(
+      cfg, read, token_NT if last else token_NT[-kept:])
 
   def nats_of(made, store):
     nats = distance.divergence(cfg, read, final_NTD[-kept:], distance.final(

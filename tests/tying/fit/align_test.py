@@ -38,11 +38,11 @@ def test_the_aligned_model_is_the_original(name):
   cfg = tiny.FAMILIES[name]
   values, token_BT = tiny.variables(cfg), tiny.tokens(cfg)
   aligned = align.Aligned(_read(values), None, _orders(cfg))
-  moved = _variables(cfg, aligned.read)
+  permuted = _variables(cfg, aligned.read)
   up = [v['params']['block']['layers']['mlp']['up']['kernel'][1]
-        for v in (moved, values)]
+        for v in (permuted, values)]
   assert not np.array_equal(*up)
-  assert tiny.distance(tiny.decoder(cfg)(moved, token_BT),
+  assert tiny.distance(tiny.decoder(cfg)(permuted, token_BT),
                        tiny.decoder(cfg)(values, token_BT)) < 1e-5
 
 
@@ -62,7 +62,7 @@ def test_moments_of_the_aligned_model_are_the_aligned_moments(tmp_path):
 
 
 class _Same:
-  """Moments that tell no direction from another."""
+  """Moments that are the same in every direction."""
 
   def input(self, kernel, layer):
     return np.eye(LLAMA.in_out(kernel)[0])
@@ -75,11 +75,11 @@ def test_units_that_only_stand_elsewhere_are_found():
   values = tiny.variables(LLAMA)
   for path, value in paths.items(values['params']['block']):
     paths.put(values['params']['block'], path, np.concatenate([value[:2]] * 3))
-  moved = align.Aligned(_read(values), None, _orders(LLAMA)).read
+  permuted = align.Aligned(_read(values), None, _orders(LLAMA)).read
   tied = dataclasses.replace(LLAMA, loops=3, layers_per_loop=2)
-  orders = align.orders(tied, moved, _Same())
+  orders = align.orders(tied, permuted, _Same())
   assert sorted(orders) == [2, 3, 4, 5]
-  again = align.Aligned(moved, None, orders).read
+  again = align.Aligned(permuted, None, orders).read
   for name in ('gate', 'up', 'down'):
     path = f'block/layers/mlp/{name}/kernel'
     for layer in orders:
@@ -93,12 +93,12 @@ def test_only_what_is_seen_and_does_something_decides(monkeypatch):
   order = rng.permutation(LLAMA.F)
   for name, leaf in mlp.items():
     one, noise = leaf['kernel'][0], rng.normal(size=leaf['kernel'][0].shape)
-    moved = one[:, order] if name != 'down' else one[order]
-    # The upper half of D tells nothing: noise, that no token shows.
+    permuted = one[:, order] if name != 'down' else one[order]
+    # The upper half of D is noise, that no token shows.
     half = [..., slice(8, None)] if name == 'down' else [slice(8, None)]
-    moved = moved.copy()
-    moved[tuple(half)] = 9 * noise[tuple(half)]
-    leaf['kernel'][3] = moved
+    permuted = permuted.copy()
+    permuted[tuple(half)] = 9 * noise[tuple(half)]
+    leaf['kernel'][3] = permuted
 
   class Lower(_Same):
     """Moments of streams that lie in the lower half of D."""

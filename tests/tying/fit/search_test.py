@@ -141,8 +141,8 @@ def test_without_calibration_the_tokens_are_sampled_from_the_model():
   assert token_NT.shape == (96, 128) and token_NT.max() < LLAMA.V
   # Likely ones: better by far than tokens drawn at random.
   scores = jax.nn.log_softmax(tiny.decoder(LLAMA)(values, token_NT))[:, :-1]
-  said = np.take_along_axis(scores, token_NT[:, 1:, None], -1).mean()
-  assert said > scores.mean() + 0.1
+  likely = np.take_along_axis(scores, token_NT[:, 1:, None], -1).mean()
+  assert likely > scores.mean() + 0.1
   tiny.assert_same_tree(*(
       rtx.relax(LLAMA, values, loops=2, rank=1, init='fit', seed=3,
                 calibration=calibration)[1]

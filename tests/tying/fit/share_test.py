@@ -72,8 +72,8 @@ def test_without_factors_it_is_the_weighted_mean():
   # Nothing near it is better.
   rng = np.random.default_rng(1)
   for _ in range(5):
-    moved = shared + 0.1 * rng.normal(size=shared.shape)
-    assert _error(problem, moved, []) > _error(problem, shared, [])
+    shifted = shared + 0.1 * rng.normal(size=shared.shape)
+    assert _error(problem, shifted, []) > _error(problem, shared, [])
 
 
 def test_equal_moments_without_factors_give_the_plain_mean():
