@@ -70,9 +70,9 @@ setuptools.setup(
         'serve': _SERVE,
         'test': [
             *_SERVE,
-            'chex>=0.1.90',
             _EVAL,
             'accelerate>=1.0',  # For the `hf` backend that tests compare with.
+            'chex>=0.1.90',
             'httpx>=0.27',
             'hypothesis>=6.100',
             _LIBTPU,  # For `plan`.
