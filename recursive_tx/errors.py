@@ -47,8 +47,8 @@ def in_range(what: str, value: Any, span: str, kind: type = float) -> None:
   """
   ends = span[1:-1].split(', ')
   low, high = map(float, ends)
-  if isinstance(value, int | float if kind is float else kind) and not (
-      isinstance(value, bool)):
+  kinds: Any = int | float if kind is float else kind
+  if isinstance(value, kinds) and not isinstance(value, bool):
     above = value > low or (span[0] == '[' and value == low)
     below = value < high or (span[-1] == ']' and value == high)
     if above and below and (
