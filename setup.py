@@ -60,6 +60,7 @@ setuptools.setup(
         'tensorboard>=2.19',  # clu.metric_writers needs it and does not say so.
         'tensorflow>=2.19',
         'tensorflow-datasets>=4.9.9',
+        'threadpoolctl>=3.1',
         'tokenizers>=0.21',
         'tqdm>=4.66',
     ],

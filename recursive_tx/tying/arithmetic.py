@@ -10,10 +10,10 @@ import math
 from absl import logging
 import jax
 import numpy as np
-import scipy.linalg
 
 from recursive_tx import config as config_lib
 from recursive_tx.errors import UserError
+from recursive_tx.tying import lapack
 
 INITS = ('stepwise', 'average', 'lower', 'random')
 
@@ -99,12 +99,7 @@ def gram(matrix: np.ndarray) -> np.ndarray:
 def leading(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
   """The largest squared singular values, descending, and singular vectors of
   the shorter side of the matrix: [rank] and [side, rank], fp64."""
-  square = gram(matrix).astype(np.float64, copy=False)
-  last = len(square) - 1
-  energy, vectors = scipy.linalg.eigh(
-      square, subset_by_index=[last - rank + 1, last], overwrite_a=True,
-      check_finite=False)
-  return energy[::-1], vectors[:, ::-1]
+  return lapack.leading(gram(matrix).astype(np.float64, copy=False), rank)
 
 
 def merge(

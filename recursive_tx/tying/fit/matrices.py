@@ -3,6 +3,8 @@
 import numpy as np
 import scipy.linalg
 
+from recursive_tx.tying import lapack
+
 
 def damped(moment, share):
   """The moment, with a share of its mean diagonal added to its diagonal."""
@@ -27,7 +29,7 @@ def diagonal(moment):
 
 def root(matrix):
   """Lower triangular, or a diagonal: Z of Z Z^T."""
-  return np.sqrt(matrix) if matrix.ndim == 1 else np.linalg.cholesky(matrix)
+  return np.sqrt(matrix) if matrix.ndim == 1 else lapack.cholesky(matrix)
 
 
 def solved(root, x):

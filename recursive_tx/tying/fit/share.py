@@ -18,8 +18,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 
+from recursive_tx.tying import lapack
 from recursive_tx.tying.fit import matrices
 
 # Added to a second moment, as a share of its mean diagonal: directions that
@@ -84,7 +84,7 @@ def spectra(
   metric = _metric(inputs, outputs)
   # SciPy finds eigenvalues alone, JAX's vectors take five times as long.
   return sum(
-      np.maximum(scipy.linalg.eigvalsh(np.asarray(gram, np.float64))[::-1], 0)
+      np.maximum(lapack.eigenvalues(np.asarray(gram, np.float64))[::-1], 0)
       for gram in _grams(_apart(kernels, metric), metric.roots))
 
 
@@ -109,7 +109,7 @@ def factors(
   if rank == min(rows, columns):  # Nothing is lost, whatever it weighs.
     if rows <= columns:
       return np.eye(rows, dtype=np.float32), residual
-    a, b = np.linalg.qr(residual.astype(np.float64))
+    a, b = lapack.qr(residual.astype(np.float64))
     return a.astype(np.float32), b.astype(np.float32)
   root = matrices.root(matrices.damped(
       input_moment.astype(np.float64), _INPUT_DAMPING))
@@ -119,7 +119,7 @@ def factors(
       residual, root, right)), rank)
   # Z^T a = U r^-1, so that the best b, which S does not change, is r U^T Z^T
   # times the residual.
-  a, r = np.linalg.qr(matrices.unapply(root.T, np.asarray(U, np.float64)))
+  a, r = lapack.qr(matrices.unapply(root.T, np.asarray(U, np.float64)))
   return a.astype(np.float32), (r @ np.asarray(inner)).astype(np.float32)
 
 
