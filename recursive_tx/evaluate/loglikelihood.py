@@ -194,8 +194,10 @@ def _score_fn(cfg: ModelConfig, run: Run, exits: bool):
 def _of_positions(decoder, variables, h_CD, target_C, loop):
   """log_p_C of the targets in fp32, and whether they are the likeliest."""
   logits_CV = decoder.apply(variables, h_CD, loop, method='logits')
+  # From the largest, so that those of likely tokens keep their digits.
+  logits_CV -= logits_CV.max(axis=1, keepdims=True)
   target_C1 = jnp.take_along_axis(logits_CV, target_C[:, None], axis=1)
-  return (target_C1[:, 0] - jax.nn.logsumexp(logits_CV, axis=1),
+  return (target_C1[:, 0] - jnp.log(jnp.exp(logits_CV).sum(axis=1)),
           sampling.likeliest(logits_CV) == target_C)
 
 

@@ -83,8 +83,8 @@ def _made(
   if spec.precompiled_charsmap:
     steps += [normalizers.Precompiled(spec.precompiled_charsmap)]
   if spec.remove_extra_whitespaces:
-    # With a prefix, a first space is the prefix.
-    edge = ' $' if spec.add_dummy_prefix else '^ | $'
+    # With a prefix, a first space is the prefix. ^ and $ are edges of lines.
+    edge = r' \z' if spec.add_dummy_prefix else r'\A | \z'
     steps += [normalizers.Replace(tokenizers.Regex(' {2,}'), ' '),
               normalizers.Replace(tokenizers.Regex(edge), '')]
   steps += [normalizers.Replace(' ', _SPACE)]

@@ -3,10 +3,11 @@
   python tests/benchmarks/harness.py --checkpoint=DIR [--exported=HF_DIR]
       --include_path=docs/tasks --tasks=piqa_local,copa_local --limit=100
 
-Compares every log-likelihood, greedy flag and choice, and the time for all
-requests of a task, tokenising included: each system in a process of its own,
-turn by turn, so that a ratio is of neighbours in time. The table gives
-medians over the rounds after a first one, which compiles and is not timed.
+Compares every log-likelihood (the largest difference, over the larger of 1 and
+the value), greedy flag and choice, and the time for all requests of a task,
+tokenising included: each system in a process of its own, turn by turn, so that
+a ratio is of neighbours in time. The table gives medians over the rounds after
+a first one, which compiles and is not timed.
 `hf` runs in float32 with each batch size of --hf_batch, and counts with the
 fastest. Data are read as the tasks name them, from the working directory.
 """
@@ -66,13 +67,13 @@ def measure(args) -> list[dict]:
     server.stdin.close()
     server.wait()
   rows = [_row(task, systems, found) for task in tasks]
-  print('| task | requests | tokens | largest difference | choices that differ'
+  print('| task | requests | tokens | choices that differ | largest difference'
         ' | seconds, ours | hf (batch) | ratio | CPU seconds, ours | hf | ratio'
         ' |\n' + '| --- ' * 11 + '|')
   for row in rows:
     print('| ' + ' | '.join(str(row[key]) for key in (
-        'task', 'requests', 'tokens', 'relative_difference',
-        'different_choices')) + f' | {row["ours"]["seconds"]:.1f} |'
+        'task', 'requests', 'tokens', 'different_choices'))
+          + f' | {row["difference"]:.1e} | {row["ours"]["seconds"]:.1f} |'
           f' {row["hf"]["seconds"]:.1f} ({row["hf_batch"]}) |'
           f' {row["ratio"]:.2f} | {row["ours"]["cpu_seconds"]:.1f} |'
           f' {row["hf"]["cpu_seconds"]:.1f} | {row["cpu_ratio"]:.2f} |')
@@ -103,9 +104,9 @@ def _row(task, systems, found) -> dict:
 
   return {
       'task': task, 'requests': len(ours['scores']), 'tokens': ours['tokens'],
-      'relative_difference': round(max(
-          abs(a - b) / abs(b) for (a, _), (b, _) in zip(
-              ours['scores'], hf['scores'], strict=True)), 8),
+      'difference': max(
+          abs(a - b) / max(1, abs(b)) for (a, _), (b, _) in zip(
+              ours['scores'], hf['scores'], strict=True)),
       'different_choices': sum(
           choice(ours, numbers) != choice(hf, numbers)
           for numbers in by_document.values()),

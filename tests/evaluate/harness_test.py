@@ -93,8 +93,10 @@ def of_hf(directory, **settings):
   pytest.importorskip('transformers', reason=tiny.TORCH)
   pytest.importorskip('accelerate', reason='the hf backend wants it')
   from lm_eval.models.huggingface import HFLM
+  # With its cache, of two requests of the same tokens that are split elsewhere
+  # one gets the scores of the other's positions (0.4.13).
   return HFLM(pretrained=str(directory), dtype='float32', device='cpu',
-              batch_size=4, **settings)
+              batch_size=4, logits_cache=False, **settings)
 
 
 def ours(model, **settings):
@@ -116,7 +118,7 @@ def instances(kind, several):
 PAIRS = [
     ('', 'Once upon a time'), ('', 'the'), ('Once upon ', 'a time'),
     ('Once upon  \n', 'a time'), ('Once upon', ' a time'),
-    ('<s>Once upon', ' a time'), ('Once </s> upon', ' a time'),
+    ('<s>Once upon', ' a time'), ('Once</s>upon', ' a time'),
     *[('Question: who? Answer:', f' {name}')
       for name in ('Tom', 'Lily', 'a', 'Tom and Lily', 'é', '\u4e2d')],
     *[('She went to the park with her mother and saw a dog. ' * 9, choice)
@@ -140,7 +142,8 @@ def test_agrees_with_the_hf_backend(name, relaxed, tmp_path):
     if not saved.is_dir():
       pytest.skip(f'{saved} is not there')
     model = rtx.open(saved)
-  export.export(saved, tmp_path / 'hf')
+  # The model that ships is in bfloat16, to which what is merged is rounded.
+  export.export(saved, tmp_path / 'hf', dtype='float32')
   theirs = of_hf(tmp_path / 'hf', max_length=64)
   mine = ours(model, max_length=64)
   assert mine.prefix_token_id == theirs.prefix_token_id
@@ -150,7 +153,7 @@ def test_agrees_with_the_hf_backend(name, relaxed, tmp_path):
   found = mine.loglikelihood(asked)
   np.testing.assert_allclose(*zip(*(
       (a[0], b[0]) for a, b in zip(found, expected, strict=True)),
-                                  strict=True), rtol=1e-5)
+                                  strict=True), rtol=1e-5, atol=1e-5)
   assert [flag for _, flag in found] == [flag for _, flag in expected]
   texts = instances('loglikelihood_rolling', [(text,) for text in TEXTS])
   np.testing.assert_allclose(

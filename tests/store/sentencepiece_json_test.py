@@ -12,7 +12,7 @@ from recursive_tx.store import sentencepiece_json
 
 TEXTS = ('Hello world', '  two  spaces ', 'a\nb', 'é😀', 'once upon a time',
          '', ' x', 'a  b   c', '\t tab', ' ', '日本語 text', 'ﬁ Ⅷ',
-         'the cat sat on the mat')
+         'the cat sat on the mat', 'a \nb', ' \n c  \n')
 KINDS = {
     'bpe': {}, 'unigram': dict(model_type='unigram', hard_vocab_limit=False),
     'nfkc': dict(normalization_rule_name='nmt_nfkc',
