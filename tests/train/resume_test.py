@@ -130,7 +130,7 @@ def test_a_run_that_only_skips_stops_and_says_where(
   said = str(error.value)
   assert 'Step 4 was skipped (2 in a row): loss nan' in said
   assert f'checkpoint is {workdir}/checkpoints/2' in said and '\n' not in said
-  assert re.search(r"rows that begin '<bos> [a-z]", said)
+  assert re.search(r"rows that begin '<bos>[a-z]", said)
   assert checkpoint.latest_step(workdir) == 2
 
 
