@@ -38,6 +38,10 @@ GROUPS = {'attn': ('q', 'k', 'v', 'o'), 'mlp': ('gate', 'up', 'down')}
 HEAD = 'head'
 
 NORMS = ('rms', 'rms+1', 'layer')
+PLACES = ('pre', 'post', 'both')
+QK_NORMS = ('none', 'head', 'all')
+# What a virtual layer attends to, one letter each; see ModelConfig.pattern.
+KINDS = {'g': 'global', 'w': 'window', 'n': 'no rotary positions'}
 ACTS = ('silu', 'gelu', 'gelu_tanh', 'relu')
 DTYPES = ('float32', 'bfloat16')
 REMATS = ('none', 'full', 'dots')
@@ -71,16 +75,32 @@ class ModelConfig:
       section 2.2).
     norm: 'rms', 'rms+1' (the scale is stored minus one), or 'layer'.
     norm_eps: added to the mean square (or variance), in [0, inf).
+    norm_place: norms of what attention and MLP read, 'pre'; of what they
+      return, 'post' (OLMo 2); or of 'both' (Gemma 2).
+    qk_norm: RMS norms of queries and keys before they are rotated: 'none', of
+      each 'head' (Qwen 3, Gemma 3), or of 'all' heads as one (OLMo 2).
     act: the MLP's activation.
     gated: act(gate) * up rather than act(up).
     parallel: attention and MLP read the same residual stream.
     attention_bias, mlp_bias: biases on q, k, v, o and on the MLP's linears.
+    qkv_bias: biases on q, k and v, but not o.
+    query_scale: of attention's scores, in [0, inf); 0 is H ** -0.5.
+    attention_cap, logits_cap: c tanh(x / c) of attention's scores and of the
+      logits, in [0, inf); 0 is none.
+    residual_scale: of what attention and MLP add to the stream, in (0, inf).
+    logits_scale: of the logits, in (0, inf).
     rope_theta: base of the rotary wavelengths, in (0, inf).
     rope_fraction: share of H that is rotated, from its start, in (0, 1].
     rope_scaling: () none; (factor,) linear; (factor, low_freq_factor,
       high_freq_factor, original_length) Llama 3's; each in (0, inf).
     window: keys a query sees, itself included, in [0, inf); 0 is all.
+    pattern: what each virtual layer attends to, one letter each, repeated: 'g'
+      all keys before it, 'w' those of the window, 'n' all, without rotary
+      positions. '' is the window everywhere.
+    window_theta: rope_theta of the layers 'w', unscaled, in [0, inf); 0 is
+      that of the others, and their scaling.
     embed_scale: embeddings are multiplied by sqrt(D).
+    embed_factor: embeddings are multiplied by this, in (0, inf).
     tied: the head is the embedding.
     exit_gate: hidden width, in [0, inf), of the MLP that decides after every
       loop but the final one whether a token may exit; 0 is none. It changes
@@ -101,16 +121,27 @@ class ModelConfig:
   loop_keys: bool = True
   norm: str = 'rms'
   norm_eps: float = 1e-6
+  norm_place: str = 'pre'
+  qk_norm: str = 'none'
   act: str = 'silu'
   gated: bool = True
   parallel: bool = False
   attention_bias: bool = False
   mlp_bias: bool = False
+  qkv_bias: bool = False
+  query_scale: float = 0.0
+  attention_cap: float = 0.0
+  logits_cap: float = 0.0
+  residual_scale: float = 1.0
+  logits_scale: float = 1.0
   rope_theta: float = 10_000.0
   rope_fraction: float = 1.0
   rope_scaling: tuple[float, ...] = ()
   window: int = 0
+  pattern: str = ''
+  window_theta: float = 0.0
   embed_scale: bool = False
+  embed_factor: float = 1.0
   tied: bool = True
   exit_gate: int = 0
 
@@ -119,7 +150,11 @@ class ModelConfig:
                      'loops'), '[1, inf)'),
       prelude='[0, inf)', coda='[0, inf)', norm_eps='[0, inf)',
       rope_theta='(0, inf)', rope_fraction='(0, 1]', rope_scaling='(0, inf)',
-      window='[0, inf)', exit_gate='[0, inf)')
+      window='[0, inf)', exit_gate='[0, inf)', window_theta='[0, inf)',
+      **dict.fromkeys(('query_scale', 'attention_cap', 'logits_cap'),
+                      '[0, inf)'),
+      **dict.fromkeys(('residual_scale', 'logits_scale', 'embed_factor'),
+                      '(0, inf)'))
 
   def __post_init__(self):
     object.__setattr__(self, 'rank', str(self.rank))
@@ -172,8 +207,31 @@ class ModelConfig:
   def has_bias(self, kernel: str) -> bool:
     """Whether a linear has a bias."""
     if kernel in GROUPS['attn']:
-      return self.attention_bias
+      return self.attention_bias or self.qkv_bias and kernel != 'o'
     return self.mlp_bias
+
+  @property
+  def norms(self) -> dict[str, str]:
+    """The norms of a layer, and the letters of what each is over."""
+    inputs = {'attn_norm': 'D', 'mlp_norm': 'D'}
+    outputs = {'attn_post_norm': 'D', 'mlp_post_norm': 'D'}
+    heads = {'q_norm': 'NH', 'k_norm': 'KH'}
+    if self.qk_norm == 'head':
+      heads = dict.fromkeys(heads, 'H')
+    return {**(inputs if self.norm_place != 'post' else {}),
+            **(outputs if self.norm_place != 'pre' else {}),
+            **(heads if self.qk_norm != 'none' else {})}
+
+  @property
+  def mixed_kinds(self) -> bool:
+    """Whether layers differ in what they attend to."""
+    return len(set(self.pattern)) > 1
+
+  def kind(self, layer: int) -> str:
+    """The letter of KINDS of a virtual layer."""
+    if self.pattern:
+      return self.pattern[layer % len(self.pattern)]
+    return 'w' if self.window else 'g'
 
   def shape(self, letters: str) -> tuple[int, ...]:
     """Sizes of the dimensions that `letters` name."""
@@ -290,6 +348,16 @@ def _check(cfg: ModelConfig) -> None:
   check_ranges('model', cfg)
   one_of('model.norm', cfg.norm, NORMS)
   one_of('model.act', cfg.act, ACTS)
+  one_of('model.norm_place', cfg.norm_place, PLACES)
+  one_of('model.qk_norm', cfg.qk_norm, QK_NORMS)
+  if set(cfg.pattern) - set(KINDS):
+    raise UserError(
+        f'model.pattern={cfg.pattern!r}: expected letters of '
+        f'{", ".join(map(repr, KINDS))}, one for each layer, repeated')
+  if 'w' in cfg.pattern and not cfg.window:
+    raise UserError(
+        f'model.pattern={cfg.pattern!r} has layers with a window, but'
+        ' model.window=0; give its size')
   if cfg.N % cfg.K:
     raise UserError(
         f'model.N={cfg.N} heads do not share model.K={cfg.K} key heads '

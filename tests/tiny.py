@@ -64,6 +64,25 @@ HF = {
             original_max_position_embeddings=64))),
     'mistral': ('mistral', dict(num_key_value_heads=2, sliding_window=100)),
     'gemma': ('gemma', dict(num_key_value_heads=1, head_dim=16)),
+    'qwen2': ('qwen2', dict(num_key_value_heads=2)),
+    'qwen3': ('qwen3', dict(num_key_value_heads=2, head_dim=16)),
+    'olmo2': ('olmo2', dict(num_key_value_heads=2)),
+    'granite': ('granite', dict(
+        num_key_value_heads=2, embedding_multiplier=3.0, logits_scaling=2.0,
+        residual_multiplier=0.4, attention_multiplier=0.2)),
+    'gemma2': ('gemma2', dict(
+        num_key_value_heads=2, head_dim=16, sliding_window=100,
+        query_pre_attn_scalar=9, attn_logit_softcapping=2.0,
+        final_logit_softcapping=1.5)),
+    'gemma3': ('gemma3_text', dict(
+        num_key_value_heads=2, head_dim=16, sliding_window=100,
+        query_pre_attn_scalar=9, layer_types=[
+            'sliding_attention', 'full_attention', 'sliding_attention'],
+        rope_parameters=dict(
+            full_attention=dict(rope_type='linear', rope_theta=1e4, factor=2.5),
+            sliding_attention=dict(rope_type='default', rope_theta=100.0)))),
+    'smollm3': ('smollm3', dict(
+        num_key_value_heads=2, no_rope_layer_interval=2, pad_token_id=0)),
     'gpt_neox': ('gpt_neox', dict(rope_parameters=dict(
         rope_type='default', rope_theta=1e4, partial_rotary_factor=0.5))),
     'gpt_neox_serial': ('gpt_neox', dict(
@@ -150,7 +169,8 @@ def make_hf(directory: pathlib.Path, name: str, dtype: str = 'float32'):
   torch.manual_seed(0)
   made = transformers.AutoModelForCausalLM.from_config(
       transformers.AutoConfig.for_model(
-          model_type, **{**_HF_SIZES, **arguments})).eval()
+          model_type, **{**_HF_SIZES, **arguments}),
+      attn_implementation='eager').eval()
   with torch.no_grad():
     for parameter in made.parameters():
       noise = torch.randn_like(parameter)
@@ -161,7 +181,7 @@ def make_hf(directory: pathlib.Path, name: str, dtype: str = 'float32'):
   made.to(getattr(torch, dtype)).save_pretrained(directory)
   # Read anew: casting rounded the rotary frequencies too.
   return transformers.AutoModelForCausalLM.from_pretrained(
-      directory, dtype=torch.float32)
+      directory, dtype=torch.float32, attn_implementation='eager')
 
 
 def torch_logits(made, token_BT: np.ndarray) -> np.ndarray:

@@ -249,7 +249,8 @@ def _propagate(plan, weights, slots: Slots, early_B, cache, place):
   if cfg.loops == 1 or plan.exit.rule == 'last' or not cfg.loop_keys:
     return cache
   nowhere, later = cache.k.shape[1], jnp.arange(1, cfg.loops)
-  alike = not cfg.has_loop_vectors and not any(cfg.ranks.values())
+  alike = not (cfg.has_loop_vectors or any(cfg.ranks.values())
+               or cfg.mixed_kinds)
 
   def fill(index_C, cache):
     part = _take(place, index_C, nowhere)

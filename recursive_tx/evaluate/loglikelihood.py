@@ -207,7 +207,7 @@ def _mask(cfg: ModelConfig, arrays) -> jax.Array:
       place_1T, place_1T, window=0, segment_BT=arrays.tree_BT)
   own_BTS = arrays.branch_BT[:, :, None] == arrays.branch_BT[:, None, :]
   mask_BTS &= own_BTS | (arrays.branch_BT[:, None, :] == 0)
-  if cfg.window:
+  if cfg.window and not cfg.mixed_kinds:
     position_BT = arrays.position_BT
     mask_BTS &= attention.visible(
         position_BT, position_BT, window=cfg.window)

@@ -42,22 +42,40 @@ class LayerValues(NamedTuple):
   """What a layer is passed beside its kernels, each may vary by loop.
 
   Attributes:
-    attn_norm, mlp_norm: leaves of `norm_leaves`.
+    norms: leaves of each norm of `ModelConfig.norms`.
     linears: by kernel.
+    kind: what it attends to, where layers differ: an index into
+      `config.KINDS`, int32, of all rows or [B, 1].
   """
-  attn_norm: dict[str, jax.Array]
-  mlp_norm: dict[str, jax.Array]
+  norms: dict[str, dict[str, jax.Array]]
   linears: dict[str, LinearValues]
+  kind: jax.Array | None = None
 
 
 def layer_values(
-    cfg: config_lib.ModelConfig, *trees: dict[str, dict]
+    cfg: config_lib.ModelConfig, *trees: dict[str, dict], kind=None
 ) -> LayerValues:
   """From trees of leaves by name, of one layer or stacked."""
   merged = overlay(*trees)
   return LayerValues(
-      merged['attn_norm'], merged['mlp_norm'],
-      {name: LinearValues(**merged.get(name, {})) for name in cfg.kernels})
+      {name: merged[name] for name in cfg.norms},
+      {name: LinearValues(**merged.get(name, {})) for name in cfg.kernels},
+      kind)
+
+
+def kinds(
+    cfg: config_lib.ModelConfig, first: int, loops: int, layers: int
+) -> np.ndarray | None:
+  """[loops, layers] of a run whose first virtual layer is `first`, int32.
+
+  None where all layers of the model attend alike.
+  """
+  if not cfg.mixed_kinds:
+    return None
+  order = ''.join(config_lib.KINDS)
+  return np.array([
+      [order.index(cfg.kind(first + loop * layers + layer))
+       for layer in range(layers)] for loop in range(loops)], np.int32)
 
 
 # {name: {leaf: (letters, rank or None, initializer)}}
@@ -141,7 +159,8 @@ def leaf_shape(
 
 def vector_table(cfg: config_lib.ModelConfig) -> Table:
   """Norm scales and biases of one layer, and the biases of its linears."""
-  table = {'attn_norm': norm_leaves(cfg), 'mlp_norm': norm_leaves(cfg)}
+  table = {name: norm_leaves(cfg, letters)
+           for name, letters in cfg.norms.items()}
   for name, spec in cfg.kernels.items():
     if cfg.has_bias(name):
       outer = config_lib.split(spec)[1]
@@ -149,12 +168,14 @@ def vector_table(cfg: config_lib.ModelConfig) -> Table:
   return table
 
 
-def norm_leaves(cfg: config_lib.ModelConfig) -> dict[str, tuple]:
-  """Leaves of one norm over D."""
+def norm_leaves(
+    cfg: config_lib.ModelConfig, letters: str = 'D'
+) -> dict[str, tuple]:
+  """Leaves of one norm over the dimensions of `letters`."""
   neutral = initializers.zeros if cfg.norm == 'rms+1' else initializers.ones
-  leaves = {'scale': ('D', None, neutral)}
-  if cfg.norm == 'layer':
-    leaves['bias'] = ('D', None, initializers.zeros)
+  leaves = {'scale': (letters, None, neutral)}
+  if cfg.norm == 'layer' and letters == 'D':
+    leaves['bias'] = (letters, None, initializers.zeros)
   return leaves
 
 

@@ -5,6 +5,8 @@ differ by rounding only: `plain` holds all [T, S] scores, the others those of
 one block of queries at a time, forward and backward.
 """
 
+import functools
+
 import chex
 import jax
 
@@ -12,7 +14,7 @@ from recursive_tx.model import attention_blocks, attention_kernels, cpu
 
 
 def visible(
-    query_BT: jax.Array, key_BS: jax.Array, *, window: int,
+    query_BT: jax.Array, key_BS: jax.Array, *, window: int | jax.Array,
     segment_BT: jax.Array | None = None,
 ) -> jax.Array:
   """Which keys each query may see.
@@ -20,7 +22,8 @@ def visible(
   Args:
     query_BT, key_BS: places of queries and keys in their sequence, int32
       (leading dimension may be 1).
-    window: keys a query sees, itself included; 0 is all before it.
+    window: keys a query sees, itself included; 0 is all before it. An array
+      [B, 1, 1] is each row's, and not 0.
     segment_BT: document of each place where queries and keys are the same
       places; None is one document.
 
@@ -29,7 +32,7 @@ def visible(
   """
   distance = query_BT[:, :, None] - key_BS[:, None, :]
   mask = distance >= 0
-  if window:
+  if not isinstance(window, int) or window:
     mask = mask & (distance < window)
   if segment_BT is not None:
     mask = mask & (segment_BT[:, :, None] == segment_BT[:, None, :])
@@ -37,7 +40,7 @@ def visible(
 
 
 def choose(
-    implementation: str, *, T: int, S: int, window: int,
+    implementation: str, *, T: int, S: int, window: int, cap: float = 0,
     platform: str | None = None,
 ) -> str:
   """What 'auto' stands for: a way that covers the case on the platform.
@@ -46,16 +49,20 @@ def choose(
     implementation: Run.attention.
     T, S: queries and keys.
     window: keys a query sees; 0 is all before it.
+    cap: of the scores; no kernel has one.
     platform: 'cpu', 'tpu' or 'gpu'; None is that of the mesh, else of JAX.
   """
   platform = platform or cpu.platform()
+  if cap and implementation in ('splash', 'pallas'):
+    implementation = 'auto'
   if implementation in ('splash', 'pallas') and not attention_kernels.covers(
       implementation, T=T, S=S, window=window):
     implementation = 'auto'  # Decoding runs beside training under one Run.
   if implementation != 'auto':
     return implementation
   kernel = {'tpu': 'splash', 'gpu': 'pallas'}.get(platform)
-  if kernel and attention_kernels.covers(kernel, T=T, S=S, window=window):
+  if kernel and not cap and attention_kernels.covers(
+      kernel, T=T, S=S, window=window):
     return kernel
   return 'blocks' if T == S > attention_blocks.BLOCK else 'plain'
 
@@ -63,7 +70,7 @@ def choose(
 def attend(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *,
     mask_BTS: jax.Array, segment_BT: jax.Array | None = None, window: int,
-    implementation: str,
+    scale: float, cap: float = 0, implementation: str,
 ) -> jax.Array:
   """Softmax attention; scores and softmax in fp32.
 
@@ -73,6 +80,8 @@ def attend(
       do not read it: they cover causal attention within segments and windows.
     segment_BT: the documents that the mask keeps apart, for the kernels.
     window: as for the mask; bounds the keys that are looked at.
+    scale: of the scores, q's product with k.
+    cap: c tanh(score / c), of the scaled scores; 0 is none.
     implementation: Run.attention.
 
   Returns:
@@ -80,29 +89,30 @@ def attend(
   """
   chex.assert_rank([q_BTNH, k_BSKH], 4)
   chex.assert_equal_shape([k_BSKH, v_BSKH])
-  T, S, H = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[3]
-  implementation = choose(implementation, T=T, S=S, window=window)
+  T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+  implementation = choose(implementation, T=T, S=S, window=window, cap=cap)
   if implementation in ('splash', 'pallas'):
     return attention_kernels.attend(
-        implementation, q_BTNH * H**-0.5, k_BSKH, v_BSKH, segment_BT, window,
+        implementation, q_BTNH * scale, k_BSKH, v_BSKH, segment_BT, window,
         interpret=cpu.platform() == 'cpu')
   k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (k_BSKH, v_BSKH))
   if implementation == 'blocks' and T == S:
-    def mix(q, k, v, mask):
-      return attention_blocks.mix_blocks(q, k, v, mask, window)
-  else:
-    mix = attention_blocks.mix
-  return attend_heads(q_BTNH, k_BKSH, v_BKSH, mask_BTS, mix)
+    def mix(*heads):
+      return attention_blocks.mix_blocks(*heads, window, cap)
+    return attend_heads(q_BTNH, k_BKSH, v_BKSH, mask_BTS, scale=scale, mix=mix)
+  return attend_heads(
+      q_BTNH, k_BKSH, v_BKSH, mask_BTS, scale=scale, cap=cap)
 
 
 def attend_heads(
     q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array,
-    mask_BTS: jax.Array, mix=attention_blocks.mix,
+    mask_BTS: jax.Array, *, scale: float, cap: float = 0, mix=None,
 ) -> jax.Array:
   """The same for keys and values ordered by head; plain, or as `mix` does."""
+  mix = mix or functools.partial(attention_blocks.mix, cap=cap)
   B, T, N, H = q_BTNH.shape
   K = k_BKSH.shape[1]
-  q_BKGTH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H).transpose(
+  q_BKGTH = (q_BTNH * scale).reshape(B, T, K, N // K, H).transpose(
       0, 2, 3, 1, 4)
   out_BKGTH = mix(q_BKGTH, k_BKSH, v_BKSH, mask_BTS)
   return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

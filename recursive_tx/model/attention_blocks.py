@@ -10,14 +10,14 @@ BLOCK = 64  # Queries at once; a block's scores stay in a CPU's cache.
 _MAX_BLOCKS = 16  # Blocks are unrolled, so their number costs compile time.
 
 
-def mix(q_BKGTH, k_BKSH, v_BKSH, mask_BTS):
-  """Mixed values."""
-  return _mix(q_BKGTH, k_BKSH, v_BKSH, mask_BTS)[0]
+def mix(q_BKGTH, k_BKSH, v_BKSH, mask_BTS, cap=0):
+  """Mixed values; scores are capped, see `attention.attend`."""
+  return _mix(q_BKGTH, k_BKSH, v_BKSH, mask_BTS, cap)[0]
 
 
-def _mix(q_BKGTH, k_BKSH, v_BKSH, mask_BTS):
+def _mix(q_BKGTH, k_BKSH, v_BKSH, mask_BTS, cap):
   """Mixed values, and the log of each row's softmax denominator."""
-  score = _scores(q_BKGTH, k_BKSH, mask_BTS)
+  score = _scores(q_BKGTH, k_BKSH, mask_BTS, cap)
   top = jnp.max(score, axis=-1, keepdims=True)
   weight = jnp.exp(score - top)
   total = weight.sum(-1, keepdims=True)
@@ -26,27 +26,30 @@ def _mix(q_BKGTH, k_BKSH, v_BKSH, mask_BTS):
   return out.astype(q_BKGTH.dtype), top + jnp.log(total)
 
 
-def _scores(q_BKGTH, k_BKSH, mask_BTS):
+def _scores(q_BKGTH, k_BKSH, mask_BTS, cap):
   score = jnp.einsum('BKGTH,BKSH->BKGTS', q_BKGTH, k_BKSH,
                      preferred_element_type=jnp.float32)
+  if cap:
+    score = cap * jnp.tanh(score / cap)
   return jnp.where(mask_BTS[:, None, None], score, _NEVER)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def mix_blocks(q_BKGTH, k_BKSH, v_BKSH, mask_BTS, window):
-  return _blocks_forward(q_BKGTH, k_BKSH, v_BKSH, mask_BTS, window)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def mix_blocks(q_BKGTH, k_BKSH, v_BKSH, mask_BTS, window, cap):
+  return _blocks_forward(q_BKGTH, k_BKSH, v_BKSH, mask_BTS, window, cap)[0]
 
 
-def _blocks_forward(q, k, v, mask, window):
+def _blocks_forward(q, k, v, mask, window, cap):
   out, log_total = zip(*(
-      _mix(q[:, :, :, rows], k[:, :, keys], v[:, :, keys], mask[:, rows, keys])
+      _mix(q[:, :, :, rows], k[:, :, keys], v[:, :, keys], mask[:, rows, keys],
+           cap)
       for rows, keys in _spans(q.shape[3], window)), strict=True)
   out = jnp.concatenate(out, axis=3)
   log_total = jnp.concatenate(log_total, axis=3)
   return out, (q, k, v, mask, out, log_total)
 
 
-def _blocks_backward(window, saved, d_out):
+def _blocks_backward(window, cap, saved, d_out):
   """Scores again, block by block: only their row sums were kept."""
   q, k, v, mask, out, log_total = saved
   einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -54,10 +57,13 @@ def _blocks_backward(window, saved, d_out):
   d_q, d_k, d_v = [], jnp.zeros(k.shape), jnp.zeros(v.shape)
   for rows, keys in _spans(q.shape[3], window):
     q_rows, d_rows = q[:, :, :, rows], d_out[:, :, :, rows]
-    score = _scores(q_rows, k[:, :, keys], mask[:, rows, keys])
+    score = _scores(q_rows, k[:, :, keys], mask[:, rows, keys], cap)
     weight = jnp.exp(score - log_total[:, :, :, rows])
     d_weight = einsum('BKGTH,BKSH->BKGTS', d_rows, v[:, :, keys])
-    d_score = (weight * (d_weight - dot[:, :, :, rows])).astype(q.dtype)
+    d_score = weight * (d_weight - dot[:, :, :, rows])
+    if cap:
+      d_score *= 1 - jnp.square(jnp.clip(score / cap, -1, 1))
+    d_score = d_score.astype(q.dtype)
     d_q.append(einsum('BKGTS,BKSH->BKGTH', d_score, k[:, :, keys]))
     d_k = d_k.at[:, :, keys].add(einsum('BKGTS,BKGTH->BKSH', d_score, q_rows))
     d_v = d_v.at[:, :, keys].add(

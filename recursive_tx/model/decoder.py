@@ -41,9 +41,10 @@ class Decoder(nn.Module):
     self.adapters = adapters.Adapters(cfg)
     stack = functools.partial(Stack, cfg, self.run)
     self.prelude = stack(cfg.prelude) if cfg.prelude else None
-    self.block = stack(cfg.layers_per_loop, loops=cfg.loops,
+    self.block = stack(cfg.layers_per_loop, loops=cfg.loops, first=cfg.prelude,
                        own_vectors=not cfg.has_loop_vectors)
-    self.coda = stack(cfg.coda) if cfg.coda else None
+    self.coda = stack(
+        cfg.coda, first=cfg.num_layers - cfg.coda) if cfg.coda else None
 
   def __call__(self, token_BT, segment_BT=None, position_BT=None):
     """Logits of the last loop.
@@ -151,6 +152,10 @@ class Decoder(nn.Module):
         thin = jnp.einsum('TD,EDR,TE->TER', h_TD, a, own_TE)
         logits += jnp.einsum('TER,ERV->TV', thin, b,
                              preferred_element_type=jnp.float32)
+    if self.cfg.logits_scale != 1:
+      logits *= self.cfg.logits_scale
+    if self.cfg.logits_cap:
+      logits = self.cfg.logits_cap * jnp.tanh(logits / self.cfg.logits_cap)
     logits = logits.reshape(*h.shape[:-1], -1)
     if h.ndim == 3:
       logits = nn.with_logical_constraint(logits, ('B_head', 'T', 'V'))
@@ -193,6 +198,8 @@ class Decoder(nn.Module):
     x_BTD = nn.with_logical_constraint(x_BTD, ('B', 'T', 'D'))
     if self.cfg.embed_scale:
       x_BTD *= jnp.asarray(math.sqrt(self.cfg.D), x_BTD.dtype)
+    if self.cfg.embed_factor != 1:
+      x_BTD *= self.cfg.embed_factor
     return self._once(self.prelude, 0, x_BTD, context, keys)
 
   def loop(
@@ -229,7 +236,8 @@ class Decoder(nn.Module):
             virtual_BT=jnp.full_like(loop_BT, cfg.prelude),
             writes_BT=loop_BT == 0)
       keys = keys._replace(place=place)
-    return self.block.walk(x_BTD, values, context, keys, method=method)
+    return self.block.walk(
+        x_BTD, values, loop, context, keys, method=method)
 
   def finish(self, x_BTD, context=None, keys=None):
     """What the head multiplies, h_BTD, and the keys after the coda.
@@ -250,7 +258,7 @@ class Decoder(nn.Module):
       context, place = _step(self.cfg, keys), keys.place
       keys = keys._replace(place=place._replace(
           virtual_BT=jnp.full_like(place.row_BT, first), writes_BT=None))
-    return stack.walk(x_BTD, {}, context, keys)
+    return stack.walk(x_BTD, {}, 0, context, keys)
 
   def _every_loop(
       self, token_BT, segment_BT, position_BT, depth_BT, mask_BTS=None
@@ -266,7 +274,9 @@ class Decoder(nn.Module):
 
 def _step(cfg, keys: kv_cache.Cached) -> Context:
   """Of a pass over tokens whose predecessors are in a cache."""
-  return Context(rope_tables(cfg, keys.place.position_BT))
+  position_BT = keys.place.position_BT
+  return Context(
+      position_BT, None if cfg.mixed_kinds else rope_tables(cfg, position_BT))
 
 
 class Table(nn.Module):

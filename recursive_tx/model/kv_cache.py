@@ -18,6 +18,7 @@ from recursive_tx.model import attention
 # Attention reads this many positions, or two, four, ... times as many: the
 # fewest that hold every token of the batch.
 _SHORTEST = 64
+_FAR = 1 << 30  # A window that holds everything.
 
 
 LETTERS = ('layers', None, 'K', 'S', 'H')
@@ -103,14 +104,21 @@ def write(keys: Cached, k_BTKH: jax.Array, v_BTKH: jax.Array) -> Cached:
       for leaf, new in zip(cache, (k_BTKH, v_BTKH), strict=True))), place)
 
 
-def attend(q_BTNH: jax.Array, keys: Cached, *, window: int) -> jax.Array:
+def attend(
+    cfg: config_lib.ModelConfig, q_BTNH: jax.Array, keys: Cached,
+    kind: jax.Array | None,
+) -> jax.Array:
   """Softmax attention of tokens to their rows' keys, up to their own.
 
-  All tokens of a row are at one virtual layer.
+  All tokens of a row are at one virtual layer, of the `kind` of `LayerValues`.
 
   Returns:
     Mixed values, BTNH, in q's dtype.
   """
+  window = cfg.window
+  if kind is not None:
+    is_window = jnp.asarray(kind == list(config_lib.KINDS).index('w'))
+    window = jnp.where(is_window, window, _FAR).reshape(-1, 1, 1)
   cache, place = keys
   rows, longest = cache.k.shape[1], cache.k.shape[3]
   virtual_B, row_B = place.virtual_BT[:, 0], place.row_BT[:, 0]
@@ -125,7 +133,9 @@ def attend(q_BTNH: jax.Array, keys: Cached, *, window: int) -> jax.Array:
           for leaf in cache)
       mask_BTS = attention.visible(
           place.position_BT, jnp.arange(length)[None], window=window)
-      return attention.attend_heads(q_BTNH, k_BKSH, v_BKSH, mask_BTS)
+      return attention.attend_heads(
+          q_BTNH, k_BKSH, v_BKSH, mask_BTS,
+          scale=cfg.query_scale or cfg.H**-0.5, cap=cfg.attention_cap)
     return mix
 
   reach = jnp.where(row_B < rows, place.position_BT.max(axis=1) + 1, 0).max()

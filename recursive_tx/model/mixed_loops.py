@@ -20,8 +20,7 @@ def mixed(
     For every layer {name: {'a': [*in, loops * R], 'b': [loops * R, *out],
     'scale' | 'bias': [loops, ...]}}.
   """
-  names = [name for name in values if name in (
-      *cfg.kernels, 'attn_norm', 'mlp_norm')]
+  names = [name for name in values if name in (*cfg.kernels, *cfg.norms)]
   forms = {'a': lambda v: jnp.moveaxis(v, 0, -2).reshape(*v.shape[1:-1], -1),
            'b': lambda v: v.reshape(-1, *v.shape[2:])}
   return [

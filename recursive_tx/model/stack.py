@@ -20,6 +20,7 @@ class Stack(nn.Module):
   Attributes:
     layers: how many, each with its own parameters.
     loops: how often they run, parameters shared.
+    first: number of the first virtual layer.
     own_vectors: norms and biases are parameters here, shared by the loops;
       otherwise they come with the adapters.
   """
@@ -27,6 +28,7 @@ class Stack(nn.Module):
   run: config_lib.Run
   layers: int
   loops: int = 1
+  first: int = 0
   own_vectors: bool = True
 
   def setup(self):
@@ -57,12 +59,14 @@ class Stack(nn.Module):
       apart_M, x_LBTD = self._apart(), []
       for loop, values in enumerate(_unstack(adapters_L, self.loops)):
         x_BTD, keys = self.walk(
-            x_BTD, values, context.at(loop, depth_BT), keys, apart_M=apart_M)
+            x_BTD, values, loop, context.at(loop, depth_BT), keys,
+            apart_M=apart_M)
         x_LBTD.append(x_BTD)
       return x_BTD, jnp.stack(x_LBTD)
 
     def body(stack, carry, values, loop):
-      carry = stack.walk(carry[0], values, context.at(loop, depth_BT), carry[1])
+      carry = stack.walk(
+          carry[0], values, loop, context.at(loop, depth_BT), carry[1])
       return carry, carry[0]
 
     (x_BTD, _), x_LBTD = nn.scan(
@@ -72,8 +76,8 @@ class Stack(nn.Module):
     return x_BTD, x_LBTD
 
   def walk(
-      self, x_BTD, values, context: Context, keys=None, *, method='__call__',
-      apart_M=None,
+      self, x_BTD, values, loop, context: Context, keys=None, *,
+      method='__call__', apart_M=None,
   ):
     """One run of the layers.
 
@@ -81,6 +85,8 @@ class Stack(nn.Module):
       x_BTD: what goes in; with a cache, rows may be at different loops.
       values: what the adapters hold for this loop: leaves [layers, ...] by
         name, or a list of those of each layer.
+      loop: which one this is, from 0: an int, or int32 [] or, with a cache,
+        [B, 1].
       context: what the layers share.
       keys: None, `kv_cache.Shared` of every layer [layers, ...], or
         `kv_cache.Cached` with the place of the first layer.
@@ -91,19 +97,24 @@ class Stack(nn.Module):
       x_BTD, and the keys after these layers.
     """
     cached = isinstance(keys, kv_cache.Cached)
+    kind = adapters.kinds(self.cfg, self.first, self.loops, self.layers)
+    if kind is not None:
+      kind = jnp.asarray(kind)[loop]
     # A scan would copy the cache that it carries.
     if self.is_initializing() or not (cached or self.run.unroll):
       vectors = self.vectors() if self.own_vectors else {}
       return self.scanned(
-          x_BTD, adapters.layer_values(self.cfg, vectors, values), context,
-          keys)
+          x_BTD, adapters.layer_values(self.cfg, vectors, values, kind=kind),
+          context, keys)
     layer = self._layer()(self.cfg, self.run, parent=None)
     values_M, own_M = _list(values, self.layers), []
     keys_M = None if cached else _list(keys, self.layers)
     for i, (kernels, vectors) in enumerate(apart_M or self._apart()):
       x_BTD, own = layer.apply(
           {'params': kernels}, x_BTD,
-          adapters.layer_values(self.cfg, vectors, values_M[i]), context,
+          adapters.layer_values(
+              self.cfg, vectors, values_M[i],
+              kind=None if kind is None else kind[..., i]), context,
           keys.layer(i) if cached else keys_M[i], method=method)
       if cached:
         keys = keys._replace(cache=own.cache)

@@ -52,7 +52,8 @@ _REQUIRED = {
     'tie_encoder_decoder': (False,), 'torchscript': (False,),
     'use_bfloat16': (False,)}
 # Keys whose null means something else than their absence.
-_NULL = {'sliding_window': 0, 'num_key_value_heads': '=num_attention_heads'}
+_NULL = {'sliding_window': 0, 'num_key_value_heads': '=num_attention_heads',
+         'attn_logit_softcapping': 0.0, 'final_logit_softcapping': 0.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,11 @@ class Family:
       them.
     overrides: (key, the key whose place its value takes where it is set).
     loose: values of 'hidden_act' that mean another.
+    kinds: layers may differ in what they attend to: `pattern`'s letters by
+      default, repeated.
+    theta: default of rope_theta.
+    neutral: further keys, of which the given settings alone are implemented.
+    unused: further keys that do not change what is computed.
   """
   model_type: str
   architecture: str
@@ -89,6 +95,10 @@ class Family:
       default_factory=dict)
   overrides: tuple[tuple[str, str], ...] = ()
   loose: dict[str, str] = dataclasses.field(default_factory=dict)
+  kinds: str = ''
+  theta: float = 10_000.0
+  neutral: dict[str, tuple] = dataclasses.field(default_factory=dict)
+  unused: tuple[str, ...] = ()
 
 
 # Fields that are sizes, which must be positive integers.
@@ -169,6 +179,35 @@ _NEOX_RULES = (
      'D F -> F D'),
     (('vectors/down/bias',), _NEOX + 'mlp.dense_4h_to_h.bias', 'D -> D'))
 _PLAIN = dict(gated=True, parallel=False)
+_QK = tuple(
+    ((f'vectors/{name}_norm/scale',), f'{_LAYER}self_attn.{name}_norm.weight',
+     'H -> H') for name in 'qk')
+_OUTPUTS = (
+    (('vectors/attn_post_norm/scale',),
+     _LAYER + 'post_attention_layernorm.weight', 'D -> D'),
+    (('vectors/mlp_post_norm/scale',),
+     _LAYER + 'post_feedforward_layernorm.weight', 'D -> D'))
+_BOTH_RULES = tuple(
+    (leaves, _LAYER + 'pre_feedforward_layernorm.weight', pattern)
+    if leaves == ('vectors/mlp_norm/scale',) else (leaves, name, pattern)
+    for leaves, name, pattern in _LLAMA_RULES) + _OUTPUTS
+_OLMO_RULES = tuple(
+    row for row in _LLAMA_RULES if not row[0][0].endswith('_norm/scale')) + (
+        *_OUTPUTS,
+        (('vectors/q_norm/scale',), _LAYER + 'self_attn.q_norm.weight',
+         '(N H) -> N H'),
+        (('vectors/k_norm/scale',), _LAYER + 'self_attn.k_norm.weight',
+         '(K H) -> K H'))
+# Qwen's models name a window that they do not use.
+_NO_WINDOW = dict(neutral={'use_sliding_window': (False,)},
+                  unused=('sliding_window', 'max_window_layers'))
+_GEMMA_2 = (*_replaced(_GROUPED, ('num_key_value_heads', 'K', 4),
+                       ('head_dim', 'H', 256),
+                       ('hidden_act', 'act', 'gelu_pytorch_tanh')),
+            ('tie_word_embeddings', 'tied', True),
+            ('attention_bias', 'attention_bias', False),
+            ('sliding_window', 'window', 4096),
+            ('query_pre_attn_scalar', 'query_scale', 256))
 
 FAMILIES = {family.model_type: family for family in (
     Family(
@@ -212,7 +251,83 @@ FAMILIES = {family.model_type: family for family in (
         rules=_NEOX_RULES, rope=('rotary_emb_base', 'rotary_pct', 0.25),
         base='gpt_neox.',
         buffers=r'gpt_neox\.layers\.\d+\.attention\.'
-                r'(bias|masked_bias|rotary_emb\.inv_freq)'))}
+                r'(bias|masked_bias|rotary_emb\.inv_freq)'),
+    Family(
+        model_type='qwen2', architecture='Qwen2ForCausalLM',
+        fixed=dict(_PLAIN, norm='rms', qkv_bias=True),
+        fields=(*_replaced(_GROUPED, ('num_key_value_heads', 'K', 32)),
+                ('tie_word_embeddings', 'tied', False)),
+        rules=_LLAMA_RULES, **_NO_WINDOW),
+    Family(
+        model_type='qwen3', architecture='Qwen3ForCausalLM',
+        fixed=dict(_PLAIN, norm='rms', qk_norm='head'),
+        fields=(*_replaced(_GROUPED, ('num_key_value_heads', 'K', 32),
+                           ('head_dim', 'H', 128)),
+                ('tie_word_embeddings', 'tied', False),
+                ('attention_bias', 'attention_bias', False)),
+        rules=(*_LLAMA_RULES, *_QK), **_NO_WINDOW),
+    Family(
+        model_type='olmo2', architecture='Olmo2ForCausalLM',
+        fixed=dict(_PLAIN, norm='rms', norm_place='post', qk_norm='all'),
+        fields=(*_replaced(_GROUPED, ('rms_norm_eps', 'norm_eps', 1e-5)),
+                ('tie_word_embeddings', 'tied', False),
+                ('attention_bias', 'attention_bias', False)),
+        rules=_OLMO_RULES),
+    Family(
+        model_type='granite', architecture='GraniteForCausalLM',
+        fixed=dict(_PLAIN, norm='rms'),
+        fields=(*_GROUPED, ('tie_word_embeddings', 'tied', False),
+                ('attention_bias', 'attention_bias', False),
+                ('mlp_bias', 'mlp_bias', False),
+                ('embedding_multiplier', 'embed_factor', 1.0),
+                ('residual_multiplier', 'residual_scale', 1.0),
+                ('attention_multiplier', 'query_scale', 1.0),
+                ('logits_scaling', 'logits_scale', 1.0)),
+        rules=_LLAMA_RULES),
+    Family(
+        model_type='gemma2', architecture='Gemma2ForCausalLM',
+        fixed=dict(_PLAIN, norm='rms+1', norm_place='both', embed_scale=True),
+        fields=(*_GEMMA_2, ('attn_logit_softcapping', 'attention_cap', 50.0),
+                ('final_logit_softcapping', 'logits_cap', 30.0)),
+        rules=_BOTH_RULES, kinds='wg',
+        overrides=(('hidden_activation', 'hidden_act'),)),
+    Family(
+        model_type='gemma3_text', architecture='Gemma3ForCausalLM',
+        fixed=dict(_PLAIN, norm='rms+1', norm_place='both', embed_scale=True,
+                   qk_norm='head'),
+        fields=(*_GEMMA_2, ('attn_logit_softcapping', 'attention_cap', 0.0),
+                ('final_logit_softcapping', 'logits_cap', 0.0),
+                ('rope_local_base_freq', 'window_theta', 10_000.0)),
+        rules=(*_BOTH_RULES, *_QK), kinds='wwwwwg', theta=1e6,
+        overrides=(('hidden_activation', 'hidden_act'),),
+        unused=('sliding_window_pattern', '_sliding_window_pattern')),
+    Family(
+        model_type='smollm3', architecture='SmolLM3ForCausalLM',
+        fixed=dict(_PLAIN, norm='rms'),
+        fields=(*_replaced(_GROUPED, ('num_key_value_heads', 'K', 4)),
+                ('tie_word_embeddings', 'tied', True),
+                ('attention_bias', 'attention_bias', False),
+                ('mlp_bias', 'mlp_bias', False)),
+        rules=_LLAMA_RULES, kinds='gggn', theta=2e6,
+        neutral={'use_sliding_window': (False,)},
+        unused=('sliding_window', 'max_window_layers',
+                'no_rope_layer_interval')))}
+
+# Fields whose value in config.json is another number that means the same.
+_FORMS = {
+    'query_pre_attn_scalar': (lambda v: v**-0.5, lambda v: round(v**-2)),
+    'logits_scaling': (lambda v: 1 / v, lambda v: 1 / v),
+    'attn_logit_softcapping': (lambda v: v or 0.0, lambda v: v or None),
+    'final_logit_softcapping': (lambda v: v or 0.0, lambda v: v or None),
+}
+_LAYER_TYPES = {'w': 'sliding_attention', 'g': 'full_attention',
+                'n': 'full_attention'}
+# Of a ModelConfig, what is the same in every family that neither fixes nor
+# reads it: all but the sizes, and what a recursive model adds.
+_SHARED_FIELDS = ('attention_bias', 'mlp_bias', 'qkv_bias', 'norm_place',
+                  'qk_norm', 'query_scale', 'attention_cap', 'logits_cap',
+                  'residual_scale', 'logits_scale', 'window', 'pattern',
+                  'window_theta', 'embed_scale', 'embed_factor', 'parallel')
 
 
 def read_config(
@@ -232,23 +347,73 @@ def read_config(
   family = FAMILIES[kind]
   _account(hf, family)
   fields_lib.agreed({key: hf.get(key) for key in ('dtype', 'torch_dtype')})
-  hf = dict(hf)
+  hf = _flat_rope(hf)
   for key, place in family.overrides:
     hf[place] = fields_lib.agreed({
         name: family.loose.get(str(hf.get(name)), hf.get(name))
         for name in (key, place)})
   fields = dict(family.fixed)
   for key, field, default in family.fields:
-    fields[field] = _value(hf, key, field, default)
+    value = _value(hf, key, field, default)
+    fields[field] = _FORMS[key][0](value) if key in _FORMS else value
   for field, derive in family.derived.items():
     fields[field] = derive(fields)
   act = str(fields['act'])
   act = family.loose.get(act, act)
   one_of('config.json: hidden_act', act, _ACTS)
-  fields.update(act=_ACTS[act], window=fields['window'] or 0,
-                layers_per_loop=fields.pop('layers'))
-  fields.update(fields_lib.read_rope(hf, *family.rope))
+  layers = fields.pop('layers')
+  fields.update(act=_ACTS[act], window=fields.get('window') or 0,
+                layers_per_loop=layers)
+  if family.kinds:
+    fields['pattern'] = _pattern(hf, family, layers)
+    if 'w' not in fields['pattern']:
+      fields.update(window=0)
+  fields.update(fields_lib.read_rope(hf, *family.rope, family.theta))
   return family, config_lib.ModelConfig(**fields)
+
+
+def _flat_rope(hf):
+  """With rope_parameters of the global layers, where each kind has its own."""
+  rope = hf.get('rope_parameters')
+  if not isinstance(rope, dict) or 'full_attention' not in rope:
+    return dict(hf)
+  local = rope.get('sliding_attention') or {}
+  fields_lib.agreed({'rope_parameters.sliding_attention.rope_type':
+                     local.get('rope_type', 'default'), 'expected': 'default'})
+  theta = fields_lib.agreed({
+      'rope_local_base_freq': hf.get('rope_local_base_freq'),
+      'rope_parameters.sliding_attention.rope_theta': local.get('rope_theta')})
+  return {**hf, 'rope_parameters': rope['full_attention'], **(
+      {} if theta is None else {'rope_local_base_freq': theta})}
+
+
+def _pattern(hf, family: Family, layers: int) -> str:
+  """`ModelConfig.pattern` from the lists that name every layer."""
+  default = (family.kinds * layers)[:layers]
+  if 'n' in family.kinds:
+    interval = hf.get('no_rope_layer_interval', 4)
+    uses = hf.get('no_rope_layers') or [
+        (i + 1) % interval != 0 for i in range(layers)]
+    default = ''.join('g' if rotated else 'n' for rotated in uses)
+  elif hf.get('sliding_window_pattern') or hf.get('_sliding_window_pattern'):
+    every = hf.get('sliding_window_pattern') or hf['_sliding_window_pattern']
+    default = ''.join(
+        'wg'[(i + 1) % every == 0] for i in range(layers))
+  named = hf.get('layer_types')
+  if named is not None:
+    letters = {name: letter for letter, name in _LAYER_TYPES.items()
+               if letter in family.kinds}
+    for name in named:
+      one_of('config.json: layer_types', str(name), letters)
+    found = ''.join(letters[name] for name in named)
+    default = default if 'n' in family.kinds else found
+  if len(default) != layers:
+    raise UserError(
+        f'config.json: {len(default)} layers are named, and'
+        f' num_hidden_layers={layers}; make them agree')
+  short = next(n for n in range(1, layers + 1)
+               if (default[:n] * layers)[:layers] == default)
+  return default[:short]
 
 
 def write_config(
@@ -259,7 +424,7 @@ def write_config(
         'model_type': family.model_type}
   for key, field, _ in family.fields:
     value = cfg.num_layers if field == 'layers' else getattr(cfg, field)
-    hf[key] = value
+    hf[key] = _FORMS[key][1](value) if key in _FORMS else value
   hf['hidden_act'] = next(k for k, v in _ACTS.items() if v == cfg.act)
   if 'sliding_window' in hf:
     hf['sliding_window'] = cfg.window or None
@@ -268,6 +433,13 @@ def write_config(
   if share:
     hf[share] = cfg.rope_fraction
   hf['rope_scaling'] = fields_lib.write_scaling(cfg.rope_scaling)
+  if family.kinds:
+    kinds = [cfg.kind(layer) for layer in range(cfg.num_layers)]
+    hf['layer_types'] = [_LAYER_TYPES[kind] for kind in kinds]
+    if 'n' in family.kinds:
+      hf['no_rope_layers'] = [int(kind != 'n') for kind in kinds]
+  if any(key == 'hidden_activation' for key, _ in family.overrides):
+    hf['hidden_activation'] = hf['hidden_act']
   return hf
 
 
@@ -278,7 +450,9 @@ def of(
   families = sorted(
       FAMILIES.values(), key=lambda family: family.model_type != preferred)
   for family in families:
-    fits = all(getattr(cfg, k) == v for k, v in family.fixed.items())
+    fits = all(getattr(cfg, k) == v for k, v in {
+        **_unread(family), **family.fixed}.items()) and set(
+            cfg.pattern) <= set(family.kinds)
     share = family.rope[1] is not None or cfg.rope_fraction == 1.0
     heads = any(f == 'K' for _, f, _ in family.fields) or (
         cfg.K == cfg.N and cfg.N * cfg.H == cfg.D)
@@ -288,6 +462,17 @@ def of(
       f'no family of {", ".join(FAMILIES)} computes what this model does '
       f'(norm={cfg.norm}, gated={cfg.gated}, window={cfg.window}); it can be '
       f'saved but not exported')
+
+
+def _unread(family: Family) -> dict[str, Any]:
+  """Fields that no model of the family sets, and their values."""
+  read = {field for _, field, _ in family.fields} | set(family.fixed)
+  if family.kinds:
+    read |= {'pattern', 'window'}
+  return {
+      field.name: field.default
+      for field in dataclasses.fields(config_lib.ModelConfig)
+      if field.name in _SHARED_FIELDS and field.name not in read}
 
 
 def tensors(
@@ -341,7 +526,8 @@ def handled(family: Family) -> set[str]:
   return {key for key, _, _ in family.fields} | {
       'rope_theta', 'rope_scaling', 'rope_parameters',
       'partial_rotary_factor'} | {k for k in family.rope[:2] if k} | {
-          key for key, _ in family.overrides}
+          key for key, _ in family.overrides} | (
+              {'layer_types', 'no_rope_layers'} if family.kinds else set())
 
 
 def _account(hf, family) -> None:
@@ -349,9 +535,11 @@ def _account(hf, family) -> None:
   known = handled(family)
   neutral = {**_REQUIRED, 'sliding_window': (None,),
              'layer_types': (None,), 'attention_bias': (False,),
-             'mlp_bias': (False,)}
+             'mlp_bias': (False,), **family.neutral}
   for key, value in hf.items():
-    if key in known or key in _IRRELEVANT:
+    if key in known or key in _IRRELEVANT or key in family.unused:
+      continue
+    if key == 'layer_types' and set(value or ()) == {'full_attention'}:
       continue
     if key in neutral and any(value == ok for ok in neutral[key]):
       continue

@@ -17,13 +17,15 @@ _ROPE_KINDS = {
 
 
 def read_rope(
-    hf: dict[str, Any], theta_key: str, share_key: str | None, share: float
+    hf: dict[str, Any], theta_key: str, share_key: str | None, share: float,
+    default: float = 10_000.0,
 ) -> dict[str, Any]:
   """ModelConfig's rope_* fields, from either dialect, or both alike.
 
   Args:
     hf: config.json.
     theta_key, share_key, share: of `Family.rope`.
+    default: of theta.
 
   Raises:
     UserError: a kind of rope that is not implemented, or fields that
@@ -39,7 +41,7 @@ def read_rope(
           ('rope_theta', (theta_key, 'rope_theta')),
           ('partial_rotary_factor', (share_key, 'partial_rotary_factor')),
           ('rope_type', ())))
-  theta = 10_000.0 if theta is None else theta
+  theta = default if theta is None else theta
   given = share if given is None else given
   if not share_key and given != 1:
     raise UserError(
