@@ -56,11 +56,9 @@ def add(writer: Any, directory: pathlib.Path, V: int) -> None:
       score = _ADDED_SCORE if known is None else known[2]
       rows[id] = (token.content,
                   _CONTROL if token.special else _USER_DEFINED, score)
-  ids = range(V)
-  unused = ('[PAD{}]', _UNUSED, _ADDED_SCORE)
   texts, types, scores = zip(*(
-      rows.get(id, (unused[0].format(id), *unused[1:])) for id in ids),
-                             strict=True)
+      rows.get(id, (f'[PAD{id}]', _UNUSED, _ADDED_SCORE))
+      for id in range(V)), strict=True)
   writer.add_token_list(list(texts))
   writer.add_token_types(list(types))
   writer.add_token_scores(list(scores))
@@ -113,9 +111,8 @@ def _byte_level(writer, path: pathlib.Path) -> dict[int, tuple]:
   """{id: (text, type, score)} of a byte-level BPE in tokenizer.json."""
   found = json.loads(path.read_text('utf-8-sig'))
   bpe = found['model']
-  if bpe.get('type') != 'BPE' or bpe.get('byte_fallback') or any(
-      bpe.get(f'{kind}_prefix' if kind == 'continuing_subword' else kind)
-      for kind in ('continuing_subword', 'end_of_word_suffix')):
+  if bpe.get('type') != 'BPE' or any(bpe.get(key) for key in (
+      'byte_fallback', 'continuing_subword_prefix', 'end_of_word_suffix')):
     raise _unknown(
         path, f'the model is no byte-level BPE ({bpe.get("type")})',
         'byte-level BPE, or a tokenizer.model')
