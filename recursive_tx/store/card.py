@@ -17,6 +17,8 @@ _LOAD = {
     'recursive': (
         'transformers', 'import transformers\n'
         'model = transformers.AutoModelForCausalLM.from_pretrained(\n'
+        "    'DIR', trust_remote_code=True)\n"
+        'tokenizer = transformers.AutoTokenizer.from_pretrained(\n'
         "    'DIR', trust_remote_code=True)\n\n"
         '# Or in vLLM, which serves it with the block held once:\n'
         'import vllm\n'

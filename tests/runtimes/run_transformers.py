@@ -10,7 +10,8 @@ import transformers
 job = json.load(sys.stdin)
 model = transformers.AutoModelForCausalLM.from_pretrained(
     job['path'], trust_remote_code=True, dtype=torch.float32).eval()
-tokenizer = transformers.AutoTokenizer.from_pretrained(job['path'])
+tokenizer = transformers.AutoTokenizer.from_pretrained(
+    job['path'], trust_remote_code=True)
 model.generation_config.eos_token_id = None
 found = {'tokens': [], 'texts': [
     tokenizer(text).input_ids for text in job['texts']]}

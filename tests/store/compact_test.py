@@ -235,3 +235,26 @@ def test_the_code_is_linted_and_short():
         input=path.read_text(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert len(path.read_text().splitlines()) <= 400
+
+
+def test_peft_adapts_the_block_once_for_all_loops(tmp_path):
+  """Its LoRA on q and v trains, merges, and leaves our adapters alone."""
+  peft = pytest.importorskip('peft', reason='pip install peft')
+  make(tmp_path / 'out', LLAMA)
+  made = load(tmp_path / 'out')
+  token_BT = torch.tensor(tiny.tokens(LLAMA)).long()
+  before = made(token_BT).logits.detach()
+  tuned = peft.get_peft_model(made, peft.LoraConfig(
+      r=2, target_modules=['q_proj', 'v_proj'], init_lora_weights=False,
+      task_type='CAUSAL_LM'))
+  trained = [name for name, p in tuned.named_parameters() if p.requires_grad]
+  layers = LLAMA.prelude + LLAMA.layers_per_loop + LLAMA.coda
+  assert len(trained) == 2 * 2 * layers
+  assert all('.block.' in name for name in trained)
+  tuned(token_BT, labels=token_BT).loss.backward()
+  assert all(p.grad is not None and p.grad.abs().max() > 0
+             for p in tuned.parameters() if p.requires_grad)
+  after = tuned(token_BT).logits.detach()
+  assert tiny.distance(after, before) > 1e-3
+  merged = tuned.merge_and_unload()
+  assert tiny.distance(merged(token_BT).logits.detach(), after) < 1e-5
