@@ -96,10 +96,12 @@ def _sentencepiece(writer, path: pathlib.Path) -> dict[int, tuple]:
   rules = proto.normalizer_spec
   if proto.trainer_spec.model_type != _BPE:
     raise _unknown(path, 'no BPE', 'SentencePiece of type BPE')
-  if rules.precompiled_charsmap or rules.remove_extra_whitespaces:
+  if rules.precompiled_charsmap:
     raise _unknown(
-        path, f'the normaliser {rules.name!r} changes a text',
-        'identity, with extra white space kept')
+        path, f'the normaliser {rules.name!r}', "the normaliser 'identity'")
+  if rules.remove_extra_whitespaces:
+    raise _unknown(path, 'remove_extra_whitespaces',
+                   'a model that keeps all white space')
   writer.add_tokenizer_model('llama')
   writer.add_tokenizer_pre('default')
   writer.add_add_space_prefix(rules.add_dummy_prefix)

@@ -134,7 +134,8 @@ def test_what_llama_cpp_does_not_know_is_refused(
 
 def test_a_normaliser_or_a_unigram_of_sentencepiece_is_refused(tmp_path):
   for how, said in ((dict(normalization_rule_name='nmt_nfkc'), 'nmt_nfkc'),
-                    (dict(remove_extra_whitespaces=True), 'identity'),
+                    (dict(remove_extra_whitespaces=True),
+                     'remove_extra_whitespaces'),
                     (dict(model_type='unigram', vocab_size=300), 'BPE')):
     folder = tmp_path / said
     folder.mkdir()
