@@ -5,10 +5,11 @@ differ by rounding only: `plain` holds all [T, S] scores, the others those of
 one block of queries at a time, forward and backward.
 """
 
+import chex
 import jax
-import jax.numpy as jnp
 
-from recursive_tx.model import attention_blocks, attention_kernels
+from recursive_tx import config as config_lib
+from recursive_tx.model import attention_blocks, attention_kernels, cpu
 
 
 def visible(
@@ -48,7 +49,7 @@ def choose(
     window: keys a query sees; 0 is all before it.
     platform: 'cpu', 'tpu' or 'gpu'; None is that of the mesh, else of JAX.
   """
-  platform = platform or _platform()
+  platform = platform or cpu.platform()
   if implementation in ('splash', 'pallas') and not attention_kernels.covers(
       implementation, T=T, S=S, window=window):
     implementation = 'auto'  # Decoding runs beside training under one Run.
@@ -62,59 +63,51 @@ def choose(
 
 def attend(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *,
-    mask_BTS: jax.Array, segment_BT: jax.Array | None = None, window: int,
-    implementation: str,
+    run: config_lib.Run, mask_BTS: jax.Array,
+    segment_BT: jax.Array | None = None, window: int,
 ) -> jax.Array:
   """Softmax attention; scores and softmax in fp32.
 
   Args:
     q_BTNH, k_BSKH, v_BSKH: heads; N is a multiple of K.
+    run: its `attention` and `layout` choose how.
     mask_BTS: what may be seen, bool (leading dimension may be 1). The kernels
       do not read it: they cover causal attention within segments and windows.
     segment_BT: the documents that the mask keeps apart, for the kernels.
     window: as for the mask; bounds the keys that are looked at.
-    implementation: Run.attention.
 
   Returns:
     Mixed values, BTNH, in q's dtype.
   """
+  chex.assert_rank([q_BTNH, k_BSKH], 4)
+  chex.assert_equal_shape([k_BSKH, v_BSKH])
   T, S, H = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[3]
-  implementation = choose(implementation, T=T, S=S, window=window)
+  implementation = choose(run.attention, T=T, S=S, window=window)
   if implementation in ('splash', 'pallas'):
     return attention_kernels.attend(
         implementation, q_BTNH * H**-0.5, k_BSKH, v_BSKH, segment_BT, window,
-        interpret=_platform() == 'cpu')
+        interpret=cpu.platform() == 'cpu')
   k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (k_BSKH, v_BSKH))
   if implementation == 'blocks' and T == S:
     def mix(q, k, v, mask):
       return attention_blocks.mix_blocks(q, k, v, mask, window)
   else:
     mix = attention_blocks.mix
-  return attend_heads(q_BTNH, k_BKSH, v_BKSH, mask_BTS, mix)
+  return attend_heads(run, q_BTNH, k_BKSH, v_BKSH, mask_BTS, mix)
 
 
 def attend_heads(
-    q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array,
-    mask_BTS: jax.Array, mix=attention_blocks.mix,
+    run: config_lib.Run, q_BTNH: jax.Array, k_BKSH: jax.Array,
+    v_BKSH: jax.Array, mask_BTS: jax.Array, mix=attention_blocks.mix,
 ) -> jax.Array:
   """The same for keys and values ordered by head; plain, or as `mix` does."""
   B, T, N, H = q_BTNH.shape
-  K, S = k_BKSH.shape[1:3]
   q_BTNH = q_BTNH * H**-0.5
-  # One batch dimension P = B * K and contiguous rows are what XLA's CPU
-  # backend multiplies fast.
-  q_PGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(
-      0, 2, 3, 1, 4).reshape(B * K, N // K, T, H)
-  k_PSH, v_PSH = (x.reshape(B * K, S, H) for x in (k_BKSH, v_BKSH))
-  mask_PTS = mask_BTS if len(mask_BTS) == 1 else jnp.repeat(mask_BTS, K, 0)
-  out_PGTH = mix(q_PGTH, k_PSH, v_PSH, mask_PTS)
-  out_BKGTH = out_PGTH.reshape(B, K, N // K, T, H)
+  q_BKGTH = q_BTNH.reshape(B, T, -1, N // k_BKSH.shape[1], H).transpose(
+      0, 2, 3, 1, 4)
+  heads = q_BKGTH, k_BKSH, v_BKSH
+  if cpu.chosen(run):
+    out_BKGTH = cpu.by_head(mix, *heads, mask_BTS)
+  else:
+    out_BKGTH = mix(*heads, mask_BTS[:, None])
   return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
-
-
-def _platform() -> str:
-  """Of the mesh that is being compiled for, which may be another machine's."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  if device is None:
-    return jax.default_backend()
-  return {'cuda': 'gpu', 'rocm': 'gpu'}.get(device.platform, device.platform)

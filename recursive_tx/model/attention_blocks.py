@@ -1,6 +1,7 @@
 """Attention in plain JAX: all scores at once, or a block of queries at a time.
 
-Layouts are what XLA's CPU backend multiplies fast: P is batch times key heads.
+Shapes are q [..., G, T, H], k and v [..., S, H], mask [..., T, S]; what leads
+is batch and key heads, or their product.
 """
 
 import functools
@@ -13,39 +14,40 @@ BLOCK = 64  # Queries at once; a block's scores stay in a CPU's cache.
 _MAX_BLOCKS = 16  # Blocks are unrolled, so their number costs compile time.
 
 
-def mix(q_PGTH, k_PSH, v_PSH, mask_PTS):
+def mix(q, k, v, mask):
   """Mixed values."""
-  return _mix(q_PGTH, k_PSH, v_PSH, mask_PTS)[0]
+  return _mix(q, k, v, mask)[0]
 
 
-def _mix(q_PGTH, k_PSH, v_PSH, mask_PTS):
+def _mix(q, k, v, mask):
   """Mixed values, and the log of each row's softmax denominator."""
-  score = _scores(q_PGTH, k_PSH, mask_PTS)
+  score = _scores(q, k, mask)
   top = jnp.max(score, axis=-1, keepdims=True)
   weight = jnp.exp(score - top)
   total = weight.sum(-1, keepdims=True)
-  out = jnp.einsum('PGTS,PSH->PGTH', weight.astype(v_PSH.dtype), v_PSH,
+  out = jnp.einsum('...GTS,...SH->...GTH', weight.astype(v.dtype), v,
                    preferred_element_type=jnp.float32) / total
-  return out.astype(q_PGTH.dtype), top + jnp.log(total)
+  return out.astype(q.dtype), top + jnp.log(total)
 
 
-def _scores(q_PGTH, k_PSH, mask_PTS):
-  score = jnp.einsum('PGTH,PSH->PGTS', q_PGTH, k_PSH,
+def _scores(q, k, mask):
+  score = jnp.einsum('...GTH,...SH->...GTS', q, k,
                      preferred_element_type=jnp.float32)
-  return jnp.where(mask_PTS[:, None], score, _NEVER)
+  return jnp.where(mask[..., None, :, :], score, _NEVER)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def mix_blocks(q_PGTH, k_PSH, v_PSH, mask_PTS, window):
-  return _blocks_forward(q_PGTH, k_PSH, v_PSH, mask_PTS, window)[0]
+def mix_blocks(q, k, v, mask, window):
+  return _blocks_forward(q, k, v, mask, window)[0]
 
 
 def _blocks_forward(q, k, v, mask, window):
   out, log_total = zip(*(
-      _mix(q[:, :, rows], k[:, keys], v[:, keys], mask[:, rows, keys])
-      for rows, keys in _spans(q.shape[2], window)), strict=True)
-  out = jnp.concatenate(out, axis=2)
-  log_total = jnp.concatenate(log_total, axis=2)
+      _mix(q[..., rows, :], k[..., keys, :], v[..., keys, :],
+           mask[..., rows, keys])
+      for rows, keys in _spans(q.shape[-2], window)), strict=True)
+  out = jnp.concatenate(out, axis=-2)
+  log_total = jnp.concatenate(log_total, axis=-2)
   return out, (q, k, v, mask, out, log_total)
 
 
@@ -55,17 +57,18 @@ def _blocks_backward(window, saved, d_out):
   einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   dot = (d_out.astype(jnp.float32) * out).sum(-1, keepdims=True)
   d_q, d_k, d_v = [], jnp.zeros(k.shape), jnp.zeros(v.shape)
-  for rows, keys in _spans(q.shape[2], window):
-    q_rows, d_rows = q[:, :, rows], d_out[:, :, rows]
-    score = _scores(q_rows, k[:, keys], mask[:, rows, keys])
-    weight = jnp.exp(score - log_total[:, :, rows])
-    d_weight = einsum('PGTH,PSH->PGTS', d_rows, v[:, keys])
-    d_score = (weight * (d_weight - dot[:, :, rows])).astype(q.dtype)
-    d_q.append(einsum('PGTS,PSH->PGTH', d_score, k[:, keys]))
-    d_k = d_k.at[:, keys].add(einsum('PGTS,PGTH->PSH', d_score, q_rows))
-    d_v = d_v.at[:, keys].add(
-        einsum('PGTS,PGTH->PSH', weight.astype(q.dtype), d_rows))
-  d_q = jnp.concatenate(d_q, axis=2)
+  for rows, keys in _spans(q.shape[-2], window):
+    q_rows, d_rows = q[..., rows, :], d_out[..., rows, :]
+    score = _scores(q_rows, k[..., keys, :], mask[..., rows, keys])
+    weight = jnp.exp(score - log_total[..., rows, :])
+    d_weight = einsum('...GTH,...SH->...GTS', d_rows, v[..., keys, :])
+    d_score = (weight * (d_weight - dot[..., rows, :])).astype(q.dtype)
+    d_q.append(einsum('...GTS,...SH->...GTH', d_score, k[..., keys, :]))
+    d_k = d_k.at[..., keys, :].add(
+        einsum('...GTS,...GTH->...SH', d_score, q_rows))
+    d_v = d_v.at[..., keys, :].add(
+        einsum('...GTS,...GTH->...SH', weight.astype(q.dtype), d_rows))
+  d_q = jnp.concatenate(d_q, axis=-2)
   return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 
