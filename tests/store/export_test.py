@@ -173,10 +173,11 @@ def test_the_card_says_where_a_model_is_from(tmp_path):
   card = (tmp_path / 'out' / 'README.md').read_text()
   cfg = rtx.open(tmp_path / 'new').config
   total = convert.parameters(cfg)['total']
-  for part in ('license: apache-2.0', 'org/small', 'LICENSE',
-               'LlamaForCausalLM',
-               '--loops=2 --rank=q3+mlp5 --init=average --lora=svd', f'{total:,}',
-               'A relaxed recursive decoder', 'None was made', "from_pretrained('DIR')"):
+  for part in (
+      'license: apache-2.0', 'org/small', 'LICENSE', 'LlamaForCausalLM',
+      '--loops=2 --rank=q3+mlp5 --init=average --lora=svd', f'{total:,}',
+      'A relaxed recursive decoder', 'None was made',
+      "from_pretrained('DIR')"):
     assert part in card, part
   assert 'tags: [x]' not in card
   assert (tmp_path / 'out' / 'SOURCE_README.md').read_text().endswith(
