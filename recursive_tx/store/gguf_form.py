@@ -55,11 +55,6 @@ def save(
   gguf = package()
   cfg, variables = _folded(cfg, variables)
   architecture = gguf_tensors.architecture(cfg)
-  if cfg.window:
-    logging.warning(
-        'llama.cpp has no sliding window here: the context length is set to'
-        ' the window, %d, up to which both are equal.', cfg.window)
-  params = variables['params']
   rows = gguf_tensors.tensors(architecture, cfg)
   types = {row.name: _type(gguf, row, cfg, dtype) for row in rows}
   sizes = {row.name: _nbytes(gguf, row.shape(cfg), types[row.name])
@@ -82,11 +77,11 @@ def save(
       writer.write_header_to_file(path=new / FILE)
       writer.write_kv_data_to_file()
       writer.write_ti_data_to_file()
-      total = sum(sizes.values())
       for row in rows:
-        writer.write_tensor_data(_quantized(
-            gguf, row.name, row.value(cfg, params), types[row.name]))
-        progress(total, sizes[row.name])
+        value = row.value(cfg, variables['params'])
+        writer.write_tensor_data(
+            _quantized(gguf, row.name, value, types[row.name]))
+        progress(sum(sizes.values()), sizes[row.name])
     finally:
       writer.close()
     if companions is not None:
@@ -121,6 +116,10 @@ def _folded(
 def _add_sizes(writer, architecture, cfg, hf_config) -> None:
   """What llama.cpp reads of the model's sizes."""
   length = hf_config.get('max_position_embeddings') or 2048
+  if cfg.window:
+    logging.warning(
+        'llama.cpp has no sliding window here: the context length is set to'
+        ' the window, %d, up to which both are equal.', cfg.window)
   writer.add_context_length(min(length, cfg.window or length))
   writer.add_vocab_size(cfg.V)
   writer.add_embedding_length(cfg.D)
