@@ -203,9 +203,9 @@ class Run:
       queries at a time; 'splash' (TPU) and 'pallas' (GPU) are kernels for
       lengths that are multiples of 128, the latter without windows; where one
       does not cover a case, and for 'auto', the best that does is taken.
-    layout: 'plain', or 'cpu': products, attention and argmax in the forms of
-      which XLA's CPU backend makes faster programs, see model/cpu.py; 'auto'
-      takes those on CPU.
+    layout: 'plain', or 'cpu': products and argmax in the forms of which XLA's
+      CPU backend makes faster programs, see model/cpu.py; 'auto' takes those
+      on CPU.
     logits_mib: MiB of fp32 logits of one loop that a device may hold at once
       in training, in [1, inf); sequences are cut into chunks to keep to it.
   """

@@ -8,7 +8,6 @@ one block of queries at a time, forward and backward.
 import chex
 import jax
 
-from recursive_tx import config as config_lib
 from recursive_tx.model import attention_blocks, attention_kernels, cpu
 
 
@@ -63,18 +62,18 @@ def choose(
 
 def attend(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *,
-    run: config_lib.Run, mask_BTS: jax.Array,
-    segment_BT: jax.Array | None = None, window: int,
+    mask_BTS: jax.Array, segment_BT: jax.Array | None = None, window: int,
+    implementation: str,
 ) -> jax.Array:
   """Softmax attention; scores and softmax in fp32.
 
   Args:
     q_BTNH, k_BSKH, v_BSKH: heads; N is a multiple of K.
-    run: its `attention` and `layout` choose how.
     mask_BTS: what may be seen, bool (leading dimension may be 1). The kernels
       do not read it: they cover causal attention within segments and windows.
     segment_BT: the documents that the mask keeps apart, for the kernels.
     window: as for the mask; bounds the keys that are looked at.
+    implementation: Run.attention.
 
   Returns:
     Mixed values, BTNH, in q's dtype.
@@ -82,7 +81,7 @@ def attend(
   chex.assert_rank([q_BTNH, k_BSKH], 4)
   chex.assert_equal_shape([k_BSKH, v_BSKH])
   T, S, H = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[3]
-  implementation = choose(run.attention, T=T, S=S, window=window)
+  implementation = choose(implementation, T=T, S=S, window=window)
   if implementation in ('splash', 'pallas'):
     return attention_kernels.attend(
         implementation, q_BTNH * H**-0.5, k_BSKH, v_BSKH, segment_BT, window,
@@ -93,21 +92,17 @@ def attend(
       return attention_blocks.mix_blocks(q, k, v, mask, window)
   else:
     mix = attention_blocks.mix
-  return attend_heads(run, q_BTNH, k_BKSH, v_BKSH, mask_BTS, mix)
+  return attend_heads(q_BTNH, k_BKSH, v_BKSH, mask_BTS, mix)
 
 
 def attend_heads(
-    run: config_lib.Run, q_BTNH: jax.Array, k_BKSH: jax.Array,
-    v_BKSH: jax.Array, mask_BTS: jax.Array, mix=attention_blocks.mix,
+    q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array,
+    mask_BTS: jax.Array, mix=attention_blocks.mix,
 ) -> jax.Array:
   """The same for keys and values ordered by head; plain, or as `mix` does."""
   B, T, N, H = q_BTNH.shape
-  q_BTNH = q_BTNH * H**-0.5
-  q_BKGTH = q_BTNH.reshape(B, T, -1, N // k_BKSH.shape[1], H).transpose(
+  K = k_BKSH.shape[1]
+  q_BKGTH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H).transpose(
       0, 2, 3, 1, 4)
-  heads = q_BKGTH, k_BKSH, v_BKSH
-  if cpu.chosen(run):
-    out_BKGTH = cpu.by_head(mix, *heads, mask_BTS)
-  else:
-    out_BKGTH = mix(*heads, mask_BTS[:, None])
+  out_BKGTH = mix(q_BKGTH, k_BKSH, v_BKSH, mask_BTS)
   return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

@@ -7,7 +7,6 @@ each gains: docs/results.md, by tests/benchmarks/cpu_forms.py.
   product   a training step: kernels are matrices, and a gradient transposes
             the smaller operand
   argmax    sampling: two reductions that are vectorised
-  by_head   attention: batch and key heads as one dimension
   the engine's transposed head (engine/weights.py): few rows times [D, V]
 """
 
@@ -60,17 +59,6 @@ def argmax(run: config_lib.Run, x: jax.Array) -> jax.Array:
   is_top = x == x.max(axis=-1, keepdims=True)
   index = jnp.where(is_top, jnp.arange(size, dtype=jnp.int32), size - 1)
   return index.min(axis=-1)
-
-
-def by_head(
-    mix, q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array,
-    mask_BTS: jax.Array
-) -> jax.Array:
-  """mix(q, k, v, mask), BKGTH, with batch and heads as one dimension."""
-  B, K = q_BKGTH.shape[:2]
-  heads = (x.reshape(B * K, *x.shape[2:]) for x in (q_BKGTH, k_BKSH, v_BKSH))
-  mask = mask_BTS if len(mask_BTS) == 1 else jnp.repeat(mask_BTS, K, 0)
-  return mix(*heads, mask).reshape(q_BKGTH.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))

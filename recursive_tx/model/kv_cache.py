@@ -103,9 +103,7 @@ def write(keys: Cached, k_BTKH: jax.Array, v_BTKH: jax.Array) -> Cached:
       for leaf, new in zip(cache, (k_BTKH, v_BTKH), strict=True))), place)
 
 
-def attend(
-    run: config_lib.Run, q_BTNH: jax.Array, keys: Cached, *, window: int
-) -> jax.Array:
+def attend(q_BTNH: jax.Array, keys: Cached, *, window: int) -> jax.Array:
   """Softmax attention of tokens to their rows' keys, up to their own.
 
   All tokens of a row are at one virtual layer.
@@ -127,7 +125,7 @@ def attend(
           for leaf in cache)
       mask_BTS = attention.visible(
           place.position_BT, jnp.arange(length)[None], window=window)
-      return attention.attend_heads(run, q_BTNH, k_BKSH, v_BKSH, mask_BTS)
+      return attention.attend_heads(q_BTNH, k_BKSH, v_BKSH, mask_BTS)
     return mix
 
   reach = jnp.where(row_B < rows, place.position_BT.max(axis=1) + 1, 0).max()

@@ -123,13 +123,13 @@ class Attention(nn.Module):
       q_BTNH, *own = self._rotated(
           (self.q, self.k, self.v), x_BTD, linears, context)
       keys = kv_cache.write(keys, *own)
-      y_BTNH = kv_cache.attend(
-          self.run, q_BTNH, keys, window=self.cfg.window)
+      y_BTNH = kv_cache.attend(q_BTNH, keys, window=self.cfg.window)
     else:
       q_BTNH, *own = self._heads(x_BTD, linears, context, keys)
       y_BTNH = attention.attend(
-          q_BTNH, *own, run=self.run, mask_BTS=context.mask_BTS,
-          segment_BT=context.segment_BT, window=self.cfg.window)
+          q_BTNH, *own, mask_BTS=context.mask_BTS,
+          segment_BT=context.segment_BT, window=self.cfg.window,
+          implementation=self.run.attention)
       keys = None if keys is None else kv_cache.Shared(*own)
     return self.o(y_BTNH, linears['o']), keys
 

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import recursive_tx as rtx
-from recursive_tx.model import attention, cpu
+from recursive_tx.model import cpu
 
-D, F, N, K, H, V = 576, 1536, 9, 3, 64, 49_152
+D, F, N, H, V = 576, 1536, 9, 64, 49_152
 LAYOUTS = ('plain', 'cpu')
 
 
@@ -66,16 +66,6 @@ def product(spec, run, x, kernel):
   return cpu.product(run, spec, x, kernel, x.dtype)
 
 
-def attended(implementation, run, q, k, v):
-  place_1T = jnp.arange(q.shape[1])[None]
-  run = rtx.Run(layout=run.layout, attention=implementation)
-  def total(q, k, v):
-    return attention.attend(
-        q, k, v, run=run, window=0, mask_BTS=attention.visible(
-            place_1T, place_1T, window=0)).sum()
-  return jax.value_and_grad(total, (0, 1, 2))(q, k, v)
-
-
 def head(run, h_BD, table_VD, table_DV):
   """Of the model's table, or of that which the engine transposes once."""
   if cpu.chosen(run):
@@ -83,7 +73,6 @@ def head(run, h_BD, table_VD, table_DV):
   return cpu.product(run, 'TD,VD->TV', h_BD, table_VD, jnp.float32)
 
 
-HEADS = [(4, 512, heads, H) for heads in (N, K, K)]
 CASES = [
     ('gradients of an MLP kernel, 4 x 512 tokens',
      functools.partial(gradients, spec='BTD,DF->BTF'),
@@ -95,10 +84,6 @@ CASES = [
      functools.partial(product, 'BTNH,NHD->BTD'), [(8, 1, N, H), (N, H, D)]),
     ('head, 8 tokens', head, [(8, D), (V, D), (D, V)]),
     ('argmax of 32 tokens', cpu.argmax, [(32, V)]),
-    ('attention with gradients, 4 x 512, plain',
-     functools.partial(attended, 'plain'), HEADS),
-    ('attention with gradients, 4 x 512, blocks',
-     functools.partial(attended, 'blocks'), HEADS),
 ]
 
 if __name__ == '__main__':

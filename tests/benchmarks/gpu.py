@@ -210,7 +210,7 @@ def attended(segment_BT, implementation, q, k, v):
   return attention_lib.attend(
       q, k, v, mask_BTS=attention_lib.visible(
           place_1T, place_1T, window=0, segment_BT=segment_BT),
-      segment_BT=segment_BT, window=0, run=rtx.Run(attention=implementation))
+      segment_BT=segment_BT, window=0, implementation=implementation)
 
 
 def decode(bench: Bench):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import tiny
 
-import recursive_tx as rtx
 from recursive_tx.model import attention
 
 
@@ -47,7 +46,7 @@ def test_equals_brute_force(T, window, segments, implementation):
   q, k, v, mask, segment = _case(T, window, segments)
   out = attention.attend(
       q, k, v, mask_BTS=mask, segment_BT=segment, window=window,
-      run=rtx.Run(attention=implementation))
+      implementation=implementation)
   assert tiny.distance(out, _brute_force(q, k, v, mask)) < 1e-5
 
 
@@ -61,7 +60,7 @@ def test_emulated_kernels_equal_brute_force(implementation, window):
       implementation, T=128, S=128, window=window) == implementation
   out = attention.attend(
       q, k, v, mask_BTS=mask, segment_BT=segment, window=window,
-      run=rtx.Run(attention=implementation))
+      implementation=implementation)
   assert tiny.distance(out, _brute_force(q, k, v, mask)) < 1e-5
 
 
@@ -89,7 +88,7 @@ def test_gradients_equal_those_of_plain(implementation, T, window):
     return tiny.jit(jax.grad(
         lambda *qkv: jnp.sum(pull * attention.attend(
             *qkv, mask_BTS=mask, segment_BT=segment, window=window,
-            run=rtx.Run(attention=implementation))),
+            implementation=implementation)),
         argnums=(0, 1, 2)))(q, k, v)
 
   for ours, plain in zip(
@@ -100,8 +99,7 @@ def test_gradients_equal_those_of_plain(implementation, T, window):
 def test_blocks_never_hold_all_scores():
   q, k, v, mask, _ = _case(512, 0, False)
   step = jax.grad(lambda q: attention.attend(
-      q, k, v, mask_BTS=mask, window=0,
-      run=rtx.Run(attention='blocks')).sum())
+      q, k, v, mask_BTS=mask, window=0, implementation='blocks').sum())
   largest = max(
       np.prod(shape.aval.shape) for equation in _equations(
           jax.make_jaxpr(step)(q).jaxpr) for shape in equation.outvars)
@@ -112,7 +110,7 @@ def test_a_query_that_sees_nothing_is_not_nan():
   q, k, v, mask, _ = _case(5, 0, False)
   out = attention.attend(
       q, k, v, mask_BTS=np.zeros_like(mask), window=0,
-      run=rtx.Run(attention='plain'))
+      implementation='plain')
   assert np.isfinite(out).all()
 
 

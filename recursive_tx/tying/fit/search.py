@@ -3,6 +3,7 @@ original."""
 
 from collections.abc import Callable
 import dataclasses
+import itertools
 import math
 import pathlib
 import shutil
@@ -120,9 +121,8 @@ def nearest(
   shutil.rmtree(folder / 'moments')
   for init, rival in rivals.items():
     store = kernels.Store(folder / init, rcfg.loops)
-    for name in rcfg.kernels:
-      for place in range(rcfg.layers_per_loop):
-        store.put(name, place, *_nearly(rcfg, read, init, name, place))
+    for name, place in _places(rcfg):
+      store.put(name, place, *_nearly(rcfg, read, init, name, place))
     made = Initialisation(init, rcfg, read, init, rival)
     found.append((nats_of(made, store), made))
     shutil.rmtree(folder / init)
@@ -141,6 +141,11 @@ def nearest(
 def _rows(token_QT, rows, tokens):
   """So many sequences, if they are no more than so many tokens; at least 1."""
   return max(1, min(rows, tokens // token_QT.shape[1]))
+
+
+def _places(rcfg):
+  """Every kernel of the block: its name and its layer's place."""
+  return itertools.product(rcfg.kernels, range(rcfg.layers_per_loop))
 
 
 def _nearly(rcfg, read, init, name, place):
@@ -191,20 +196,21 @@ def _polished(cfg, made, params, store) -> Initialisation:
 def _fitted(cfg, rcfg, aligned, store, earlier, report) -> Initialisation:
   """The best by the moments, fitted again for the inputs it really gets."""
   exact = ranks.is_full(rcfg)  # The original itself, as it is.
+  sizes = {name: math.prod(rcfg.in_out(name)) for name in rcfg.kernels}
+  work = 0.5 / sum(sizes.values()) / rcfg.layers_per_loop
   if ranks.may_differ(rcfg):
-    rcfg = ranks.spread(rcfg, {
-        name: sum(spectra(*_tied(rcfg, aligned, earlier, name, place))
-                  for place in range(rcfg.layers_per_loop))
-        for name in rcfg.kernels})
+    gains = dict.fromkeys(rcfg.kernels, 0)
+    for name, place in _places(rcfg):
+      gains[name] += spectra(*_tied(rcfg, aligned, earlier, name, place))
+      report(work / 4 * sizes[name])
+    rcfg, work = ranks.spread(rcfg, gains), 3 / 4 * work
     logging.info('Ranks %s', rcfg.rank)
   later = [] if exact else refitted(rcfg)
-  sizes = {name: math.prod(rcfg.in_out(name)) for name in rcfg.kernels}
-  for name in rcfg.kernels:
-    for place in range(rcfg.layers_per_loop):
-      store.put(name, place, *_shared(
-          rcfg, _tied(rcfg, aligned, earlier, name, place), name,
-          name not in later))
-      report(0.5 * sizes[name] / sum(sizes.values()) / rcfg.layers_per_loop)
+  for name, place in _places(rcfg):
+    store.put(name, place, *_shared(
+        rcfg, _tied(rcfg, aligned, earlier, name, place), name,
+        name not in later))
+    report(work * sizes[name])
   norms = {}
   if later or fits_norms(rcfg) and not exact:
     norms = refit(
