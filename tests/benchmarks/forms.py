@@ -1,4 +1,4 @@
-"""A model through every form: size on disk, memory, greedy tokens side by side.
+"""A model through every form: size on disk, greedy tokens side by side.
 
   python tests/benchmarks/forms.py --source=HF_DIR --output=FORMS.json
 
@@ -6,8 +6,7 @@ Converts the source to two loops, relaxed (--rank) and tied (rank 0, norms
 shared), exports both in fp32 in every form that holds them, and has each
 program continue 20 prompts. Programs whose interpreter
 RECURSIVE_TX_LLAMA_CPP, RECURSIVE_TX_MLX or RECURSIVE_TX_VLLM names are run; see
-`launch/interop.sh`. Memory is the largest resident set of the program, which
-maps files: what it has read of them counts.
+`launch/interop.sh`.
 """
 
 import argparse
@@ -84,9 +83,7 @@ def measured(folder: pathlib.Path, name: str) -> list[dict]:
       if interpreter:
         there = runtimes.run(program, out, prompts, new=NEW,
                              interpreter=interpreter)
-        row |= {'mib': there.get('mib'),
-                'parameters': there.get('parameters'),
-                'prompts': len(prompts), 'equal': sum(
+        row |= {'prompts': len(prompts), 'equal': sum(
                     one == list(other) for one, other in zip(
                         there['tokens'], ours, strict=True))}
       rows.append(row)

@@ -67,15 +67,10 @@ def gpu_train(rows):
 
 
 def forms(rows):
-  def number(value, unit=1):
-    return '' if value is None else f'{value / unit:,.0f}'
-
-  return [('model', 'form', 'program', 'file, MB', 'numbers held, M',
-           'memory, MiB', 'KL of the check, nats',
+  return [('model', 'form', 'program', 'file, MB', 'KL of the check, nats',
            'prompts with equal tokens')] + [
       (row['model'], f'`{row["form"]}`', row['program'],
-       number(row['bytes'], 1e6), number(row['parameters'], 1e6),
-       number(row['mib']), f'{abs(row["kl"]):.0e}',
+       f'{row["bytes"] / 1e6:,.0f}', f'{abs(row["kl"]):.0e}',
        f'{row["equal"]} of {row["prompts"]}') for row in rows]
 
 

@@ -4,7 +4,7 @@ A job is read from standard input, one JSON object: the directory `path`; token
 ids `prompts`, all of a length, which `new` greedy tokens follow; `texts` to
 tokenise; the file `logits` that those of the prompts go to, or ''; `length`,
 the context; and `compiled`, for vLLM. The last line of standard output is an
-object with 'tokens' and 'texts', and what else the program knows of itself.
+object with 'tokens' and 'texts'.
 """
 
 import json

@@ -1,7 +1,6 @@
 """Runs a job in llama.cpp; see runtimes/__init__.py. Needs llama-cpp-python."""
 
 import json
-import resource
 import sys
 
 from llama_cpp import Llama
@@ -28,5 +27,4 @@ for prompt in job['prompts']:
   found['tokens'].append(tokens)
 if job['logits']:
   np.save(job['logits'], np.stack(logits))
-found['mib'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print(json.dumps(found))

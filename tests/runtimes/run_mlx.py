@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import resource
 import sys
 
 import mlx.core as mx
@@ -26,5 +25,4 @@ for prompt in job['prompts']:
   found['tokens'].append(tokens)
 if job['logits']:
   np.save(job['logits'], np.stack(logits))
-found['mib'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print(json.dumps(found))

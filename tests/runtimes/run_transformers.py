@@ -1,7 +1,6 @@
 """Runs a job in transformers; see runtimes/__init__.py."""
 
 import json
-import resource
 import sys
 
 import torch
@@ -21,6 +20,4 @@ for prompt in job['prompts']:
         torch.tensor([prompt]), max_new_tokens=job['new'], do_sample=False,
         pad_token_id=0)
   found['tokens'].append(tokens[0, len(prompt):].tolist())
-found['parameters'] = sum(p.numel() for p in model.parameters())
-found['mib'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print(json.dumps(found))

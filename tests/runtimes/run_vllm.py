@@ -26,16 +26,9 @@ def main():
       [{'prompt_token_ids': prompt} for prompt in job['prompts']],
       vllm.SamplingParams(temperature=0, max_tokens=job['new'],
                           ignore_eos=True, detokenize=False))
-  parameters = model.apply_model(_count)[0]
   print(json.dumps({
       'tokens': [list(answer.outputs[0].token_ids) for answer in answers],
-      'texts': [], 'parameters': parameters}))
-
-
-def _count(model):
-  """Numbers that the model holds; what is tied counts once."""
-  return sum({tensor.data_ptr(): tensor.numel()
-              for tensor in model.parameters()}.values())
+      'texts': []}))
 
 
 if __name__ == '__main__':

@@ -123,7 +123,7 @@ VLLM = {name: dataclasses.replace(cfg, **_RELAXED, D=64, N=2, K=k, H=32)
 @pytest.mark.parametrize('compiled', [False, True])
 @pytest.mark.parametrize('name', VLLM)
 def test_vllm_serves_our_tokens(name, compiled, tmp_path):
-  """Without a plugin, and with every parameter once."""
+  """Without a plugin."""
   interpreter = runtimes.needs('vllm')
   cfg = VLLM[name]
   if compiled and name != 'llama':
@@ -135,10 +135,3 @@ def test_vllm_serves_our_tokens(name, compiled, tmp_path):
       'vllm', tmp_path / 'out', token_BT.tolist(), interpreter=interpreter,
       compiled=compiled)
   assert found['tokens'] == greedy(cfg, values, token_BT, 16)
-  count = sum(leaf.size for leaf in _leaves(values['params']))
-  assert found['parameters'] <= count * 1.2  # vLLM pads the vocabulary.
-
-
-def _leaves(tree):
-  for value in tree.values():
-    yield from _leaves(value) if isinstance(value, dict) else [value]
