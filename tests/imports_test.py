@@ -113,7 +113,9 @@ def test_heavy_imports_are_where_they_belong():
     heavy = _outer(_imports(module)) & set(HEAVY)
     top = name.split('.')[0]
     allowed = {'data': set(TENSORFLOW), 'train': {'clu'},
-               'evaluate': set(HARNESS)}.get(top, set())
+               'evaluate': set(HARNESS),
+               # `export --check` runs what it wrote.
+               'store': {'torch', 'transformers'}}.get(top, set())
     assert heavy <= allowed, name
 
 

@@ -270,6 +270,25 @@ MUTANTS = {
         'key=lambda row: row[0]', 'key=lambda row: -row[0]',
         ('tying/fit/search_test.py::'
          'test_no_start_of_the_paper_is_nearer_on_what_was_kept_apart',)),
+    'keys_of_a_layer_of_the_block': Mutant(
+        'store/compact/modeling_recursive.py.txt',
+        'RecursiveAttention(config, layer_idx)',
+        'RecursiveAttention(config, layer_idx % 3)',
+        ('store/compact_test.py::test_generate_as_the_stock_model',)),
+    'exported_adapters_of_the_first_loop': Mutant(
+        'store/compact.py', "'model.layers.{virtual}', (loop, i))",
+        "'model.layers.{virtual}', (0, i))",
+        ('store/compact_test.py::test_logits_are_ours',)),
+    'heads_that_are_not_permuted': Mutant(
+        'store/gguf_tensors.py', 'value.reshape(heads, 2, -1',
+        'value.reshape(heads, -1, 2',
+        ('store/gguf_form_test.py::'
+         'test_heads_are_permuted_as_llama_cpp_does',)),
+    'norms_of_gemma_as_they_are': Mutant(
+        'store/gguf_tensors.py', "offset = float(cfg.norm == 'rms+1')",
+        'offset = 0.0',
+        ('store/gguf_form_test.py::'
+         'test_norms_of_gemma_are_stored_plus_one',)),
 }
 
 

@@ -81,10 +81,12 @@ def empty(tmp_path, monkeypatch):
 
 def test_what_ships(wheel):
   names = set(zipfile.ZipFile(wheel).namelist())
+  code = ROOT / 'recursive_tx' / 'store' / 'compact'
   demo = ('config.json', 'model.safetensors', 'tokenizer.model',
           'tokenizer_config.json', 'README.md')
   there = {'recursive_tx/py.typed', 'recursive_tx/serve/page.html',
-           *(f'recursive_tx/demo/{name}' for name in demo)}
+           *(f'recursive_tx/demo/{name}' for name in demo),
+           *(path.relative_to(ROOT).as_posix() for path in code.iterdir())}
   # Every module, and every config as one of the package.
   there |= {path.relative_to(ROOT).as_posix()
             for path in (ROOT / 'recursive_tx').rglob('*.py')}
@@ -104,7 +106,7 @@ def test_what_the_wheel_says_of_itself(wheel):
   assert said['Requires-Python'] == '>=3.11'
   assert said['Version'] == '0.1.0'
   assert set(said.get_all('Provides-Extra')) == {
-      'eval', 'gpu', 'tpu', 'serve', 'test'}
+      'eval', 'gguf', 'gpu', 'tpu', 'serve', 'test'}
 
 
 def test_the_code_that_runs_is_the_wheels(installed, empty):

@@ -224,7 +224,7 @@ def save_hf(
     values = [np.asarray(leaf_of(name, leaf)) for leaf in leaves]
     value = values[0] if len(values) == 1 else np.stack(values)
     return _rearrange(
-        _cast(name, value, dtype_of(name)), _reverse(pattern), cfg)
+        cast(name, value, dtype_of(name)), _reverse(pattern), cfg)
 
   def dtype_of(name):
     wanted = (dtypes or {}).get(name, dtype)
@@ -239,7 +239,7 @@ def save_hf(
   with files.new_directory(directory, size=size) as new:
     files.write_json(new / 'config.json', _config_json(
         family, cfg, hf, dtype_of(embedding)))
-    _write_shards(new, layout, tensor, lambda done: progress(size, done))
+    write_shards(new, layout, tensor, lambda done: progress(size, done))
     if companions is not None:
       copy_companions(pathlib.Path(companions), new)
       sentencepiece_json.add_tokenizer_json(new)
@@ -258,7 +258,7 @@ def _config_json(family, cfg, hf, dtype) -> dict[str, Any]:
           'torch_dtype': str(dtype)}
 
 
-def _cast(name: str, value: np.ndarray, dtype) -> np.ndarray:
+def cast(name: str, value: np.ndarray, dtype) -> np.ndarray:
   """The value in `dtype`. Raises UserError for infinities."""
   with np.errstate(over='ignore'):
     new = value.astype(dtype)
@@ -295,7 +295,7 @@ def copy_companions(source: pathlib.Path, new: pathlib.Path) -> None:
       shutil.copyfile(path, new / path.name)
 
 
-def _write_shards(new: pathlib.Path, layout, tensor, progress) -> None:
+def write_shards(new: pathlib.Path, layout, tensor, progress) -> None:
   """model.safetensors, or several and their index where they are large."""
   shards, sizes = [[]], [0]
   for name, entry in layout.items():

@@ -12,6 +12,7 @@ import pathlib
 from typing import Any
 
 from recursive_tx.errors import UserError
+from recursive_tx.files import read_json, write_json
 from recursive_tx.text import tokenizer as tokenizer_lib
 from recursive_tx.text.special import Added, Files
 
@@ -54,6 +55,18 @@ def add_tokenizer_json(directory: pathlib.Path) -> None:
   (directory / 'tokenizer_config.json').write_text(
       json.dumps(_settings(proto, ours, files), indent=2, ensure_ascii=False)
       + '\n', 'utf-8')
+
+
+def name_class(directory: pathlib.Path) -> None:
+  """Names a class for tokenizer.json, where the files name none.
+
+  AutoTokenizer goes by the model_type, and knows those of its own only.
+  """
+  path = directory / 'tokenizer_config.json'
+  found = read_json(path) if path.is_file() else {}
+  if (directory / 'tokenizer.json').is_file() and (
+      'tokenizer_class' not in found):
+    write_json(path, {**found, 'tokenizer_class': 'PreTrainedTokenizerFast'})
 
 
 def _settings(proto, ours: tokenizer_lib.Tokenizer, files: Files) -> dict:

@@ -63,7 +63,7 @@ class Chat:
       ) + ('assistant:' if add_generation_prompt else '')
     try:
       if self._template is None:
-        self._template = _environment().from_string(self._source())
+        self._template = _environment().from_string(self.source())
       return self._template.render(
           messages=messages, tools=None, documents=None,
           add_generation_prompt=add_generation_prompt, **self._tokenizer.names)
@@ -88,7 +88,7 @@ class Chat:
       return self._tokenizer.encode(text, special=True)
     return self._tokenizer.opening + self._tokenizer.encode(text)
 
-  def _source(self) -> str:
+  def source(self) -> str:
     """The template to use. Raises UserError where none is the default."""
     files = {path.stem: path
              for path in (self._directory / _NAMED).glob('*.jinja')}

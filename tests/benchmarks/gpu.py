@@ -348,7 +348,7 @@ def score(bench: Bench):
     for task, (requests, questions) in tasks.items():
       found = scorer(requests)
       row |= {f'{task} {metric}': value for metric, value in quality.accuracies(
-          zip(found.log_p_LN[0], found.greedy_LN[0], strict=True),
+          zip(found.log_p_LQ[0], found.greedy_LQ[0], strict=True),
           questions).items()}
     report.add(**row, seconds=time.perf_counter() - begin)
 

@@ -66,6 +66,14 @@ def gpu_train(rows):
       for row in rows if row.get('step') in (1, 30, 60, 120, 180, 240, 265)]
 
 
+def forms(rows):
+  return [('model', 'form', 'program', 'file, MB', 'KL of the check, nats',
+           'prompts with equal tokens')] + [
+      (row['model'], f'`{row["form"]}`', row['program'],
+       f'{row["bytes"] / 1e6:,.0f}', f'{abs(row["kl"]):.0e}',
+       f'{row["equal"]} of {row["prompts"]}') for row in rows]
+
+
 def updated(page: str) -> str:
   """The text of a page with its tables as the JSON files have them."""
   def table(match):

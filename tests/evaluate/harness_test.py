@@ -205,7 +205,7 @@ def test_every_loop_has_a_column(relaxed, tasks):
       [model.prefix_token_id], model.tok_encode(
           pair[1], add_special_tokens=False)) for pair in PAIRS[:5]]
   scores = Scorer(relaxed.config, relaxed.variables, exits=True)(requests)
-  np.testing.assert_allclose(by_loop, scores.log_p_LN, rtol=1e-6)
+  np.testing.assert_allclose(by_loop, scores.log_p_LQ, rtol=1e-6)
   loops = result['recursive_tx']['loops']
   assert len(loops) == 2 and loops[1] == result['results']
   assert loops[0]['read'] != loops[1]['read']

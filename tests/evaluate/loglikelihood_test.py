@@ -65,12 +65,12 @@ def test_equals_each_request_alone(name):
   variables = tiny.variables(cfg)
   requests = requests_of(cfg.V)
   scores = Scorer(cfg, variables)(requests)
-  log_p_N, greedy_N = by_hand(
+  log_p_Q, greedy_Q = by_hand(
       lambda token_BT: tiny.decoder(cfg)(variables, token_BT), requests)
-  assert scores.log_p_LN.shape == (1, len(requests))
-  np.testing.assert_allclose(scores.log_p_LN[0], log_p_N, rtol=1e-5)
-  assert np.array_equal(scores.greedy_LN[0], greedy_N)
-  assert 0 < greedy_N.sum() < len(requests)
+  assert scores.log_p_LQ.shape == (1, len(requests))
+  np.testing.assert_allclose(scores.log_p_LQ[0], log_p_Q, rtol=1e-5)
+  assert np.array_equal(scores.greedy_LQ[0], greedy_Q)
+  assert 0 < greedy_Q.sum() < len(requests)
 
 
 def test_every_loop_is_scored_by_its_own_output_and_head():
@@ -78,12 +78,12 @@ def test_every_loop_is_scored_by_its_own_output_and_head():
   variables = tiny.variables(cfg)
   requests = requests_of(cfg.V, seed=1)
   scores = Scorer(cfg, variables, exits=True)(requests)
-  assert scores.log_p_LN.shape == (3, len(requests))
+  assert scores.log_p_LQ.shape == (3, len(requests))
   for loop in range(3):
-    log_p_N, greedy_N = by_hand(of_loop(cfg, variables, loop), requests)
-    np.testing.assert_allclose(scores.log_p_LN[loop], log_p_N, rtol=1e-5)
-    assert np.array_equal(scores.greedy_LN[loop], greedy_N)
-  assert abs(np.diff(scores.log_p_LN, axis=0)).min(axis=1).max() > 1e-3
+    log_p_Q, greedy_Q = by_hand(of_loop(cfg, variables, loop), requests)
+    np.testing.assert_allclose(scores.log_p_LQ[loop], log_p_Q, rtol=1e-5)
+    assert np.array_equal(scores.greedy_LQ[loop], greedy_Q)
+  assert abs(np.diff(scores.log_p_LQ, axis=0)).min(axis=1).max() > 1e-3
 
 
 def test_a_real_model_to_1e_5():
@@ -94,10 +94,10 @@ def test_a_real_model_to_1e_5():
   requests = requests_of(cfg.V, longest=60)
   scores = Scorer(cfg, variables)(requests)
   apply = jax.jit(rtx.Decoder(cfg).apply)
-  log_p_N, greedy_N = by_hand(
+  log_p_Q, greedy_Q = by_hand(
       lambda token_BT: apply(variables, token_BT), requests)
-  np.testing.assert_allclose(scores.log_p_LN[0], log_p_N, rtol=1e-5)
-  assert np.array_equal(scores.greedy_LN[0], greedy_N)
+  np.testing.assert_allclose(scores.log_p_LQ[0], log_p_Q, rtol=1e-5)
+  assert np.array_equal(scores.greedy_LQ[0], greedy_Q)
 
 
 def test_long_requests_lose_the_first_tokens_of_their_context():
@@ -105,9 +105,9 @@ def test_long_requests_lose_the_first_tokens_of_their_context():
   variables = tiny.variables(cfg)
   requests = requests_of(cfg.V, longest=16)
   scores = Scorer(cfg, variables, max_length=17)(requests)
-  log_p_N, _ = by_hand(
+  log_p_Q, _ = by_hand(
       lambda token_BT: tiny.decoder(cfg)(variables, token_BT), requests, 17)
-  np.testing.assert_allclose(scores.log_p_LN[0], log_p_N, rtol=1e-5)
+  np.testing.assert_allclose(scores.log_p_LQ[0], log_p_Q, rtol=1e-5)
   assert max(len(a) + len(b) for a, b in requests) > 18
 
 
@@ -118,7 +118,7 @@ def test_neither_order_nor_batches_matter():
   whole = Scorer(cfg, variables)(requests)
   backwards = Scorer(cfg, variables, tokens=300)(requests[::-1])
   np.testing.assert_allclose(
-      whole.log_p_LN, backwards.log_p_LN[:, ::-1], rtol=1e-5)
+      whole.log_p_LQ, backwards.log_p_LQ[:, ::-1], rtol=1e-5)
 
 
 def test_logits_are_made_for_few_positions_at_a_time():
@@ -129,13 +129,13 @@ def test_logits_are_made_for_few_positions_at_a_time():
   scorer = Scorer(cfg, variables)
   one = Scorer(cfg, variables, run=rtx.Run(logits_mib=1))
   batch, = shared_rows.batches(requests, max_length=99, tokens=2048)
-  arrays = shared_rows.arrays(batch)._replace(owner_M=None)
+  arrays = shared_rows.arrays(batch)._replace(owner_A=None)
   for run, most in ((scorer, 128), (one, 2)):
     jaxpr = jax.make_jaxpr(run._score)(variables, arrays)
     sizes = [x.aval.size for x in _inner(jaxpr.jaxpr) if hasattr(x, 'aval')]
     assert cfg.V <= max(sizes) / most <= cfg.V + cfg.D
   np.testing.assert_allclose(
-      scorer(requests).log_p_LN, one(requests).log_p_LN, rtol=1e-5)
+      scorer(requests).log_p_LQ, one(requests).log_p_LQ, rtol=1e-5)
 
 
 def _inner(jaxpr):
@@ -163,15 +163,15 @@ def test_results_come_batch_by_batch():
 
   for numbers, scores in scorer.stream(requests, progress=progress):
     seen += numbers.tolist()
-    assert np.array_equal(scores.log_p_LN, whole.log_p_LN[:, numbers])
-    assert np.array_equal(scores.greedy_LN, whole.greedy_LN[:, numbers])
+    assert np.array_equal(scores.log_p_LQ, whole.log_p_LQ[:, numbers])
+    assert np.array_equal(scores.greedy_LQ, whole.greedy_LQ[:, numbers])
   assert sorted(seen) == list(range(len(requests)))
   assert len(batches) > 2 and set(batches) == {len(batches)}
 
 
 def test_no_requests_give_no_scores():
   cfg = tiny.FAMILIES['llama']
-  assert Scorer(cfg, tiny.variables(cfg))([]).log_p_LN.shape == (1, 0)
+  assert Scorer(cfg, tiny.variables(cfg))([]).log_p_LQ.shape == (1, 0)
 
 
 @pytest.mark.parametrize('request_,words', [

@@ -38,9 +38,9 @@ def test_every_request_is_in_one_place(pairs, max_length):
     assert len(batch.rows) <= batch.size
     assert batch.size * batch.length <= max(600, batch.length)
     arrays = shared_rows.arrays(batch)
-    place_M, owner_M = arrays.at_M[:arrays.count], arrays.owner_M[:arrays.count]
+    place_M, owner_A = arrays.at_A[:arrays.count], arrays.owner_A[:arrays.count]
     for at, target, owner in zip(
-        place_M, arrays.target_M[:arrays.count], owner_M, strict=True):
+        place_M, arrays.target_A[:arrays.count], owner_A, strict=True):
       b, t = divmod(at, batch.length)
       found.setdefault(int(owner), []).append((
           int(target), int(arrays.token_BT[b, t]),
