@@ -17,11 +17,12 @@ import zipfile
 import numpy as np
 
 from recursive_tx.data import packing
+from recursive_tx.data.chats import Chats
 from recursive_tx.data.config import DataConfig
 from recursive_tx.errors import UserError
 from recursive_tx.text.tokenizer import Tokenizer
 
-_VERSION = 2
+_VERSION = 3
 
 # Draws of a shard (64 documents or pieces) in a row without one piece.
 _MOST_BARREN = 1 << 10
@@ -87,7 +88,8 @@ class Stream:
     Returns:
       `token_BT`, `target_BT`, `segment_BT`, `position_BT` int32 and
       `weight_BT` float32, B being the number of rows held: weight 1 where
-      the target is a token, 0 on padding, which alone is in segment 0.
+      the target is to be learnt, 0 where it is only read, as a chat's user,
+      and on padding, which alone is in segment 0.
 
     Raises:
       UserError: a file that can no longer be read, or a shard in which no
@@ -105,7 +107,7 @@ class Stream:
     """How many faulty documents were met, by 'task/kind'; kinds met only.
 
     Of the documents drawn so far for this process's shards, in every epoch
-    again, and exact after a resume. Kinds are documents.FAULTS, of which
+    again, and exact after a resume. Kinds are records.FAULTS, of which
     'long' alone is used: cut into pieces of `seq_len`. A process counts whole
     shards, of which it may hold only some rows.
     """
@@ -215,7 +217,7 @@ class Heldout:
 
   Attributes:
     batches: as a stream's, all [batch, seq_len], the last one padded.
-    num_bytes: UTF-8 bytes of the texts that the tokens stand for.
+    num_bytes: UTF-8 bytes of the texts that the predicted tokens stand for.
     num_documents: how many there are, one that is cut included.
     faults: how many documents had which fault, as `Stream.faults`.
     is_cut: whether the last document was cut at `max_tokens`.
@@ -273,7 +275,7 @@ def heldout(
   try:
     for pieces, size, code in _in_turn(sources):
       _raise_errors(documents)
-      tokens = sum(len(piece) - 1 for piece in pieces)
+      tokens = sum(int((piece[1:] >= 0).sum()) for piece in pieces)
       if max_tokens and num_tokens + tokens > max_tokens:
         if 2 * num_tokens >= max_tokens:
           break
@@ -286,7 +288,7 @@ def heldout(
         continue
       for piece in pieces:
         packer.add(piece)
-      texts.append(_joined(pieces))
+      texts.append(packing.known(_joined(pieces)))
       num_bytes += size
       num_tokens += tokens
       num_documents += 1
@@ -331,10 +333,12 @@ def _cut(
     tokenizer: that made the ids.
   """
   ids = _joined(pieces)
-  kept = ids[: tokens + 1]
+  kept = ids[: np.flatnonzero(ids[1:] >= 0)[tokens - 1] + 2]
   start = len(tokenizer.opening)
-  whole = len(tokenizer.decode(ids[start:-1]).encode())
-  part = len(tokenizer.decode(kept[start:]).rstrip('\ufffd').encode())
+  whole, part = (
+      tokenizer.decode(some[some >= 0])
+      for some in (ids[start:-1], kept[start:]))
+  whole, part = len(whole.encode()), len(part.rstrip('\ufffd').encode())
   return packing.split(kept, T), round(num_bytes * part / max(1, whole))
 
 
@@ -361,6 +365,8 @@ def _origin(config: DataConfig, tokenizer: Tokenizer, documents: list) -> dict:
   origin = dataclasses.asdict(config)
   origin['tokenizer'] = [tokenizer.digest, tokenizer.bos_id, tokenizer.eos_id]
   origin['files'] = [each.digest for each in documents]
+  if any(task.is_chat for task in config.tasks):
+    origin['template'] = Chats(tokenizer).digest
   return json.loads(json.dumps(origin))
 
 
