@@ -36,8 +36,8 @@ class Reader:
   def __init__(self, path: str):
     """Opens a file. Raises UserError where zstd is not installed."""
     self._path = path
-    self._open = _opener(path)
     self._file: Any = None
+    self._open = _opener(path)
     self.broken: str | None = None
     self.size: int | None = None
     self._rewind()
@@ -70,6 +70,10 @@ class Reader:
     if self._file is not None:
       self._file.close()
       self._file = None
+
+  def __del__(self):
+    # Whoever reads a stream ends somewhere within a file.
+    self.close()
 
   def _rewind(self) -> None:
     self.close()

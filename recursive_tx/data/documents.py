@@ -65,6 +65,7 @@ class Documents:
     paths: the files, sorted.
     num_units: how many an epoch has.
     num_bytes: of all files.
+    has_streams: whether any unit may have several blocks.
     num_readers: how often an epoch reads the files that are read from the
       front, and decompresses them.
     digest: of the files' names and sizes, on which the order depends.
@@ -119,6 +120,7 @@ class Documents:
     self._first = np.cumsum([0, *(units * self._parts)])
     self.num_units = int(self._first[-1])
     self.num_readers = int(self._parts.max())
+    self.has_streams = task.document != 'file' and any(streams)
     listed = json.dumps([self.paths, self._sizes]).encode()
     self.digest = hashlib.blake2b(listed, digest_size=16).hexdigest()
 

@@ -73,6 +73,8 @@ class _UnitSource(seqio.DataSource):
 
     @tf.autograph.experimental.do_not_convert
     def unit(count: tf.Tensor) -> tf.data.Dataset:
+      if not units.has_streams:  # Of one block each.
+        return self._examples(read, [count, tf.constant(0)])
       return tf.data.Dataset.counter().take_while(
           lambda block: tf.numpy_function(
               is_there, [count, block], tf.bool, stateful=False)

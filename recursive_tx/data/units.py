@@ -24,6 +24,7 @@ class Units:
   Attributes:
     paths: the TFRecords.
     num_units: how many an epoch has, as many as `Documents` would have.
+    has_streams: whether any unit may have several blocks.
     num_readers: 1, since no file is read more often.
     digest: of the sources, on which the order depends.
     errors: what stopped a pipeline and its reader has yet to raise.
@@ -61,6 +62,7 @@ class Units:
         np.flatnonzero(self._index['opens']), len(self._index['size']))
     opening = self._start[:-1]
     is_stream = self._index['is_stream'][opening]
+    self.has_streams = bool(is_stream.any())
     several = parts(len(opening), shards)
     self._parts = np.where(is_stream, several, 1)
     self._first = np.cumsum([0, *self._parts])
