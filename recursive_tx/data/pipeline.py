@@ -20,6 +20,7 @@ from recursive_tx.data.chats import Chats
 from recursive_tx.data.config import DataConfig, Task
 from recursive_tx.data.documents import Documents
 from recursive_tx.data.records import FAULTS
+from recursive_tx.data.registered import RegisteredSource
 from recursive_tx.data.units import Units
 from recursive_tx.errors import UserError
 from recursive_tx.text.tokenizer import Tokenizer
@@ -38,16 +39,16 @@ _PIECES = 64
 
 def build_tasks(
     config: DataConfig, tokenizer: Tokenizer, split: str
-) -> tuple[list[seqio.Task], list[Documents | Units]]:
-  """The SeqIO tasks of one split, and the units of those that have units.
+) -> tuple[list[seqio.Task], list[Units | Documents | RegisteredSource]]:
+  """The SeqIO tasks of one split, and what has their digests and errors.
 
   They are not entered in SeqIO's registry, where two streams in one process
   could collide.
 
   Raises:
-    UserError: as `Documents` or `Units`; a dataset that is not
-      prepared or has no such split or key; fewer files than shards where the
-      file is the document.
+    UserError: as `Documents`, `Units` or `RegisteredSource`; a dataset that is
+      not prepared or has no such split or key; fewer files than shards where
+      the file is the document.
   """
   # SeqIO mixes only tasks of one vocabulary. It never encodes: `tokenize` does.
   vocabulary = seqio.PassThroughVocabulary(
@@ -60,12 +61,10 @@ def build_tasks(
     cut = functools.partial(split_long, first=number * len(FAULTS))
     steps = [functools.partial(tokenize, encode=encoder(tokenizer, task)),
              seqio.CacheDatasetPlaceholder()]
-    if config.cache:
-      steps = []
+    if config.cache or task.kind == 'seqio':
+      steps = []  # What comes is tokens.
     elif units:
       steps.insert(0, _rekey(targets='text', fault='fault'))
-    elif task.kind == 'seqio':
-      steps = []
     else:
       steps.insert(0, _rekey(targets=task.key))
     tasks.append(
@@ -209,17 +208,17 @@ def shard_dataset(
   return dataset.ragged_batch(_PIECES).prefetch(2).with_options(_options())
 
 
-def heldout_documents(
-    task: seqio.Task, T: int
+def one_pass(
+    task: seqio.Task, T: int, split: str
 ) -> Iterator[tuple[list[np.ndarray], int, int]]:
-  """One pass over a task's held-out documents.
+  """One pass over the documents of a task's split.
 
   Yields:
     Pieces, bytes of UTF-8 and the code of a fault or 0; no pieces where the
     document is left out.
   """
   dataset = task.get_dataset(
-      sequence_length={'targets': T + 1}, split='heldout', shuffle=False,
+      sequence_length={'targets': T + 1}, split=split, shuffle=False,
       trim_output_features=False, try_in_mem_cache=False)
   pieces, size, code = [], 0, 0
   dataset = dataset.with_options(_options())
@@ -248,8 +247,8 @@ def _options() -> tf.data.Options:
 
 def _source(
     config: DataConfig, tokenizer: Tokenizer, task: Task, split: str
-) -> tuple[seqio.DataSource, Documents | Units | None]:
-  """What a task reads, and its units if it has units."""
+) -> tuple[seqio.DataSource, Documents | Units | RegisteredSource | None]:
+  """What a task reads, and what has its digest and errors, if anything."""
   if config.cache:
     units = cache.open_units(config, tokenizer, task, split)
     _check_shards(config, task, split, units)
@@ -257,7 +256,10 @@ def _source(
   if task.kind == 'tfds':
     return sources.tfds_source(task), None
   if task.kind == 'seqio':
-    return sources.registered_source(config, tokenizer, task), None
+    source = RegisteredSource(config, tokenizer, task)
+    if split == 'train':
+      source.check(_options())
+    return source, source
   documents = Documents(
       task, split, fraction=config.heldout_fraction,
       shards=config.shards if split == 'train' else 1,

@@ -267,7 +267,7 @@ def heldout(
       raise UserError(f'{name} is {limit}, expected at least 1 or None')
   tasks, documents = pipeline.build_tasks(config, tokenizer, 'heldout')
   sources = [
-      pipeline.heldout_documents(task, config.seq_len) for task in tasks]
+      pipeline.one_pass(task, config.seq_len, 'heldout') for task in tasks]
   packer = packing.Packer(config.seq_len)
   num_bytes = num_documents = num_tokens = 0
   names, faults = pipeline.fault_names(config), collections.Counter()
