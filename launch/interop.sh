@@ -90,7 +90,7 @@ for python; do
   pip=("$env/bin/pip" install --quiet --constraint constraints.txt)
   note '' "## Python $version" ''
   check 'a new environment' "$python" -m venv "$env"
-  for extra in '' '[serve]' '[tpu]' '[gpu]' '[test]'; do
+  for extra in '' '[data]' '[serve]' '[tpu]' '[gpu]' '[test]'; do
     check "recursive_tx$extra resolves against constraints.txt" \
       "${pip[@]}" --dry-run "$wheel$extra"
   done

@@ -53,8 +53,7 @@ def main(argv: list[str]) -> None:
       f'\n{batches.count} batches of [{config.data.batch}, '
       f'{config.data.seq_len}]: {batches.used:,} tokens in {batches.pieces:,} '
       f'pieces of documents; {batches.used / batches.slots:.2%} of the slots '
-      f'used, {batches.learnt / batches.used:.2%} of these learnt; '
-      f'{batches.tokens_per_second:,.0f} tokens/s')
+      f'used, {batches.learnt / batches.used:.2%} of these learnt')
   for i, row in enumerate(batches.rows):
     width = _WIDTH.value or len(row)
     more = f' ... ({len(row):,} characters)' if len(row) > width else ''
@@ -66,7 +65,7 @@ def main(argv: list[str]) -> None:
 
 
 _HEADINGS = ('task', 'split', 'left out or cut', 'documents', 'tokens',
-             'learnt', 'bytes', 'median', 'longest')
+             'learnt', 'bytes', 'median', 'longest', 'tokens/s')
 
 
 def _line(counts: survey.Documents) -> tuple[str, ...]:
@@ -76,4 +75,5 @@ def _line(counts: survey.Documents) -> tuple[str, ...]:
       counts.task, counts.split, faults or 'none',
       f'{len(counts.lengths):,}{"" if counts.is_all else "+"}',
       f'{sum(lengths):,}', f'{counts.learnt:,}', f'{counts.num_bytes:,}',
-      f'{np.median(lengths):,.0f}', f'{max(lengths):,}')
+      f'{np.median(lengths):,.0f}', f'{max(lengths):,}',
+      f'{counts.tokens_per_second:,.0f}')

@@ -63,7 +63,8 @@ class Stream:
       if not 0 <= row < config.batch:
         raise UserError(
             f'row {row} is outside the global batch of {config.batch} rows')
-    tasks, self._documents = pipeline.build_tasks(config, tokenizer, 'train')
+    self._tasks, self._documents = pipeline.build_tasks(
+        config, tokenizer, 'train')
     self._origin = _origin(config, tokenizer, self._documents)
     self._names = pipeline.fault_names(config)
     self._step = 0
@@ -74,10 +75,12 @@ class Stream:
     # goes down, it waits for them and they for it: end them before.
     weakref.finalize(self, self._iterators.clear)
     for shard in sorted({row % config.shards for row in self._rows}):
-      dataset = pipeline.shard_dataset(tasks, config, shard)
-      self._iterators[shard] = iter(dataset)
+      self._iterators[shard] = self._iterator(shard)
       self._packers[shard] = packing.Packer(config.seq_len)
       self._faults[shard] = collections.Counter()
+
+    # Whether the iterators have been read or restored.
+    self._is_used = False
 
   def __iter__(self) -> 'Stream':
     return self
@@ -99,6 +102,7 @@ class Stream:
     each = self._config.batch // shards
     made = {shard: self._take(shard, each) for shard in self._packers}
     self._step += 1
+    self._is_used = True
     rows = [made[row % shards][row // shards] for row in self._rows]
     return packing.batch(rows, self._config.seq_len)
 
@@ -163,8 +167,17 @@ class Stream:
           f'the position lacks shards {missing} of {self._config.shards}; '
           'give the positions of all processes that saved it')
     for shard in self._packers:
+      if self._is_used:
+        # What TensorFlow shuffles anew each epoch it does not reset to the
+        # first; SeqIO's own sources have it.
+        self._iterators[shard] = self._iterator(shard)
       self._restore_shard(shard, archives[str(shard)])
-    self._step = steps.pop()
+    self._step, self._is_used = steps.pop(), True
+
+  def _iterator(self, shard: int) -> Iterator:
+    from recursive_tx.data import pipeline
+
+    return iter(pipeline.shard_dataset(self._tasks, self._config, shard))
 
   def _restore_shard(self, shard: int, archive: zipfile.ZipFile) -> None:
     import tensorflow as tf

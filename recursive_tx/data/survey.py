@@ -31,6 +31,7 @@ class Documents:
     learnt: tokens of all that are learnt.
     num_bytes: UTF-8 bytes of the texts that are learnt.
     faults: by kind.
+    seconds: for all but the first, before which the pipeline starts.
   """
 
   task: str
@@ -41,6 +42,14 @@ class Documents:
   num_bytes: int = 0
   faults: collections.Counter = dataclasses.field(
       default_factory=collections.Counter)
+  seconds: float = 0.0
+
+  @property
+  def tokens_per_second(self) -> float:
+    """Of one pipeline, on one core or so; nan where there is too little."""
+    if len(self.lengths) < 2 or not self.seconds:
+      return float('nan')
+    return sum(self.lengths[1:]) / self.seconds
 
 
 @dataclasses.dataclass
@@ -53,7 +62,6 @@ class Batches:
     used: slots that hold a token.
     learnt: slots whose target is learnt.
     pieces: documents, or pieces of longer ones.
-    seconds: for all but the first, which fills the buffers.
     rows: of the first batches, decoded: what is learnt between '⟦' and '⟧',
       documents separated by ' ‖ '.
   """
@@ -63,15 +71,7 @@ class Batches:
   used: int = 0
   learnt: int = 0
   pieces: int = 0
-  seconds: float = 0.0
   rows: list[str] = dataclasses.field(default_factory=list)
-
-  @property
-  def tokens_per_second(self) -> float:
-    """Slots used a second; nan of one batch."""
-    if self.count < 2 or not self.seconds:
-      return float('nan')
-    return self.used * (self.count - 1) / self.count / self.seconds
 
 
 def documents(
@@ -99,7 +99,9 @@ def documents(
     for task, own in zip(tasks, config.tasks, strict=True):
       counts = Documents(own.name, split)
       passed = pipeline.one_pass(task, config.seq_len, split)
+      start = None
       for pieces, num_bytes, code in itertools.islice(passed, most or None):
+        start = start or time.monotonic()
         progress(total, 1)
         if code:
           counts.faults[names[code - 1].split('/')[1]] += 1
@@ -107,6 +109,7 @@ def documents(
           counts.lengths.append(1 + sum(len(piece) - 1 for piece in pieces))
           counts.learnt += sum(int((p[1:] >= 0).sum()) for p in pieces)
           counts.num_bytes += num_bytes
+      counts.seconds = time.monotonic() - start if start else 0.0
       counts.is_all = next(passed, None) is None
       passed.close()
       found.append(counts)
@@ -129,10 +132,8 @@ def batches(
     UserError: as `Stream`.
   """
   found, stream = Batches(count), Stream(config, tokenizer)
-  for step in range(count):
-    start = time.monotonic()
+  for _ in range(count):
     batch = next(stream)
-    found.seconds += time.monotonic() - start if step else 0.0
     progress(count, 1)
     found.slots += batch['token_BT'].size
     found.used += int((batch['segment_BT'] > 0).sum())

@@ -23,7 +23,7 @@ from recursive_tx import demo, exits, model
 from recursive_tx.config import ModelConfig
 from recursive_tx.errors import UserError
 from recursive_tx.model import adapters
-from recursive_tx.store import checkpoint, hf, hub, native
+from recursive_tx.store import bucket, checkpoint, hf, hub, native
 from recursive_tx.text import tokenizer as tokenizer_lib
 from recursive_tx.text.tokenizer import Tokenizer
 from recursive_tx.tying.relax import parts as relaxed_parts
@@ -108,7 +108,7 @@ def source(directory: str | os.PathLike) -> Source:
   if native.is_saved(pathlib.Path(where)):
     cfg, reader = native.opened(pathlib.Path(where))
     return Source(where, cfg, reader.read, beside)
-  origin = hf.Source(where)
+  origin = hf.Source(where, weights=bucket.origin(where))
   return Source(where, origin.cfg, origin.read, beside)
 
 
@@ -161,7 +161,7 @@ def _loaded(
     return ModelConfig(**run.settings['model']), {'params': run.params()}
   if native.is_saved(pathlib.Path(where)):
     return native.restore(where)
-  return hf.load_hf(where)
+  return hf.load_hf(where, weights=bucket.origin(where))
 
 
 def _companions(where: str, run: checkpoint.Latest | None) -> pathlib.Path:
@@ -184,6 +184,8 @@ def _here(directory: str | os.PathLike, *, whole: bool) -> str:
     return str(demo.DIRECTORY)
   if hub.is_name(directory):
     return hub.fetch(directory, weights=whole)
+  if bucket.is_bucket(directory):
+    return bucket.fetch(directory)
   if checkpoint.is_workdir(directory):
     ended = os.path.join(directory, 'model')
     if native.is_saved(pathlib.Path(ended)):

@@ -139,7 +139,7 @@ def learnt_of(batches, tok) -> list[str]:
 
 def test_targets_are_learnt_and_inputs_read(folder, tok):
   """Every example once in a pass, with its own end of text."""
-  held = data.heldout(config_of('a'), tok)
+  held = data.heldout(config_of('a', seq_len=128), tok)
   assert held.num_documents == 30
   texts = sorted(tok.decode(ids) for ids in held.documents)
   want = []
