@@ -4,10 +4,14 @@ A capital letter names a dimension everywhere: in einsum strings, as a suffix
 of array names, in checkpoint rules, as a size in ModelConfig, as a logical
 mesh axis.
 
-  B batch     T query time   S key time
-  V vocabulary  D model      F MLP hidden
-  N heads     K key heads    G query heads per key head   H head
-  R rank      L loops      E exit gate's MLP hidden
+  B batch        T query time   S key time     V vocabulary
+  D model        F MLP hidden   X, Y rows and columns of a kernel as a matrix
+  N heads        K key heads    G query heads per key head      H head
+  R rank         L loops        M layers of a run of layers
+  E exits, loops - 1            W exit gate's MLP hidden
+  C a chunk of another dimension, what is computed at once
+  Q sequences of a whole set    P prompts that are read at once
+  A positions that are scored   J the teacher's likeliest tokens
 
 This module knows nothing of arrays, families or files.
 """
@@ -37,6 +41,7 @@ NORMS = ('rms', 'rms+1', 'layer')
 ACTS = ('silu', 'gelu', 'gelu_tanh', 'relu')
 DTYPES = ('float32', 'bfloat16')
 REMATS = ('none', 'full', 'dots')
+LAYOUTS = ('auto', 'plain', 'cpu')
 ATTENTIONS = ('auto', 'plain', 'blocks', 'splash', 'pallas')
 
 
@@ -132,7 +137,7 @@ class ModelConfig:
           ' one, but model.loops=1; leave it out')
 
   @property
-  def E(self) -> int:
+  def W(self) -> int:
     """Size of the letter: the exit gate's hidden width."""
     return self.exit_gate
 
@@ -198,6 +203,9 @@ class Run:
       queries at a time; 'splash' (TPU) and 'pallas' (GPU) are kernels for
       lengths that are multiples of 128, the latter without windows; where one
       does not cover a case, and for 'auto', the best that does is taken.
+    layout: 'plain', or 'cpu': products and argmax in the forms of which XLA's
+      CPU backend makes faster programs, see model/cpu.py; 'auto' takes those
+      on CPU.
     logits_mib: MiB of fp32 logits of one loop that a device may hold at once
       in training, in [1, inf); sequences are cut into chunks to keep to it.
   """
@@ -205,6 +213,7 @@ class Run:
   remat: str = 'none'
   unroll: bool = False
   attention: str = 'auto'
+  layout: str = 'auto'
   logits_mib: int = 256
 
   RANGES = dict(logits_mib='[1, inf)')
@@ -213,6 +222,7 @@ class Run:
     one_of('run.dtype', self.dtype, DTYPES)
     one_of('run.remat', self.remat, REMATS)
     one_of('run.attention', self.attention, ATTENTIONS)
+    one_of('run.layout', self.layout, LAYOUTS)
     check_ranges('run', self)
 
   def chunk(self, T: int, size: float) -> int:

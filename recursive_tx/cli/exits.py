@@ -21,8 +21,8 @@ def define() -> Callable[[Opened], tuple[exits.Exit, str]]:
   rule = flags.DEFINE_string(
       'exit', '', 'When a token exits the loops: none, after the last;'
       ' static=LOOP, after that loop, from 1; RULE=THRESHOLD,... with a'
-      ' threshold for every loop but the last, RULE being top, margin, entropy,'
-      " agreement or gate. Empty: the checkpoint's exit.json, else none.")
+      ' threshold for every loop but the last, RULE being top, margin or'
+      " gate. Empty: the checkpoint's exit.json, else none.")
   fill = flags.DEFINE_string(
       'fill', 'propagate', 'Keys and values of the loops that a token skips:'
       ' propagate (computed from the state it exited with) or complete (the'

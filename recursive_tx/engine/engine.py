@@ -126,7 +126,7 @@ class Engine:
     self._steps = steps
     variables = _placed(cfg, variables, mesh, device, rules)
     self._weights = self._call(
-        weights.prepare, cfg, run.dtype, bool(mesh), variables, known_V)
+        weights.prepare, cfg, run, bool(mesh), variables, known_V)
     # Half as many requests more wait with their prompts read.
     self._rows = slots + -(-slots // 2)
     self._state = self._call(
@@ -238,20 +238,20 @@ class Engine:
     size = self.slots
     row_P = np.full(size, self._rows, np.int32)
     token_P, position_P, left_P = np.zeros((3, size), np.int32)
-    eos_PE = np.full((size, len(self._ends)), -1, np.int32)
+    eos = np.full((size, len(self._ends)), -1, np.int32)
     samplers = [sampling.Sampler()] * size
     for i, (row, id, request) in enumerate(batch):
       row_P[i], token_P[i] = row, request.prompt[-1]
       position_P[i] = len(request.prompt) - 1
       left_P[i] = request.max_new_tokens
       if not request.ignore_eos:
-        eos_PE[i] = self._ends
+        eos[i] = self._ends
       samplers[i] = request.sampler
       self._owner[row] = id, request
       self._left[id] = request.max_new_tokens
     self._state = self._call(
         _insert, self._plan, self._state, row_P, state_lib.Rows(
-            token_P, position_P, left_P, eos_PE, sampling.stack(samplers)))
+            token_P, position_P, left_P, eos, sampling.stack(samplers)))
 
   def _stop_cancelled(self) -> None:
     """Makes their next token their last, which frees the row."""

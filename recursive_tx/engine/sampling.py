@@ -10,7 +10,9 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from recursive_tx import config as config_lib
 from recursive_tx.errors import in_range
+from recursive_tx.model import cpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,16 +71,18 @@ def stack(samplers: Sequence[Sampler]) -> Samplers:
 
 
 def sample(
-    samplers: Samplers, logits_BV: jax.Array, position_B: jax.Array
+    run: config_lib.Run, samplers: Samplers, logits_BV: jax.Array,
+    position_B: jax.Array
 ) -> jax.Array:
   """Draws token_B, int32, from fp32 logits.
 
   Args:
+    run: how the model is executed.
     samplers: of each row.
     logits_BV: fp32; minus infinity is never drawn.
     position_B: place of each row's token, so that no two draw alike.
   """
-  likeliest_B = likeliest(logits_BV)
+  likeliest_B = cpu.argmax(run, logits_BV)
   hot_B = samplers.temperature > 0
 
   def draw():
@@ -92,14 +96,6 @@ def sample(
     return jnp.where(hot_B, drawn_B, likeliest_B)
 
   return lax.cond(hot_B.any(), draw, lambda: likeliest_B)
-
-
-def likeliest(logits_BV: jax.Array) -> jax.Array:
-  """The first largest, int32: argmax as two reductions that CPUs vectorise."""
-  V = logits_BV.shape[-1]
-  is_top_BV = logits_BV == logits_BV.max(axis=-1, keepdims=True)
-  index_BV = jnp.where(is_top_BV, jnp.arange(V, dtype=jnp.int32), V - 1)
-  return index_BV.min(axis=-1)
 
 
 def _cut(samplers, logits_BV):

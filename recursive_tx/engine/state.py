@@ -25,7 +25,6 @@ class Slots(NamedTuple):
     x_BD: what its next pass reads, compute dtype.
     loop: the loop of that pass.
     token: the token that was chosen, -1 until then.
-    likeliest: token after the preceding loop, -1 where it is not needed.
     done: all passes of its token are done, or it has exited and there is
       nothing more to do; under some schedules it waits for the others.
   """
@@ -33,18 +32,17 @@ class Slots(NamedTuple):
   x_BD: jax.Array
   loop: jax.Array
   token: jax.Array
-  likeliest: jax.Array
   done: jax.Array
 
 
 class Rows(NamedTuple):
-  """Of every request, [R].
+  """Of every request, [rows].
 
   Attributes:
     token: its newest token, the one to be read at `position`.
     position: int32.
     left: how many tokens it may still get.
-    eos: the tokens that end it, [R, E]; -1 is none.
+    eos: the tokens that end it, [rows, ends]; -1 is none.
     samplers: how its tokens are drawn.
   """
   token: jax.Array
@@ -55,7 +53,7 @@ class Rows(NamedTuple):
 
 
 class Queue(NamedTuple):
-  """Rows that wait for a slot: row[first % R] to row[(last - 1) % R]."""
+  """Rows that wait for a slot: row[first % rows] to row[(last - 1) % rows]."""
   row: jax.Array
   first: jax.Array
   last: jax.Array
@@ -98,18 +96,17 @@ def init(
   """
   def full(size, value, dtype=jnp.int32):
     return jnp.full(size, value, dtype)
-  B, R = slots, rows
   return State(
-      kv_cache.init(cfg, R, length, run.dtype),
-      Slots(row=full(B, R), x_BD=jnp.zeros((B, cfg.D), run.dtype),
-            loop=full(B, 0), token=full(B, -1), likeliest=full(B, -1),
-            done=full(B, False, bool)),
-      Rows(token=full(R, 0), position=full(R, 0), left=full(R, 0),
-           eos=full((R, ends), -1),
+      kv_cache.init(cfg, rows, length, run.dtype),
+      Slots(row=full(slots, rows), x_BD=jnp.zeros((slots, cfg.D), run.dtype),
+            loop=full(slots, 0), token=full(slots, -1),
+            done=full(slots, False, bool)),
+      Rows(token=full(rows, 0), position=full(rows, 0), left=full(rows, 0),
+           eos=full((rows, ends), -1),
            samplers=sampling.Samplers(
-               full(R, 0, jnp.float32), full(R, 0), full(R, 1, jnp.float32),
-               full(R, 0, jnp.uint32))),
-      Queue(full(R, 0), full((), 0), full((), 0)))
+               full(rows, 0, jnp.float32), full(rows, 0),
+               full(rows, 1, jnp.float32), full(rows, 0, jnp.uint32))),
+      Queue(full(rows, 0), full((), 0), full((), 0)))
 
 
 def insert(state: State, row_P: jax.Array, new: Rows) -> State:
@@ -123,9 +120,10 @@ def insert(state: State, row_P: jax.Array, new: Rows) -> State:
   rows = jax.tree.map(
       lambda old, values: old.at[row_P].set(values, mode='drop'),
       state.rows, new)
-  queue, R = state.queue, state.queue.row.shape[0]
-  count = (row_P < R).sum()
-  at_P = jnp.where(row_P < R, (queue.last + jnp.arange(len(row_P))) % R, R)
+  queue, size = state.queue, state.queue.row.shape[0]
+  count = (row_P < size).sum()
+  at_P = jnp.where(
+      row_P < size, (queue.last + jnp.arange(len(row_P))) % size, size)
   queue = queue._replace(
       row=queue.row.at[at_P].set(row_P, mode='drop'),
       last=queue.last + count)

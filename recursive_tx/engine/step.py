@@ -62,13 +62,13 @@ def burst(
     plan: Plan, steps: int, weights: Weights, state: State
 ) -> tuple[State, Log]:
   """Up to so many steps; fewer once every slot is idle."""
-  B, R = len(state.slots.row), len(state.rows.token)
-  log = Log(*(jnp.full((steps, B), fill, dtype) for fill, dtype in (
+  slots, idle = len(state.slots.row), len(state.rows.token)
+  log = Log(*(jnp.full((steps, slots), fill, dtype) for fill, dtype in (
       (-1, jnp.int32), (0, jnp.int32), (0, jnp.int32), (0.0, jnp.float32))))
 
   def has_work(carry):
     i, state, _ = carry
-    return (i < steps) & (state.slots.row < R).any()
+    return (i < steps) & (state.slots.row < idle).any()
 
   def body(carry):
     i, state, log = carry
@@ -98,25 +98,26 @@ def prefill(
   """
   position_PT = start_P[:, None] + jnp.arange(token_PT.shape[1])
   _, cache = plan.apply(
-      weights, token_PT, position_PT, row_P, state.cache, weights.mixed_N,
+      weights, token_PT, position_PT, row_P, state.cache, weights.mixed_M,
       weights.head_DV, method='decode')
   return state._replace(cache=cache)
 
 
 def _step(plan, weights, state: State) -> tuple[State, Log]:
   slots, rows = state.slots, state.rows
-  R = len(rows.token)
-  busy_B = (slots.row < R) & ~slots.done
-  row_B = jnp.where(busy_B, slots.row, R)
+  nowhere = len(rows.token)
+  busy_B = (slots.row < nowhere) & ~slots.done
+  row_B = jnp.where(busy_B, slots.row, nowhere)
   place = _place(rows, row_B)
-  x_B1D, cache = plan.apply(
-      weights, slots.x_BD[:, None], slots.loop[:, None], state.cache, place,
-      '__call__', weights.mixed_N, method='loop')
+  x_B1D, (cache, _) = plan.apply(
+      weights, slots.x_BD[:, None], slots.loop[:, None], None,
+      kv_cache.Cached(state.cache, place), '__call__', weights.mixed_M,
+      method='loop')
   x_BD = jnp.where(busy_B[:, None], x_B1D[:, 0], slots.x_BD)
   slots, cache, exits_B, log_p_B = _decide(
       plan, weights, slots._replace(x_BD=x_BD), rows, busy_B, cache, place)
-  rows = rows._replace(left=rows.left.at[jnp.where(exits_B, row_B, R)].add(
-      -1, mode='drop'))
+  rows = rows._replace(left=rows.left.at[
+      jnp.where(exits_B, row_B, nowhere)].add(-1, mode='drop'))
   entry = Log(jnp.where(exits_B, slots.row, -1), slots.token, slots.loop + 1,
               log_p_B)
   # The host may give the row to another as soon as it sees the token.
@@ -129,7 +130,7 @@ def _step(plan, weights, state: State) -> tuple[State, Log]:
     cache = _propagate(plan, weights, slots, early_B, cache, place)
     finished_B |= exits_B
   slots = slots._replace(
-      row=jnp.where(ends_B, R, slots.row), loop=slots.loop + ~finished_B,
+      row=jnp.where(ends_B, nowhere, slots.row), loop=slots.loop + ~finished_B,
       done=slots.done | finished_B & ~ends_B)
   state = state._replace(cache=cache, slots=slots, rows=rows)
   return _advance(plan, weights, state), entry
@@ -163,35 +164,27 @@ def _decide(plan, weights, slots: Slots, rows, busy_B, cache, place):
   if not by_head:
     pending_B &= confident_B
 
-  def choose(index_G, carry):
-    (token_B, likeliest_B, confident_B, log_p_B), cache = carry
-    (token_G, log_p_G, logits_GV), cache = _sample(
-        plan, weights, slots, rows, index_G, cache, place)
-    likeliest_G = jnp.full_like(token_G, -1)
-    confident_G = jnp.full(len(index_G), True)
+  def choose(index_C, carry):
+    *old, cache = carry
+    (token_C, log_p_C, logits_CV), cache = _sample(
+        plan, weights, slots, rows, index_C, cache, place)
+    confident_C = jnp.full(len(index_C), True)
     if by_head:
-      likeliest_G = sampling.likeliest(logits_GV)
-      score_G = exits.score(
-          plan.exit.rule, logits_BV=logits_GV,
-          before_B=likeliest_B.at[index_G].get(mode='clip'))
-      confident_G = score_G >= threshold_B.at[index_G].get(mode='clip')
-    new = (token_G, likeliest_G, confident_G, log_p_G)
-    old = (token_B, likeliest_B, confident_B, log_p_B)
-    return tuple(
-        x_B.at[index_G].set(x_G, mode='drop')
-        for x_B, x_G in zip(old, new, strict=True)), cache
+      score_C = exits.score(plan.exit.rule, logits=logits_CV)
+      confident_C = score_C >= threshold_B.at[index_C].get(mode='clip')
+    new = token_C, confident_C, log_p_C
+    return *(x_B.at[index_C].set(x_C, mode='drop')
+             for x_B, x_C in zip(old, new, strict=True)), cache
 
-  (token_B, likeliest_B, confident_B, log_p_B), cache = _grouped(
+  token_B, confident_B, log_p_B, cache = _grouped(
       plan.group, pending_B, choose,
-      ((slots.token, slots.likeliest, confident_B,
-        jnp.zeros(len(busy_B), jnp.float32)), cache))
+      (slots.token, confident_B, jnp.zeros(len(busy_B), jnp.float32), cache))
   exits_B = pending_B & confident_B
   if plan.fill == 'complete' and plan.cfg.coda:
     # The coda has run on an earlier state; these are the keys of the last.
     cache = _close(plan, weights, slots, busy_B & _last(plan, slots) & ~exits_B,
                    cache, place)
-  slots = slots._replace(
-      token=jnp.where(exits_B, token_B, slots.token), likeliest=likeliest_B)
+  slots = slots._replace(token=jnp.where(exits_B, token_B, slots.token))
   return slots, cache, exits_B, log_p_B
 
 
@@ -202,7 +195,7 @@ def _confident(plan, weights, slots: Slots, threshold_B):
     h_BD = normalize(
         plan.cfg, slots.x_BD, weights.variables['params']['norm'])
     gate_B = plan.apply(weights, h_BD, slots.loop, method='gate')
-    return last_B | (exits.score('gate', gate_B=gate_B) >= threshold_B)
+    return last_B | (exits.score('gate', gate=gate_B) >= threshold_B)
   if plan.exit.rule == 'static':
     return last_B | (exits.score('static') >= threshold_B)
   return last_B
@@ -214,36 +207,40 @@ def _last(plan, slots: Slots):
 
 def _close(plan, weights, slots: Slots, mask_B, cache, place):
   """The cache after the coda has run in some slots."""
-  def close(index_G, cache):
-    part = _take(place, index_G, cache.k.shape[1])
-    return plan.apply(
-        weights, _inputs(slots, index_G), cache, part, method='leave')[1]
+  def close(index_C, cache):
+    part = _take(place, index_C, cache.k.shape[1])
+    _, (cache, _) = plan.apply(
+        weights, _inputs(slots, index_C), None, kv_cache.Cached(cache, part),
+        method='finish')
+    return cache
 
   return _grouped(plan.group, mask_B, close, cache)
 
 
-def _sample(plan, weights, slots: Slots, rows, index_G, cache, place):
+def _sample(plan, weights, slots: Slots, rows, index_C, cache, place):
   """The tokens that some slots would emit if they exited now.
 
   Returns:
-    token_G, its log-probability and logits_GV; and the cache.
+    token_C, its log-probability and logits_CV; and the cache.
   """
-  part = _take(place, index_G, len(rows.token))
-  row_G, position_G = part.row_BT[:, 0], part.position_BT[:, 0]
-  h_G1D, cache = plan.apply(
-      weights, _inputs(slots, index_G), cache, part, method='leave')
-  logits_GV = plan.apply(
-      weights, h_G1D[:, 0], slots.loop.at[index_G].get(mode='clip'),
+  part = _take(place, index_C, len(rows.token))
+  row_C, position_C = part.row_BT[:, 0], part.position_BT[:, 0]
+  h_C1D, (cache, _) = plan.apply(
+      weights, _inputs(slots, index_C), None, kv_cache.Cached(cache, part),
+      method='finish')
+  logits_CV = plan.apply(
+      weights, h_C1D[:, 0], slots.loop.at[index_C].get(mode='clip'),
       weights.head_DV, method='logits')
   samplers = jax.tree.map(
-      lambda leaf: leaf.at[row_G].get(mode='clip'), rows.samplers)
-  allowed_GV = logits_GV
+      lambda leaf: leaf.at[row_C].get(mode='clip'), rows.samplers)
+  allowed_CV = logits_CV
   if weights.known_V is not None:
-    allowed_GV = jnp.where(weights.known_V, logits_GV, -jnp.inf)
-  token_G = sampling.sample(samplers, allowed_GV, position_G)
-  chosen_G1 = jnp.take_along_axis(logits_GV, token_G[:, None], axis=1)
-  log_p_G = chosen_G1[:, 0] - jax.nn.logsumexp(logits_GV, axis=1)
-  return (token_G, log_p_G, logits_GV), cache
+    allowed_CV = jnp.where(weights.known_V, logits_CV, -jnp.inf)
+  token_C = sampling.sample(
+      plan.run, samplers, allowed_CV, position_C)
+  chosen_C1 = jnp.take_along_axis(logits_CV, token_C[:, None], axis=1)
+  log_p_C = chosen_C1[:, 0] - jax.nn.logsumexp(logits_CV, axis=1)
+  return (token_C, log_p_C, logits_CV), cache
 
 
 def _propagate(plan, weights, slots: Slots, early_B, cache, place):
@@ -251,25 +248,27 @@ def _propagate(plan, weights, slots: Slots, early_B, cache, place):
   cfg = plan.cfg
   if cfg.loops == 1 or plan.exit.rule == 'last' or not cfg.loop_keys:
     return cache
-  R, later = cache.k.shape[1], jnp.arange(1, cfg.loops)
+  nowhere, later = cache.k.shape[1], jnp.arange(1, cfg.loops)
   alike = not cfg.has_loop_vectors and not any(cfg.ranks.values())
 
-  def fill(index_G, cache):
-    part = _take(place, index_G, R)
-    exit_G1 = slots.loop.at[index_G].get(mode='clip')[:, None]
-    x_G1D = _inputs(slots, index_G)
-    loop_GL = jnp.broadcast_to(later, (len(index_G), len(later)))
+  def fill(index_C, cache):
+    part = _take(place, index_C, nowhere)
+    exit_C1 = slots.loop.at[index_C].get(mode='clip')[:, None]
+    x_C1D = _inputs(slots, index_C)
+    loop_CE = jnp.broadcast_to(later, (len(index_C), len(later)))
     # No row where a later loop is not skipped.
-    part = part._replace(row_BT=jnp.where(loop_GL > exit_G1, part.row_BT, R))
+    part = part._replace(
+        row_BT=jnp.where(loop_CE > exit_C1, part.row_BT, nowhere))
     if not alike:  # Every loop makes its own: one row for each.
-      x_G1D = jnp.repeat(x_G1D, len(later), axis=0)
-      position_GL = jnp.broadcast_to(part.position_BT, loop_GL.shape)
-      part, loop_GL = jax.tree.map(
+      x_C1D = jnp.repeat(x_C1D, len(later), axis=0)
+      position_CE = jnp.broadcast_to(part.position_BT, loop_CE.shape)
+      part, loop_CE = jax.tree.map(
           lambda leaf: leaf.reshape(-1, 1),
-          (part._replace(position_BT=position_GL, virtual_BT=loop_GL), loop_GL))
-    return plan.apply(
-        weights, x_G1D, loop_GL, cache, part, 'fill', weights.mixed_N,
-        method='loop')[1]
+          (part._replace(position_BT=position_CE, virtual_BT=loop_CE), loop_CE))
+    _, (cache, _) = plan.apply(
+        weights, x_C1D, loop_CE, None, kv_cache.Cached(cache, part), 'fill',
+        weights.mixed_M, method='loop')
+    return cache
 
   return _grouped(plan.group, early_B, fill, cache)
 
@@ -277,11 +276,11 @@ def _propagate(plan, weights, slots: Slots, early_B, cache, place):
 def _advance(plan, weights, state: State) -> State:
   """Slots that are done, or idle, start their next token where they may."""
   cache, slots, rows, queue = state
-  R = len(rows.token)
-  free_B = slots.row >= R
+  nowhere = len(rows.token)
+  free_B = slots.row >= nowhere
   together = (slots.done | free_B).all()
   next_B = slots.done & (plan.schedule == 'cdb' or together)
-  at_B = jnp.where(next_B, slots.row, R)
+  at_B = jnp.where(next_B, slots.row, nowhere)
   rows = rows._replace(
       token=rows.token.at[at_B].set(slots.token, mode='drop'),
       position=rows.position.at[at_B].add(1, mode='drop'))
@@ -290,7 +289,7 @@ def _advance(plan, weights, state: State) -> State:
   rank_B = jnp.cumsum(free_B) - 1
   takes_B = free_B & may & (rank_B < queue.last - queue.first)
   row_B = jnp.where(
-      takes_B, queue.row[(queue.first + rank_B) % R], slots.row)
+      takes_B, queue.row[(queue.first + rank_B) % len(queue.row)], slots.row)
   queue = Queue(queue.row, queue.first + takes_B.sum(), queue.last)
 
   starts_B = next_B | takes_B
@@ -299,33 +298,32 @@ def _advance(plan, weights, state: State) -> State:
   slots = Slots(
       row=row_B, x_BD=x_BD, loop=jnp.where(starts_B, 0, slots.loop),
       token=jnp.where(starts_B, -1, slots.token),
-      likeliest=jnp.where(starts_B, -1, slots.likeliest),
       done=slots.done & ~next_B)
   return State(cache, slots, rows, queue)
 
 
 def _enter(plan, weights, rows, row_B, starts_B, x_BD, cache):
   """The input of the first loop, in the slots that start a token."""
-  R = len(rows.token)
-  place = _place(rows, jnp.where(starts_B, row_B, R))
+  nowhere = len(rows.token)
+  place = _place(rows, jnp.where(starts_B, row_B, nowhere))
   token_B = rows.token.at[row_B].get(mode='clip')
   if not plan.cfg.prelude:
-    new_B1D, _ = plan.apply(
-        weights, token_B[:, None], cache, place, method='enter')
+    new_B1D, _ = plan.apply(weights, token_B[:, None], method='enter')
     return jnp.where(starts_B[:, None], new_B1D[:, 0], x_BD), cache
 
-  def enter(index_G, carry):
+  def enter(index_C, carry):
     x_BD, cache = carry
-    new_G1D, cache = plan.apply(
-        weights, token_B.at[index_G].get(mode='clip')[:, None], cache,
-        _take(place, index_G, R), method='enter')
-    return x_BD.at[index_G].set(new_G1D[:, 0], mode='drop'), cache
+    part = _take(place, index_C, nowhere)
+    new_C1D, (cache, _) = plan.apply(
+        weights, token_B.at[index_C].get(mode='clip')[:, None], None,
+        kv_cache.Cached(cache, part), method='enter')
+    return x_BD.at[index_C].set(new_C1D[:, 0], mode='drop'), cache
 
   return _grouped(plan.group, starts_B, enter, (x_BD, cache))
 
 
 def _grouped(group: int, mask_B, body, carry):
-  """carry = body(index_G, carry) over the slots of a mask, a group at a time.
+  """carry = body(index_C, carry) over the slots of a mask, a group at a time.
 
   Work that is done once per token then costs no more than there are tokens.
   Indices past the last are the number of slots.
@@ -352,14 +350,14 @@ def _place(rows, row_B) -> kv_cache.Place:
       jnp.zeros_like(row_B1))
 
 
-def _inputs(slots: Slots, index_G) -> jax.Array:
-  """x_G1D of some slots; anything for indices past the last."""
-  return slots.x_BD.at[index_G].get(mode='clip')[:, None]
+def _inputs(slots: Slots, index_C) -> jax.Array:
+  """x_C1D of some slots; anything for indices past the last."""
+  return slots.x_BD.at[index_C].get(mode='clip')[:, None]
 
 
-def _take(place, index_G, R: int) -> kv_cache.Place:
+def _take(place, index_C, nowhere: int) -> kv_cache.Place:
   """The places of some slots; no row for indices past the last."""
   return kv_cache.Place(
-      place.row_BT.at[index_G].get(mode='fill', fill_value=R),
-      place.position_BT.at[index_G].get(mode='clip'),
-      jnp.zeros_like(index_G[:, None]))
+      place.row_BT.at[index_C].get(mode='fill', fill_value=nowhere),
+      place.position_BT.at[index_C].get(mode='clip'),
+      jnp.zeros_like(index_C[:, None]))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 
 from recursive_tx import config as config_lib
-from recursive_tx.model import mixed_loops
+from recursive_tx.model import cpu, mixed_loops
 from recursive_tx.model.linear import fuse
 
 
@@ -22,32 +22,32 @@ class Weights(NamedTuple):
       gates, which are computed in fp32. Layers are a list, so that no step
       slices a stack. Kernels with the same input are fused; not on a mesh,
       which cuts each by its own letters.
-    mixed_N: the adapters of all loops for every layer, see mixed_loops.py.
-    head_DV: the head's table transposed, or None. On CPUs the product of a
-      few rows with [V, D] takes several times as long as that with [D, V].
+    mixed_M: the adapters of all loops for every layer, see mixed_loops.py.
+    head_DV: the head's table transposed, where model/cpu.py is used: there
+      the product of a few rows with [V, D] takes longer than with [D, V].
     known_V: tokens that may be generated, bool; None is all of them.
   """
   variables: dict
-  mixed_N: list[dict[str, dict]]
+  mixed_M: list[dict[str, dict]]
   head_DV: jax.Array | None
   known_V: jax.Array | None
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def prepare(
-    cfg: config_lib.ModelConfig, dtype: str, meshed: bool, variables: dict,
-    known_V: jax.Array | None = None,
+    cfg: config_lib.ModelConfig, run: config_lib.Run, meshed: bool,
+    variables: dict, known_V: jax.Array | None = None,
 ) -> Weights:
   """Weights of a model.
 
   Args:
     cfg, variables: any model of this library.
-    dtype: in which it is computed.
+    run: how it is executed.
     meshed: the variables are sharded over a mesh.
     known_V: see `Weights`.
   """
   params = jax.tree_util.tree_map_with_path(
-      functools.partial(_cast, dtype), dict(variables['params']))
+      functools.partial(_cast, run.dtype), dict(variables['params']))
   for stack, size in (('prelude', cfg.prelude), ('coda', cfg.coda),
                       ('block', cfg.layers_per_loop)):
     if stack in params:
@@ -61,7 +61,7 @@ def prepare(
   adapters, head_DV = params.pop('adapters', {}), None
   params['adapters'] = {name: leaves for name, leaves in adapters.items()
                         if name in ('head', 'exit')}
-  if jax.default_backend() == 'cpu':
+  if cpu.chosen(run):
     head_DV = (params['embed']['embedding'] if cfg.tied else
                params.pop('head')['kernel']).T
   return Weights({'params': params}, mixed_loops.mixed(cfg, adapters), head_DV,

@@ -145,7 +145,7 @@ class HarnessModel(TemplateLM):
         self._answers.add(
             (names[number], [log_p_L.tolist(), greedy_L.tolist()])
             for number, log_p_L, greedy_L in zip(
-                numbers, scores.log_p_LN.T, scores.greedy_LN.T, strict=True))
+                numbers, scores.log_p_LQ.T, scores.greedy_LQ.T, strict=True))
     at = self.loop - 1 if self._exits else -1
     return [(log_p_L[at], greedy_L[at])
             for log_p_L, greedy_L in (self._answers[name] for name in keys)]

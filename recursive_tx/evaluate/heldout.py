@@ -97,9 +97,9 @@ def evaluate_strided(
   requests = [window for ids in heldout.documents
               for window in _windows(ids, seq_len, stride)]
   scorer = Scorer(cfg, variables, run=run, max_length=seq_len, exits=True)
-  log_p_LN = scorer(requests, progress=progress).log_p_LN
+  log_p_LQ = scorer(requests, progress=progress).log_p_LQ
   tokens = sum(len(request.continuation) for request in requests)
-  return _result(-log_p_LN.sum(axis=1), tokens, heldout, run)
+  return _result(-log_p_LQ.sum(axis=1), tokens, heldout, run)
 
 
 def add_words(

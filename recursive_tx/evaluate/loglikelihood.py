@@ -18,10 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from recursive_tx.config import ModelConfig, Run
-from recursive_tx.engine import sampling
 from recursive_tx.evaluate import shared_rows
 from recursive_tx.evaluate.shared_rows import Request
-from recursive_tx.model import Decoder, attention
+from recursive_tx.model import Decoder, attention, cpu
 
 _RUN = Run()
 # Tokens of a batch, and predicted positions whose logits exist at one time:
@@ -34,16 +33,16 @@ _BYTES = 2 << 30
 
 
 class Scores(NamedTuple):
-  """Of N requests, by loop.
+  """Of Q requests, by loop.
 
   Attributes:
-    log_p_LN: float64, natural logarithm of each continuation's probability
+    log_p_LQ: float64, natural logarithm of each continuation's probability
       given its context: the sum over its tokens.
-    greedy_LN: bool, whether every token of the continuation is the likeliest
+    greedy_LQ: bool, whether every token of the continuation is the likeliest
       one: greedy decoding would generate it.
   """
-  log_p_LN: np.ndarray
-  greedy_LN: np.ndarray
+  log_p_LQ: np.ndarray
+  greedy_LQ: np.ndarray
 
 
 class Scorer:
@@ -53,7 +52,7 @@ class Scorer:
 
     scorer = Scorer(cfg, variables)
     scores = scorer([Request([1, 5, 6], [7, 8]), Request([1, 5, 6], [9])])
-    best = scores.log_p_LN[-1].argmax()
+    best = scores.log_p_LQ[-1].argmax()
 
   Attributes:
     loops: L of the results: that of the model with `exits`, else 1.
@@ -89,7 +88,7 @@ class Scorer:
     """Scores requests.
 
     Args:
-      requests: N (context, continuation) pairs of token ids. Those that share
+      requests: Q (context, continuation) pairs of token ids. Those that share
         a context are scored together wherever they stand.
       progress: is given the batches and iterates over them, as `tqdm` does.
 
@@ -100,12 +99,12 @@ class Scorer:
       UserError: an empty context or continuation, or a continuation of more
         than `max_length` tokens.
     """
-    N = len(requests)
-    log_p_LN = np.zeros((self.loops, N))
-    greedy_LN = np.zeros((self.loops, N), bool)
+    Q = len(requests)
+    log_p_LQ = np.zeros((self.loops, Q))
+    greedy_LQ = np.zeros((self.loops, Q), bool)
     for numbers, scores in self.stream(requests, progress=progress):
-      log_p_LN[:, numbers], greedy_LN[:, numbers] = scores
-    return Scores(log_p_LN, greedy_LN)
+      log_p_LQ[:, numbers], greedy_LQ[:, numbers] = scores
+    return Scores(log_p_LQ, greedy_LQ)
 
   def stream(
       self, requests: Sequence[Request], *,
@@ -121,7 +120,7 @@ class Scorer:
     for batch in progress(shared_rows.batches(
         requests, max_length=self.max_length, tokens=self._tokens)):
       arrays = shared_rows.arrays(batch)
-      results = self._score(self._variables, arrays._replace(owner_M=None))
+      results = self._score(self._variables, arrays._replace(owner_A=None))
       if before is not None:
         yield _summed(*before)
       before = arrays, results
@@ -139,19 +138,19 @@ def _batch_tokens(cfg: ModelConfig) -> int:
 
 def _summed(arrays, results) -> tuple[np.ndarray, Scores]:
   """Adds up tokens by request, on the host in float64."""
-  log_p_LM, hit_LM = (
+  log_p_LA, hit_LA = (
       np.asarray(x)[:, :arrays.count] for x in results)
   # The tokens of a request are neighbours.
-  owner_M = arrays.owner_M[:arrays.count]
-  first_N = np.flatnonzero(np.diff(owner_M, prepend=-1))
-  return owner_M[first_N], Scores(
-      np.add.reduceat(log_p_LM, first_N, axis=1, dtype=np.float64),
-      np.logical_and.reduceat(hit_LM, first_N, axis=1))
+  owner_A = arrays.owner_A[:arrays.count]
+  first_Q = np.flatnonzero(np.diff(owner_A, prepend=-1))
+  return owner_A[first_Q], Scores(
+      np.add.reduceat(log_p_LA, first_Q, axis=1, dtype=np.float64),
+      np.logical_and.reduceat(hit_LA, first_Q, axis=1))
 
 
 @functools.cache
 def _score_fn(cfg: ModelConfig, run: Run, exits: bool):
-  """(variables, arrays) -> log_p_LM, float32, and whether it is likeliest.
+  """(variables, arrays) -> log_p_LA, float32, and whether it is likeliest.
 
   Kept between calls, so that a model is compiled for each shape once.
   """
@@ -168,22 +167,22 @@ def _score_fn(cfg: ModelConfig, run: Run, exits: bool):
         variables, arrays.token_BT, None, arrays.position_BT, None,
         _mask(cfg, arrays), method='hidden')
     h_LPD = h_LBTD.reshape(cfg.loops, -1, cfg.D)
-    M = len(arrays.at_M)
-    C = min(chunk, M)
-    at_M, target_M = (
-        jnp.pad(x_M, (0, -M % C)) for x_M in (arrays.at_M, arrays.target_M))
+    A = len(arrays.at_A)
+    C = min(chunk, A)
+    at_A, target_A = (
+        jnp.pad(x_A, (0, -A % C)) for x_A in (arrays.at_A, arrays.target_A))
 
     def of_chunk(i, found):
       at_C, target_C = (
-          lax.dynamic_slice_in_dim(x_M, i * C, C) for x_M in (at_M, target_M))
+          lax.dynamic_slice_in_dim(x_A, i * C, C) for x_A in (at_A, target_A))
       rows = [_of_positions(decoder, variables, h_LPD[loop, at_C], target_C,
                             loop) for loop in loops]
       return [lax.dynamic_update_slice_in_dim(
-          x_LM, jnp.stack(x_LC), i * C, axis=1)
-              for x_LM, x_LC in zip(found, zip(*rows, strict=True),
+          x_LA, jnp.stack(x_LC), i * C, axis=1)
+              for x_LA, x_LC in zip(found, zip(*rows, strict=True),
                                     strict=True)]
 
-    shape = len(loops), len(at_M)
+    shape = len(loops), len(at_A)
     return lax.fori_loop(
         0, -(-arrays.count // C), of_chunk,
         [jnp.zeros(shape), jnp.zeros(shape, bool)])
@@ -198,7 +197,7 @@ def _of_positions(decoder, variables, h_CD, target_C, loop):
   logits_CV -= logits_CV.max(axis=1, keepdims=True)
   target_C1 = jnp.take_along_axis(logits_CV, target_C[:, None], axis=1)
   return (target_C1[:, 0] - jnp.log(jnp.exp(logits_CV).sum(axis=1)),
-          sampling.likeliest(logits_CV) == target_C)
+          cpu.argmax(decoder.run, logits_CV) == target_C)
 
 
 def _mask(cfg: ModelConfig, arrays) -> jax.Array:

@@ -76,19 +76,19 @@ class Arrays(NamedTuple):
     position_BT: position of each token in its context and branch.
     tree_BT: from 1; 0 where a row is empty.
     branch_BT: 0 for a context, from 1 for the branches of a tree.
-    at_M: for every predicted token, b * T + t of the token before it; M is
+    at_A: for every predicted token, b * T + t of the token before it; A is
       B * T, and what exceeds `count` is 0.
-    target_M: the predicted tokens.
-    owner_M: number of the request of each; what exceeds `count` is -1.
+    target_A: the predicted tokens.
+    owner_A: number of the request of each; what exceeds `count` is -1.
     count: predicted tokens.
   """
   token_BT: np.ndarray
   position_BT: np.ndarray
   tree_BT: np.ndarray
   branch_BT: np.ndarray
-  at_M: np.ndarray
-  target_M: np.ndarray
-  owner_M: np.ndarray
+  at_A: np.ndarray
+  target_A: np.ndarray
+  owner_A: np.ndarray
   count: int
 
 
@@ -145,12 +145,12 @@ def arrays(batch: Batch) -> Arrays:
         owner += [of] * len(ids)
         t += n
       tree_BT[b, begin:t] = number
-  M = batch.size * batch.length
-  at_M, target_M, owner_M = np.zeros((3, M), np.int32)
-  at_M[:len(at)], target_M[:len(at)] = at, target
-  owner_M[:len(at)], owner_M[len(at):] = owner, -1
-  return Arrays(token_BT, position_BT, tree_BT, branch_BT, at_M, target_M,
-                owner_M, len(at))
+  A = batch.size * batch.length
+  at_A, target_A, owner_A = np.zeros((3, A), np.int32)
+  at_A[:len(at)], target_A[:len(at)] = at, target
+  owner_A[:len(at)], owner_A[len(at):] = owner, -1
+  return Arrays(token_BT, position_BT, tree_BT, branch_BT, at_A, target_A,
+                owner_A, len(at))
 
 
 def _trees(requests: Sequence[Request], max_length: int) -> list[Tree]:

@@ -119,15 +119,15 @@ def calibrate(
   path = thresholds.path(*_scores(known, chooses), progress=lambda prices: (
       progress(prices, 'search')))
   for tried in progress(path, 'thresholds'):
-    wrongs_U, depths_U = [], []
+    wrongs_Q, depths_Q = [], []
     for batch, first, mask_BT in zip(batches, known, tests, strict=True):
       best_BT, depth_BT = _passed(
           cfg, run, rule, variables, batch, first, tried)
-      wrongs_U += _by_row(best_BT != first.best_BT, mask_BT)
-      depths_U += _by_row(depth_BT, mask_BT)
-    wrong = float(np.mean(wrongs_U))
-    points.append(Point(tried, 1 - wrong, float(np.mean(depths_U)),
-                        p_value(np.array(wrongs_U), delta, level)))
+      wrongs_Q += _by_row(best_BT != first.best_BT, mask_BT)
+      depths_Q += _by_row(depth_BT, mask_BT)
+    wrong = float(np.mean(wrongs_Q))
+    points.append(Point(tried, 1 - wrong, float(np.mean(depths_Q)),
+                        p_value(np.array(wrongs_Q), delta, level)))
     if points[-1].p_value > level and 1 - wrong < _LEAST_AGREEMENT:
       break
   passed = last_passed([point.p_value for point in points], level)
@@ -176,7 +176,7 @@ def _passed(cfg, run, rule, variables, batch, first, tried):
   return np.take_along_axis(best_LBT, loop_BT[None], 0)[0], loop_BT + 1
 
 
-def p_value(share_U: np.ndarray, delta: float, level: float) -> float:
+def p_value(share_Q: np.ndarray, delta: float, level: float) -> float:
   """Of "the mean share is above delta", by betting against it.
 
   A gambler stakes on every share's being below delta, as much as the shares
@@ -187,14 +187,14 @@ def p_value(share_U: np.ndarray, delta: float, level: float) -> float:
   bounds by the mean alone (Hoeffding's, Bentkus') do not use.
 
   Args:
-    share_U: in [0, 1], independent and alike.
+    share_Q: in [0, 1], independent and alike.
     delta: in (0, 1).
     level: at which it is to be small; what is staked depends on it.
   """
   wealth = most = 1.0
   total, spread = 0.5, 0.25  # As if there were one share of a half before.
-  for count, share in enumerate(share_U.tolist(), 1):
-    stake = math.sqrt(2 * math.log(1 / level) * count / (len(share_U) * spread))
+  for count, share in enumerate(share_Q.tolist(), 1):
+    stake = math.sqrt(2 * math.log(1 / level) * count / (len(share_Q) * spread))
     # He never stakes everything: a share of 1 leaves some wealth.
     wealth *= 1 + min(stake, _STAKE / (1 - delta)) * (delta - share)
     most = max(most, wealth)

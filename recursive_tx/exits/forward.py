@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from recursive_tx import exits, model
 from recursive_tx.config import ModelConfig, Run
 from recursive_tx.errors import UserError
-from recursive_tx.model import adapters
+from recursive_tx.model import cpu, kv_cache
 
 
 class Passed(NamedTuple):
@@ -65,80 +65,61 @@ def forward(cfg: ModelConfig, run: Run, rule: str, *, every: bool = False):
       thresholds_E: jax.Array
   ) -> Passed:
     bound = decoder.bind(variables)
-    context = bound._context(
-        batch['token_BT'], batch['segment_BT'], batch['position_BT'])
-    x_BTD = bound._enter(batch['token_BT'], context)
-    keys_N = model.no_keys(cfg, x_BTD, cfg.layers_per_loop, cfg.loops)
+    context = model.whole(
+        cfg, batch['token_BT'].shape, batch['segment_BT'],
+        batch['position_BT'])
+    x_BTD, _ = bound.enter(batch['token_BT'], context)
+    keys = kv_cache.of_first_loop(cfg, x_BTD, cfg.layers_per_loop, cfg.loops)
     depth_BT = jnp.full(batch['token_BT'].shape, cfg.loops)
-    best_BT, bests, scores = jnp.full_like(depth_BT, -1), [], []
+    bests, scores = [], []
     for loop in range(cfg.loops):
-      x_BTD, keys_N = _loop(
-          cfg, run, variables, x_BTD, keys_N,
-          {**context, 'first': loop == 0, 'exited_BT': depth_BT <= loop}, loop)
+      x_BTD, keys = bound.loop(x_BTD, loop, context.at(loop, depth_BT), keys)
       if loop == cfg.loops - 1:
         break
       # An exit here: the gate and the head read this, without a coda.
       h_BTD = model.normalize(cfg, x_BTD, variables['params']['norm'])
       if rule == 'gate':
         gate_BT = bound.gate(h_BTD, loop)
-        score_BT = exits.score(rule, gate_B=gate_BT)
-        if every:
-          best_BT, _ = best_of(variables, bound._leave(x_BTD, context), loop)
+        score_BT = exits.score(rule, gate=gate_BT)
+        best_BT = best_of(variables, bound.finish(x_BTD, context)[0], loop)[
+            0] if every else None
       else:
-        best_BT, score_BT = best_of(variables, h_BTD, loop, rule, best_BT)
+        best_BT, score_BT = best_of(variables, h_BTD, loop, rule)
       bests.append(best_BT)
       scores.append(score_BT)
       exits_BT = (depth_BT == cfg.loops) & (
           score_BT >= thresholds_E[loop])
       depth_BT = jnp.where(exits_BT, loop + 1, depth_BT)
     best_BT, _ = best_of(
-        variables, bound._leave(x_BTD, context), depth_BT - 1)
+        variables, bound.finish(x_BTD, context)[0], depth_BT - 1)
     return Passed(best_BT, depth_BT, jnp.stack(bests) if every else None,
                   jnp.stack(scores))
 
   return jax.jit(passed)
 
 
-def _loop(cfg, run, variables, x_BTD, keys_N, context, loop):
-  """One pass of the block; tokens that have exited stay as they are."""
-  params = variables['params']
-  values_N = {name: jax.tree.map(lambda v: v[loop], params['adapters'][name])
-              for name in adapters.adapter_table(cfg)}
-  if not cfg.has_loop_vectors:
-    values_N = adapters.overlay(params['block']['vectors'], values_N)
-  layer = model.Layer(cfg, run, parent=None)
-
-  def through(x_BTD, inputs):
-    kernels, values = inputs
-    return layer.apply({'params': kernels}, x_BTD, values, context)
-
-  return lax.scan(through, x_BTD, (
-      params['block']['layers'], model.with_keys(values_N, keys_N)))
-
-
-def _best(decoder, run, variables, h_BTD, loop, rule=None, before_BT=None):
+def _best(decoder, run, variables, h_BTD, loop, rule=None):
   """Likeliest tokens, and the rule's score, a chunk of positions at a time.
 
   `loop` is an int, or int32 [B, T] where tokens exited at different ones.
   """
   B, T, _ = h_BTD.shape
   chunk = run.chunk(T, 4 * B * decoder.cfg.V)
-  before_BT = jnp.full((B, T), -1) if before_BT is None else before_BT
   loop_BT = jnp.broadcast_to(loop, (B, T))
 
   def of_chunk(start):
-    h_BCD, before_BC, loop_BC = (
+    h_BCD, loop_BC = (
         lax.dynamic_slice_in_dim(x, start, chunk, axis=1)
-        for x in (h_BTD, before_BT, loop_BT))
+        for x in (h_BTD, loop_BT))
     logits_BCV = decoder.apply(
         variables, h_BCD, loop if isinstance(loop, int) else loop_BC,
         method='logits')
-    best_BC = jnp.argmax(logits_BCV, axis=-1).astype(jnp.int32)
+    best_BC = cpu.argmax(run, logits_BCV)
     score_BC = best_BC
     if rule is not None:
-      score_BC = exits.score(rule, logits_BV=logits_BCV, before_B=before_BC)
+      score_BC = exits.score(rule, logits=logits_BCV)
     return best_BC, score_BC
 
   found = lax.map(of_chunk, jnp.arange(0, T, chunk))
   return jax.tree.map(
-      lambda x_CB: jnp.moveaxis(x_CB, 0, 1).reshape(B, T), found)
+      lambda x: jnp.moveaxis(x, 0, 1).reshape(B, T), found)

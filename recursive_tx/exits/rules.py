@@ -24,8 +24,7 @@ from recursive_tx.errors import UserError, one_of
 # Rules by what must be computed to decide.
 _NEEDS = {
     'last': 'nothing', 'static': 'nothing', 'top': 'logits',
-    'margin': 'logits', 'entropy': 'logits', 'agreement': 'logits',
-    'gate': 'gate',
+    'margin': 'logits', 'gate': 'gate',
 }
 RULES = tuple(_NEEDS)
 # A threshold that no score reaches.
@@ -40,8 +39,8 @@ class Exit:
 
   Attributes:
     rule: 'last': after the last loop; 'static': after the same loop always;
-      by the loop's own logits 'top', 'margin', 'entropy' or 'agreement', see
-      `score`; 'gate': by the learned gate.
+      by the loop's own logits 'top' or 'margin', see `score`; 'gate': by the
+      learned gate.
     thresholds: one for every loop but the last, in [0, 2]; a token exits
       where its score, in [0, 1], is at least that. () for 'last', which has no
       score.
@@ -97,43 +96,35 @@ def static(loop: int, loops: int) -> Exit:
 
 
 def score(
-    rule: str, *, logits_BV: jax.Array | None = None,
-    before_B: jax.Array | None = None, gate_B: jax.Array | None = None,
+    rule: str, *, logits: jax.Array | None = None,
+    gate: jax.Array | None = None,
 ) -> jax.Array:
   """How sure a loop's output is; larger is surer.
 
   Args:
     rule: 'top', the largest probability; 'margin', its distance from the
       second over their sum, which ranks as their logits' distance does;
-      'entropy', 1 - H / log V; 'agreement', 1 where the likeliest token is
-      that of the loop before, else 0; 'gate', the probability the gate gives;
-      'static', 0.
-    logits_BV: the loop's, of any leading dimensions; where `Exit.needs` says.
-    before_B: the preceding loop's likeliest token, -1 where there was none.
-    gate_B: the gate's logit, as `Decoder.gate` gives it.
+      'gate', the probability the gate gives; 'static', 0.
+    logits: the loop's, of any leading dimensions; where `Exit.needs` says.
+    gate: the gate's logit, as `Decoder.gate` gives it.
 
   Returns:
-    score_B, fp32, in [0, 1]; a scalar for 'static'.
+    The score, fp32, in [0, 1]; a scalar for 'static'.
   """
   assert rule in RULES and rule != 'last', rule
   if rule == 'static':
     return jnp.float32(0)
   if rule == 'gate':
-    return jax.nn.sigmoid(gate_B.astype(jnp.float32))
-  if rule == 'agreement':
-    return (jnp.argmax(logits_BV, axis=-1) == before_B).astype(jnp.float32)
+    return jax.nn.sigmoid(gate.astype(jnp.float32))
   if rule == 'margin':
     # Two maxima: CPUs sort for top_k.
-    best_B1 = jnp.argmax(logits_BV, axis=-1, keepdims=True)
-    others_BV = jnp.where(
-        jnp.arange(logits_BV.shape[-1]) == best_B1, -jnp.inf, logits_BV)
-    apart_B = logits_BV.max(axis=-1) - others_BV.max(axis=-1)
-    return jnp.tanh(apart_B.astype(jnp.float32) / 2)
-  log_p_BV = jax.nn.log_softmax(logits_BV.astype(jnp.float32))
-  if rule == 'top':
-    return jnp.exp(log_p_BV.max(axis=-1))
-  p_log_p_BV = jnp.where(log_p_BV > -jnp.inf, jnp.exp(log_p_BV) * log_p_BV, 0)
-  return 1 + p_log_p_BV.sum(axis=-1) / jnp.log(log_p_BV.shape[-1])
+    best = jnp.argmax(logits, axis=-1, keepdims=True)
+    others = jnp.where(
+        jnp.arange(logits.shape[-1]) == best, -jnp.inf, logits)
+    apart = logits.max(axis=-1) - others.max(axis=-1)
+    return jnp.tanh(apart.astype(jnp.float32) / 2)
+  log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+  return jnp.exp(log_p.max(axis=-1))
 
 
 def save(

@@ -30,9 +30,9 @@ from recursive_tx.losses import chunks
 
 TERMS = ('next_token', 'distill', 'self_distill', 'gate')
 DIVERGENCES = ('forward_kl', 'reverse_kl', 'jsd', 'tvd')
-# What a batch holds of a teacher that ran before: C ids of every position, and
+# What a batch holds of a teacher that ran before: J ids of every position, and
 # their log-probabilities.
-SAVED = ('teacher_id_BTC', 'teacher_log_p_BTC')
+SAVED = ('teacher_id_BTJ', 'teacher_log_p_BTJ')
 
 
 class Head(NamedTuple):
@@ -137,7 +137,7 @@ def total(
     config: LossConfig, h_LBTD: jax.Array, batch: Mapping[str, jax.Array],
     head: Head, *, norm: jax.Array,
     teacher: tuple[jax.Array, Head] | None = None,
-    gate_LBT: jax.Array | None = None, chunk: int = 0,
+    gate_EBT: jax.Array | None = None, chunk: int = 0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """The loss of a batch and the terms it is made of.
 
@@ -146,7 +146,7 @@ def total(
     h_LBTD: the hidden states that the head multiplies, of every loop.
     batch: `target_BT` integers and `weight_BT` floats, 0 where there is
       nothing to predict; where the teacher's top-k logits were saved, also
-      `teacher_id_BTC` and `teacher_log_p_BTC`, see `top_divergence`; where
+      `teacher_id_BTJ` and `teacher_log_p_BTJ`, see `top_divergence`; where
       tokens exit early, `depth_BT`, the loops that each went through.
     head: the student's.
     norm: what sums over tokens are divided by: the sum of `weight_BT` over the
@@ -154,7 +154,7 @@ def total(
     teacher: the hidden states [B, T, D'] of the teacher's last loop and its
       head; needed where a weight of `distill` is above 0, unless the batch has
       its top-k logits.
-    gate_LBT: the exit gates' logits, of every loop but the final one, float32;
+    gate_EBT: the exit gates' logits, of every loop but the final one, float32;
       needed where a weight of `gate` is above 0.
     chunk: positions of every sequence whose logits exist at one time, a
       divisor of T; 0 is all. Changes memory and time, not the loss.
@@ -193,7 +193,7 @@ def total(
   saved = [key for key in SAVED if key in batch]
   if uses_teacher(config) and teacher is None and not saved:
     raise UserError('losses.distill has a weight above 0 but no teacher.')
-  if uses_gate(config) and gate_LBT is None:
+  if uses_gate(config) and gate_EBT is None:
     raise UserError('losses.gate has a weight above 0 but there is no gate.')
   T = batch['target_BT'].shape[1]
   if T % (chunk or T):
@@ -203,7 +203,7 @@ def total(
   # second, which get none.
   outputs = {'h_LBTD': h_LBTD}
   if uses_gate(config):
-    outputs['gate_LBT'] = gate_LBT
+    outputs['gate_EBT'] = gate_EBT
   fixed = {key: batch[key] for key in ('target_BT', 'weight_BT', *saved)}
   fixed['final_BT'] = fixed['weight_BT']  # Of tokens with a final output.
   if 'depth_BT' in batch:
@@ -258,33 +258,33 @@ def divergence(
 
 
 def top_divergence(
-    kind: str, logits_BTV: jax.Array, id_BTC: jax.Array, log_p_BTC: jax.Array
+    kind: str, logits_BTV: jax.Array, id_BTJ: jax.Array, log_p_BTJ: jax.Array
 ) -> jax.Array:
-  """`divergence` where only the teacher's C best ids are known.
+  """`divergence` where only the teacher's J best ids are known.
 
-  p and q are then of C + 1 outcomes, the ids and "another one", r:
+  p and q are then of J + 1 outcomes, the ids and "another one", r:
 
     forward KL = sum_c p_c log(p_c / q_c) + p_r log(p_r / q_r)
     p_r = 1 - sum_c p_c,  q_r = 1 - sum_c q_c
 
   and the others alike. Each is at most that of all V outcomes, and equals it
-  where C = V.
+  where J = V.
 
   Args:
     kind: one of DIVERGENCES.
     logits_BTV: the student's.
-    id_BTC: the ids, integers, those of a position distinct.
-    log_p_BTC: the teacher's log-probabilities of them, nats.
+    id_BTJ: the ids, integers, those of a position distinct.
+    log_p_BTJ: the teacher's log-probabilities of them, nats.
   """
-  log_p_BTC = lax.stop_gradient(log_p_BTC.astype(jnp.float32))
-  logits_BTC, rest_BT = _split(logits_BTV.astype(jnp.float32), id_BTC)
-  if id_BTC.shape[-1] == logits_BTV.shape[-1]:
-    return _between(kind, log_p_BTC, jax.nn.log_softmax(logits_BTC))
+  log_p_BTJ = lax.stop_gradient(log_p_BTJ.astype(jnp.float32))
+  logits_BTJ, rest_BT = _split(logits_BTV.astype(jnp.float32), id_BTJ)
+  if id_BTJ.shape[-1] == logits_BTV.shape[-1]:
+    return _between(kind, log_p_BTJ, jax.nn.log_softmax(logits_BTJ))
   # At least the fp32 epsilon, since 'reverse_kl' takes its logarithm.
   rest_p_BT = jnp.maximum(
-      1 - jnp.sum(jnp.exp(log_p_BTC), axis=-1), jnp.finfo(jnp.float32).eps)
-  log_p = jnp.concatenate([log_p_BTC, jnp.log(rest_p_BT)[..., None]], -1)
-  logits = jnp.concatenate([logits_BTC, rest_BT[..., None]], -1)
+      1 - jnp.sum(jnp.exp(log_p_BTJ), axis=-1), jnp.finfo(jnp.float32).eps)
+  log_p = jnp.concatenate([log_p_BTJ, jnp.log(rest_p_BT)[..., None]], -1)
+  logits = jnp.concatenate([logits_BTJ, rest_BT[..., None]], -1)
   return _between(kind, log_p, jax.nn.log_softmax(logits))
 
 
@@ -305,7 +305,7 @@ def _between(kind: str, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _split(logits_BTV, id_BTC):
+def _split(logits_BTV, id_BTJ):
   """Logits of the ids, and the log of the summed exp of all others.
 
   Of the others themselves, rather than of what the ids leave: a student that
@@ -313,22 +313,22 @@ def _split(logits_BTV, id_BTC):
   Its own rule makes one array of V gradients, not one for each result.
   """
   others_BTV = jnp.put_along_axis(
-      logits_BTV, id_BTC, -jnp.inf, axis=-1, inplace=False)
-  return (jnp.take_along_axis(logits_BTV, id_BTC, axis=-1),
+      logits_BTV, id_BTJ, -jnp.inf, axis=-1, inplace=False)
+  return (jnp.take_along_axis(logits_BTV, id_BTJ, axis=-1),
           jax.nn.logsumexp(others_BTV, axis=-1))
 
 
-def _split_forward(logits_BTV, id_BTC):
-  found = _split(logits_BTV, id_BTC)
-  return found, (logits_BTV, id_BTC, found[1])
+def _split_forward(logits_BTV, id_BTJ):
+  found = _split(logits_BTV, id_BTJ)
+  return found, (logits_BTV, id_BTJ, found[1])
 
 
 def _split_backward(saved, cotangent):
-  logits_BTV, id_BTC, rest_BT = saved
-  d_BTC, d_rest_BT = cotangent
+  logits_BTV, id_BTJ, rest_BT = saved
+  d_BTJ, d_rest_BT = cotangent
   d_BTV = jnp.exp(logits_BTV - rest_BT[..., None]) * d_rest_BT[..., None]
   return jnp.put_along_axis(
-      d_BTV, id_BTC, d_BTC, axis=-1, inplace=False), None
+      d_BTV, id_BTJ, d_BTJ, axis=-1, inplace=False), None
 
 
 _split.defvjp(_split_forward, _split_backward)
@@ -363,7 +363,7 @@ def _nats(
       if term == 'next_token':
         nats_BT = next_token_nats(logits_BTV, fixed['target_BT'])
       elif term == 'gate':
-        nats_BT = gate_nats(outputs['gate_LBT'][loop], logits_BTV, final_BTV)
+        nats_BT = gate_nats(outputs['gate_EBT'][loop], logits_BTV, final_BTV)
       elif term == 'distill' and SAVED[0] in fixed:
         nats_BT = top_divergence(
             config.divergence, logits_BTV, *(fixed[key] for key in SAVED))

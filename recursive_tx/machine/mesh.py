@@ -39,7 +39,7 @@ LETTERS = {
 HEAD_BATCH = 'B_head'
 # Never cut: time and heads' inner size (attention mixes them), the stacks of
 # layers and loops and the exit gate (small), and groups of query heads.
-WHOLE = ('T', 'S', 'H', 'G', 'L', 'E', 'layers', 'loops')
+WHOLE = ('T', 'S', 'H', 'G', 'L', 'W', 'layers', 'loops')
 
 Rules = tuple[tuple[str, tuple[str, ...] | None], ...]
 

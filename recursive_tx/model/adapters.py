@@ -12,13 +12,53 @@ whether a token may exit. It changes no logits.
 """
 
 import math
+from typing import NamedTuple
 
 from flax import linen as nn
+import jax
 from jax.nn import initializers
 import jax.numpy as jnp
 import numpy as np
 
 from recursive_tx import config as config_lib
+
+
+class LinearValues(NamedTuple):
+  """What is added to one kernel's product.
+
+  Attributes:
+    a, b: factors [*in, R] and [R, *out]; None without rank.
+    bias: [*out]; None without.
+    mask_B1R: which columns of `a` are of a row's loop, where `a` and `b` hold
+      those of all loops; None where they are of one.
+  """
+  a: jax.Array | None = None
+  b: jax.Array | None = None
+  bias: jax.Array | None = None
+  mask_B1R: jax.Array | None = None
+
+
+class LayerValues(NamedTuple):
+  """What a layer is passed beside its kernels, each may vary by loop.
+
+  Attributes:
+    attn_norm, mlp_norm: leaves of `norm_leaves`.
+    linears: by kernel.
+  """
+  attn_norm: dict[str, jax.Array]
+  mlp_norm: dict[str, jax.Array]
+  linears: dict[str, LinearValues]
+
+
+def layer_values(
+    cfg: config_lib.ModelConfig, *trees: dict[str, dict]
+) -> LayerValues:
+  """From trees of leaves by name, of one layer or stacked."""
+  merged = overlay(*trees)
+  return LayerValues(
+      merged['attn_norm'], merged['mlp_norm'],
+      {name: LinearValues(**merged.get(name, {})) for name in cfg.kernels})
+
 
 # {name: {leaf: (letters, rank or None, initializer)}}
 Table = dict[str, dict[str, tuple]]
@@ -56,13 +96,13 @@ def head_leaves(cfg: config_lib.ModelConfig) -> dict[str, tuple]:
 
 
 def gate_leaves(cfg: config_lib.ModelConfig) -> dict[str, tuple]:
-  """Leaves of one loop's gate: `a` [D, E] and `b` [E], and their biases.
+  """Leaves of one loop's gate: `a` [D, W] and `b` [W], and their biases.
 
   The logit of a fresh gate is 0.
   """
   zeros = initializers.zeros
-  return {'a': ('DE', None, initializers.normal(cfg.D**-0.5)),
-          'a_bias': ('E', None, zeros), 'b': ('E', None, zeros),
+  return {'a': ('DW', None, initializers.normal(cfg.D**-0.5)),
+          'a_bias': ('W', None, zeros), 'b': ('W', None, zeros),
           'b_bias': ('', None, zeros)}
 
 
@@ -133,8 +173,8 @@ class Leaves(nn.Module):
     return values
 
 
-class LayerValues(nn.Module):
-  """All values of one layer that are passed in, by name."""
+class LayerLeaves(nn.Module):
+  """All leaves of one layer that are passed in, by name."""
   cfg: config_lib.ModelConfig
   table: Table
 
@@ -166,7 +206,7 @@ class Adapters(nn.Module):
             for name, leaves in adapter_table(cfg).items()}
 
 
-def stacked(axes: tuple[tuple[str, int], ...], module=LayerValues):
+def stacked(axes: tuple[tuple[str, int], ...], module=LayerLeaves):
   """A module whose every leaf has the leading `axes`, (name, size) each."""
   for name, size in reversed(axes):
     module = nn.vmap(

@@ -5,10 +5,10 @@ differ by rounding only: `plain` holds all [T, S] scores, the others those of
 one block of queries at a time, forward and backward.
 """
 
+import chex
 import jax
-import jax.numpy as jnp
 
-from recursive_tx.model import attention_blocks, attention_kernels
+from recursive_tx.model import attention_blocks, attention_kernels, cpu
 
 
 def visible(
@@ -48,7 +48,7 @@ def choose(
     window: keys a query sees; 0 is all before it.
     platform: 'cpu', 'tpu' or 'gpu'; None is that of the mesh, else of JAX.
   """
-  platform = platform or _platform()
+  platform = platform or cpu.platform()
   if implementation in ('splash', 'pallas') and not attention_kernels.covers(
       implementation, T=T, S=S, window=window):
     implementation = 'auto'  # Decoding runs beside training under one Run.
@@ -78,12 +78,14 @@ def attend(
   Returns:
     Mixed values, BTNH, in q's dtype.
   """
+  chex.assert_rank([q_BTNH, k_BSKH], 4)
+  chex.assert_equal_shape([k_BSKH, v_BSKH])
   T, S, H = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[3]
   implementation = choose(implementation, T=T, S=S, window=window)
   if implementation in ('splash', 'pallas'):
     return attention_kernels.attend(
         implementation, q_BTNH * H**-0.5, k_BSKH, v_BSKH, segment_BT, window,
-        interpret=_platform() == 'cpu')
+        interpret=cpu.platform() == 'cpu')
   k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (k_BSKH, v_BSKH))
   if implementation == 'blocks' and T == S:
     def mix(q, k, v, mask):
@@ -99,22 +101,8 @@ def attend_heads(
 ) -> jax.Array:
   """The same for keys and values ordered by head; plain, or as `mix` does."""
   B, T, N, H = q_BTNH.shape
-  K, S = k_BKSH.shape[1:3]
-  q_BTNH = q_BTNH * H**-0.5
-  # One batch dimension P = B * K and contiguous rows are what XLA's CPU
-  # backend multiplies fast.
-  q_PGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(
-      0, 2, 3, 1, 4).reshape(B * K, N // K, T, H)
-  k_PSH, v_PSH = (x.reshape(B * K, S, H) for x in (k_BKSH, v_BKSH))
-  mask_PTS = mask_BTS if len(mask_BTS) == 1 else jnp.repeat(mask_BTS, K, 0)
-  out_PGTH = mix(q_PGTH, k_PSH, v_PSH, mask_PTS)
-  out_BKGTH = out_PGTH.reshape(B, K, N // K, T, H)
+  K = k_BKSH.shape[1]
+  q_BKGTH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H).transpose(
+      0, 2, 3, 1, 4)
+  out_BKGTH = mix(q_BKGTH, k_BKSH, v_BKSH, mask_BTS)
   return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
-
-
-def _platform() -> str:
-  """Of the mesh that is being compiled for, which may be another machine's."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  if device is None:
-    return jax.default_backend()
-  return {'cuda': 'gpu', 'rocm': 'gpu'}.get(device.platform, device.platform)

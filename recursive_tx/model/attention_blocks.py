@@ -1,7 +1,4 @@
-"""Attention in plain JAX: all scores at once, or a block of queries at a time.
-
-Layouts are what XLA's CPU backend multiplies fast: P is batch times key heads.
-"""
+"""Attention in plain JAX: all scores at once, or by blocks of queries."""
 
 import functools
 
@@ -13,39 +10,39 @@ BLOCK = 64  # Queries at once; a block's scores stay in a CPU's cache.
 _MAX_BLOCKS = 16  # Blocks are unrolled, so their number costs compile time.
 
 
-def mix(q_PGTH, k_PSH, v_PSH, mask_PTS):
+def mix(q_BKGTH, k_BKSH, v_BKSH, mask_BTS):
   """Mixed values."""
-  return _mix(q_PGTH, k_PSH, v_PSH, mask_PTS)[0]
+  return _mix(q_BKGTH, k_BKSH, v_BKSH, mask_BTS)[0]
 
 
-def _mix(q_PGTH, k_PSH, v_PSH, mask_PTS):
+def _mix(q_BKGTH, k_BKSH, v_BKSH, mask_BTS):
   """Mixed values, and the log of each row's softmax denominator."""
-  score = _scores(q_PGTH, k_PSH, mask_PTS)
+  score = _scores(q_BKGTH, k_BKSH, mask_BTS)
   top = jnp.max(score, axis=-1, keepdims=True)
   weight = jnp.exp(score - top)
   total = weight.sum(-1, keepdims=True)
-  out = jnp.einsum('PGTS,PSH->PGTH', weight.astype(v_PSH.dtype), v_PSH,
+  out = jnp.einsum('BKGTS,BKSH->BKGTH', weight.astype(v_BKSH.dtype), v_BKSH,
                    preferred_element_type=jnp.float32) / total
-  return out.astype(q_PGTH.dtype), top + jnp.log(total)
+  return out.astype(q_BKGTH.dtype), top + jnp.log(total)
 
 
-def _scores(q_PGTH, k_PSH, mask_PTS):
-  score = jnp.einsum('PGTH,PSH->PGTS', q_PGTH, k_PSH,
+def _scores(q_BKGTH, k_BKSH, mask_BTS):
+  score = jnp.einsum('BKGTH,BKSH->BKGTS', q_BKGTH, k_BKSH,
                      preferred_element_type=jnp.float32)
-  return jnp.where(mask_PTS[:, None], score, _NEVER)
+  return jnp.where(mask_BTS[:, None, None], score, _NEVER)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def mix_blocks(q_PGTH, k_PSH, v_PSH, mask_PTS, window):
-  return _blocks_forward(q_PGTH, k_PSH, v_PSH, mask_PTS, window)[0]
+def mix_blocks(q_BKGTH, k_BKSH, v_BKSH, mask_BTS, window):
+  return _blocks_forward(q_BKGTH, k_BKSH, v_BKSH, mask_BTS, window)[0]
 
 
 def _blocks_forward(q, k, v, mask, window):
   out, log_total = zip(*(
-      _mix(q[:, :, rows], k[:, keys], v[:, keys], mask[:, rows, keys])
-      for rows, keys in _spans(q.shape[2], window)), strict=True)
-  out = jnp.concatenate(out, axis=2)
-  log_total = jnp.concatenate(log_total, axis=2)
+      _mix(q[:, :, :, rows], k[:, :, keys], v[:, :, keys], mask[:, rows, keys])
+      for rows, keys in _spans(q.shape[3], window)), strict=True)
+  out = jnp.concatenate(out, axis=3)
+  log_total = jnp.concatenate(log_total, axis=3)
   return out, (q, k, v, mask, out, log_total)
 
 
@@ -55,17 +52,17 @@ def _blocks_backward(window, saved, d_out):
   einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   dot = (d_out.astype(jnp.float32) * out).sum(-1, keepdims=True)
   d_q, d_k, d_v = [], jnp.zeros(k.shape), jnp.zeros(v.shape)
-  for rows, keys in _spans(q.shape[2], window):
-    q_rows, d_rows = q[:, :, rows], d_out[:, :, rows]
-    score = _scores(q_rows, k[:, keys], mask[:, rows, keys])
-    weight = jnp.exp(score - log_total[:, :, rows])
-    d_weight = einsum('PGTH,PSH->PGTS', d_rows, v[:, keys])
-    d_score = (weight * (d_weight - dot[:, :, rows])).astype(q.dtype)
-    d_q.append(einsum('PGTS,PSH->PGTH', d_score, k[:, keys]))
-    d_k = d_k.at[:, keys].add(einsum('PGTS,PGTH->PSH', d_score, q_rows))
-    d_v = d_v.at[:, keys].add(
-        einsum('PGTS,PGTH->PSH', weight.astype(q.dtype), d_rows))
-  d_q = jnp.concatenate(d_q, axis=2)
+  for rows, keys in _spans(q.shape[3], window):
+    q_rows, d_rows = q[:, :, :, rows], d_out[:, :, :, rows]
+    score = _scores(q_rows, k[:, :, keys], mask[:, rows, keys])
+    weight = jnp.exp(score - log_total[:, :, :, rows])
+    d_weight = einsum('BKGTH,BKSH->BKGTS', d_rows, v[:, :, keys])
+    d_score = (weight * (d_weight - dot[:, :, :, rows])).astype(q.dtype)
+    d_q.append(einsum('BKGTS,BKSH->BKGTH', d_score, k[:, :, keys]))
+    d_k = d_k.at[:, :, keys].add(einsum('BKGTS,BKGTH->BKSH', d_score, q_rows))
+    d_v = d_v.at[:, :, keys].add(
+        einsum('BKGTS,BKGTH->BKSH', weight.astype(q.dtype), d_rows))
+  d_q = jnp.concatenate(d_q, axis=3)
   return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 

@@ -8,6 +8,7 @@ Transformers, equations 1 to 3. Knows nothing of families or files.
 import functools
 import math
 
+import chex
 from flax import linen as nn
 import jax
 from jax.nn import initializers
@@ -16,13 +17,12 @@ import jax.numpy as jnp
 from recursive_tx import config as config_lib
 from recursive_tx.model import (
   adapters,
-  attention,
   embedding,
   kv_cache,
   mixed_loops,
 )
-from recursive_tx.model.layer import normalize, rope_tables
-from recursive_tx.model.linear import project
+from recursive_tx.model.cpu import product
+from recursive_tx.model.layer import Context, normalize, rope_tables, whole
 from recursive_tx.model.stack import Stack
 
 
@@ -57,10 +57,10 @@ class Decoder(nn.Module):
     Returns:
       logits_BTV, fp32.
     """
-    context = self._context(token_BT, segment_BT, position_BT)
-    x_BTD = self._enter(token_BT, context)
-    x_BTD = self.block(x_BTD, self.adapters(), context)[0]
-    h_BTD = self._leave(x_BTD, context)
+    context = whole(self.cfg, token_BT.shape, segment_BT, position_BT)
+    x_BTD, _ = self.enter(token_BT, context)
+    x_BTD, _ = self.block(x_BTD, self.adapters(), context)
+    h_BTD, _ = self.finish(x_BTD, context)
     if self.is_initializing() and self.cfg.exit_gate:
       self.gate(h_BTD, 0)
     return self.logits(h_BTD)
@@ -86,13 +86,13 @@ class Decoder(nn.Module):
   def hidden_and_gates(
       self, token_BT, segment_BT=None, position_BT=None, depth_BT=None
   ):
-    """`hidden`, and gate_LBT: the exit gate's logits, but the final loop's."""
+    """`hidden`, and gate_EBT: the exit gate's logits, but the final loop's."""
     x_LBTD, h_LBTD = self._every_loop(
         token_BT, segment_BT, position_BT, depth_BT)
-    gate_LBT = jnp.stack([
+    gate_EBT = jnp.stack([
         self.gate(normalize(self.cfg, x_BTD, self.norm()), loop)
         for loop, x_BTD in enumerate(x_LBTD[:-1])])
-    return h_LBTD, gate_LBT
+    return h_LBTD, gate_EBT
 
   def gate(self, h, loop):
     """Whether tokens may exit: fp32 logits [...] of the exit gates.
@@ -109,8 +109,8 @@ class Decoder(nn.Module):
       leaves = {name: value[loop:loop + 1] for name, value in leaves.items()}
     # All gates at once are one matmul; to gather them by row would copy them.
     inner = jax.nn.gelu(
-        jnp.einsum('...D,LDE->...LE', h, leaves['a']) + leaves['a_bias'])
-    gate = jnp.einsum('...LE,LE->...L', inner, leaves['b']) + leaves['b_bias']
+        jnp.einsum('...D,EDW->...EW', h, leaves['a']) + leaves['a_bias'])
+    gate = jnp.einsum('...EW,EW->...E', inner, leaves['b']) + leaves['b_bias']
     if isinstance(loop, int):
       return gate[..., 0]
     return jnp.take_along_axis(gate, loop[..., None], -1, mode='clip')[..., 0]
@@ -131,9 +131,10 @@ class Decoder(nn.Module):
     h_TD = h.reshape(-1, h.shape[-1])
     if head_DV is None:
       table = self.embed() if self.head is None else self.head()
-      logits = project('TD,VD->TV', h_TD, table.astype(h.dtype), jnp.float32)
+      logits = product(self.run, 'TD,VD->TV', h_TD, table.astype(h.dtype),
+                       jnp.float32)
     else:
-      logits = project('TD,DV->TV', h_TD, head_DV, jnp.float32)
+      logits = product(self.run, 'TD,DV->TV', h_TD, head_DV, jnp.float32)
     exits = self.cfg.loops - 1
     loop = exits if loop is None else loop
     is_exit = not isinstance(loop, int) or loop != exits
@@ -143,8 +144,8 @@ class Decoder(nn.Module):
       # Two thin matmuls: their product has the size of the table.
       if isinstance(loop, int):
         loop = 0 if self.is_initializing() else loop
-        thin = project('TD,DR->TR', h_TD, a[loop], h.dtype)
-        logits += project('TR,RV->TV', thin, b[loop], jnp.float32)
+        thin = product(self.run, 'TD,DR->TR', h_TD, a[loop], h.dtype)
+        logits += product(self.run, 'TR,RV->TV', thin, b[loop], jnp.float32)
       else:
         own_TE = jax.nn.one_hot(loop.reshape(-1), exits, dtype=h.dtype)
         thin = jnp.einsum('TD,EDR,TE->TER', h_TD, a, own_TE)
@@ -155,7 +156,7 @@ class Decoder(nn.Module):
       logits = nn.with_logical_constraint(logits, ('B_head', 'T', 'V'))
     return logits
 
-  def decode(self, token_BT, position_BT, row_B, cache, mixed_N=None,
+  def decode(self, token_BT, position_BT, row_B, cache, mixed_M=None,
              head_DV=None):
     """Logits of new tokens, whose predecessors' keys are in the cache.
 
@@ -165,107 +166,107 @@ class Decoder(nn.Module):
       position_BT: their positions, below the cache's length.
       row_B: the cache's row of each row here.
       cache: of `cache.init` or an earlier call.
-      mixed_N, head_DV: of `loop` and `logits`.
+      mixed_M, head_DV: of `loop` and `logits`.
 
     Returns:
       logits_BTV, fp32, and the cache with these tokens in it.
     """
-    place = kv_cache.Place(
-        row_B[:, None], position_BT, jnp.zeros_like(row_B[:, None]))
-    x_BTD, cache = self.enter(token_BT, cache, place)
+    keys = kv_cache.Cached(cache, kv_cache.Place(
+        row_B[:, None], position_BT, jnp.zeros_like(row_B[:, None])))
+    x_BTD, keys = self.enter(token_BT, keys=keys)
     for loop in range(self.cfg.loops):
-      x_BTD, cache = self.loop(
-          x_BTD, loop, cache, place, mixed_N=mixed_N)
-    h_BTD, cache = self.leave(x_BTD, cache, place)
-    return self.logits(h_BTD, head_DV=head_DV), cache
+      x_BTD, keys = self.loop(x_BTD, loop, keys=keys, mixed_M=mixed_M)
+    h_BTD, keys = self.finish(x_BTD, keys=keys)
+    return self.logits(h_BTD, head_DV=head_DV), keys.cache
 
-  def enter(self, token_BT, cache, place):
-    """What the first loop reads, x_BTD, and the cache after the prelude."""
-    x_BTD = self._embed(token_BT)
-    if self.prelude is None:
-      return x_BTD, cache
-    return self.prelude.once(
-        x_BTD, [{}] * self.cfg.prelude, self._place_context(place), cache,
-        place)
+  def enter(self, token_BT, context=None, keys=None):
+    """What the first loop reads, x_BTD, and the keys after the prelude.
 
-  def loop(self, x_BTD, loop, cache, place, method='__call__', mixed_N=None):
-    """One pass of the block: x_BTD and the cache.
+    Args:
+      token_BT: int32 token ids.
+      context: of `whole`, for a pass over whole sequences.
+      keys: instead of it, `kv_cache.Cached`, where the tokens' predecessors
+        are; of its place row_BT and position_BT are read.
+    """
+    chex.assert_rank(token_BT, 2)
+    x_BTD = embedding.lookup(self.embed(), token_BT, self.run.dtype)
+    x_BTD = nn.with_logical_constraint(x_BTD, ('B', 'T', 'D'))
+    if self.cfg.embed_scale:
+      x_BTD *= jnp.asarray(math.sqrt(self.cfg.D), x_BTD.dtype)
+    return self._once(self.prelude, 0, x_BTD, context, keys)
+
+  def loop(
+      self, x_BTD, loop, context=None, keys=None, method='__call__',
+      mixed_M=None
+  ):
+    """One run of the block: x_BTD and the keys.
 
     Args:
       x_BTD: what goes in.
       loop: which loop it is, from 0: an int, or int32 [B, 1], one for each
         row; for 'fill' without adapters also [B, L], several.
-      cache, place: see kv_cache.py; place.virtual_BT is not read.
+      context: see `enter`; `at` this loop.
+      keys: see `enter`; for whole sequences `kv_cache.of_first_loop`.
       method: of Layer; 'fill' writes keys and values only.
-      mixed_N: of `mixed_loops.mixed`; None computes it.
+      mixed_M: of `mixed_loops.mixed`; None computes it.
     """
     cfg = self.cfg
-    if mixed_N is None:
-      mixed_N = mixed_loops.mixed(
-          cfg, self.variables['params'].get('adapters', {}))
-    values_N = mixed_loops.at(cfg, mixed_N, loop)
-    loop_BT = jnp.full_like(place.row_BT, loop) if isinstance(
-        loop, int) else loop
-    if cfg.loop_keys:
-      place = place._replace(
-          virtual_BT=cfg.prelude + loop_BT * cfg.layers_per_loop)
+    if mixed_M is None and isinstance(loop, int):
+      values = jax.tree.map(lambda leaf: leaf[loop], self.adapters())
     else:
-      place = place._replace(
-          virtual_BT=jnp.full_like(loop_BT, cfg.prelude),
-          writes_BT=loop_BT == 0)
-    return self.block.once(
-        x_BTD, values_N, self._place_context(place), cache, place, method)
+      if mixed_M is None:
+        mixed_M = mixed_loops.mixed(cfg, self.adapters())
+      values = mixed_loops.at(cfg, mixed_M, loop)
+    if isinstance(keys, kv_cache.Cached):
+      context, place = _step(cfg, keys), keys.place
+      loop_BT = jnp.full_like(place.row_BT, loop) if isinstance(
+          loop, int) else loop
+      if cfg.loop_keys:
+        place = place._replace(
+            virtual_BT=cfg.prelude + loop_BT * cfg.layers_per_loop)
+      else:
+        place = place._replace(
+            virtual_BT=jnp.full_like(loop_BT, cfg.prelude),
+            writes_BT=loop_BT == 0)
+      keys = keys._replace(place=place)
+    return self.block.walk(x_BTD, values, context, keys, method=method)
 
-  def leave(self, x_BTD, cache, place):
-    """What the head multiplies, h_BTD, and the cache after the coda."""
-    if self.coda is not None:
-      first = self.cfg.key_layers - self.cfg.coda
-      x_BTD, cache = self.coda.once(
-          x_BTD, [{}] * self.cfg.coda, self._place_context(place), cache,
-          place._replace(virtual_BT=jnp.full_like(place.row_BT, first)))
-    return normalize(self.cfg, x_BTD, self.norm()), cache
+  def finish(self, x_BTD, context=None, keys=None):
+    """What the head multiplies, h_BTD, and the keys after the coda.
 
-  def _place_context(self, place):
-    return {'rope': rope_tables(self.cfg, place.position_BT)}
+    Args:
+      x_BTD: the output of a loop.
+      context, keys: see `enter`.
+    """
+    x_BTD, keys = self._once(
+        self.coda, self.cfg.key_layers - self.cfg.coda, x_BTD, context, keys)
+    return normalize(self.cfg, x_BTD, self.norm()), keys
 
-  def _context(self, token_BT, segment_BT, position_BT, mask_BTS=None):
-    """What every layer of one call shares."""
-    place_1T = jnp.arange(token_BT.shape[1])[None]
-    if position_BT is None:
-      position_BT = jnp.broadcast_to(place_1T, token_BT.shape)
-    if mask_BTS is None:
-      mask_BTS = attention.visible(
-          place_1T, place_1T, window=self.cfg.window, segment_BT=segment_BT)
-    return {'mask_BTS': mask_BTS, 'segment_BT': segment_BT,
-            'rope': rope_tables(self.cfg, position_BT)}
+  def _once(self, stack, first: int, x_BTD, context, keys):
+    """A run of prelude or coda, whose first virtual layer is `first`."""
+    if stack is None:
+      return x_BTD, keys
+    if keys is not None:
+      context, place = _step(self.cfg, keys), keys.place
+      keys = keys._replace(place=place._replace(
+          virtual_BT=jnp.full_like(place.row_BT, first), writes_BT=None))
+    return stack.walk(x_BTD, {}, context, keys)
 
   def _every_loop(
       self, token_BT, segment_BT, position_BT, depth_BT, mask_BTS=None
   ):
     """Each loop's output, x_LBTD, and what the head reads of it, h_LBTD."""
-    context = self._context(token_BT, segment_BT, position_BT, mask_BTS)
-    x_BTD = self._enter(token_BT, context)
-    x_LBTD = self.block(
-        x_BTD, self.adapters(), {**context, 'depth_BT': depth_BT})[1]
+    context = whole(
+        self.cfg, token_BT.shape, segment_BT, position_BT, mask_BTS)
+    x_BTD, _ = self.enter(token_BT, context)
+    _, x_LBTD = self.block(x_BTD, self.adapters(), context, depth_BT)
     return x_LBTD, jnp.stack(
-        [self._leave(x_BTD, context) for x_BTD in x_LBTD])
+        [self.finish(x_BTD, context)[0] for x_BTD in x_LBTD])
 
-  def _embed(self, token_BT):
-    x_BTD = embedding.lookup(self.embed(), token_BT, self.run.dtype)
-    x_BTD = nn.with_logical_constraint(x_BTD, ('B', 'T', 'D'))
-    if self.cfg.embed_scale:
-      x_BTD *= jnp.asarray(math.sqrt(self.cfg.D), x_BTD.dtype)
-    return x_BTD
 
-  def _enter(self, token_BT, context):
-    x_BTD = self._embed(token_BT)
-    return x_BTD if self.prelude is None else self.prelude(
-        x_BTD, {}, context)[0]
-
-  def _leave(self, x_BTD, context):
-    if self.coda is not None:
-      x_BTD = self.coda(x_BTD, {}, context)[0]
-    return normalize(self.cfg, x_BTD, self.norm())
+def _step(cfg, keys: kv_cache.Cached) -> Context:
+  """Of a pass over tokens whose predecessors are in a cache."""
+  return Context(rope_tables(cfg, keys.place.position_BT))
 
 
 class Table(nn.Module):

@@ -45,6 +45,40 @@ class Place(NamedTuple):
   writes_BT: jax.Array | None = None
 
 
+class Cached(NamedTuple):
+  """The keys of tokens whose predecessors' are in a cache.
+
+  Attributes:
+    cache: of all virtual layers.
+    place: of these tokens, in one layer or the first of several.
+  """
+  cache: Cache
+  place: Place
+
+  def layer(self, index: int) -> 'Cached':
+    """For a later layer of the same run of layers."""
+    return self._replace(place=self.place._replace(
+        virtual_BT=self.place.virtual_BT + index))
+
+
+class Shared(NamedTuple):
+  """The first loop's keys and values, which later loops read."""
+  k_BTKH: jax.Array
+  v_BTKH: jax.Array
+
+
+def of_first_loop(
+    cfg: config_lib.ModelConfig, x_BTD: jax.Array, layers: int, loops: int
+) -> Shared | None:
+  """Zeros [layers, ...] for the first loop to replace; None if unshared."""
+  if cfg.loop_keys or loops == 1:
+    return None
+  zeros = nn.with_logical_constraint(
+      jnp.zeros((layers, *x_BTD.shape[:2], cfg.K, cfg.H), x_BTD.dtype),
+      ('layers', 'B', 'T', 'K', 'H'))
+  return Shared(zeros, zeros)
+
+
 def init(
     cfg: config_lib.ModelConfig, rows: int, length: int, dtype='float32'
 ) -> Cache:
@@ -53,26 +87,23 @@ def init(
   return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
-def write(
-    cache: Cache, place: Place, k_BTKH: jax.Array, v_BTKH: jax.Array
-) -> Cache:
+def write(keys: Cached, k_BTKH: jax.Array, v_BTKH: jax.Array) -> Cached:
   """The cache with the keys and values of some tokens in it.
 
   A token's keys go to several places where T is 1 but the place's is not.
   """
+  cache, place = keys
   row_BT = place.row_BT
   if place.writes_BT is not None:
     row_BT = jnp.where(place.writes_BT, row_BT, cache.k.shape[1])
   at = (place.virtual_BT, row_BT, slice(None), place.position_BT)
-  return Cache(*(
+  return Cached(Cache(*(
       nn.with_logical_constraint(
           leaf.at[at].set(new.astype(leaf.dtype), mode='drop'), LETTERS)
-      for leaf, new in zip(cache, (k_BTKH, v_BTKH), strict=True)))
+      for leaf, new in zip(cache, (k_BTKH, v_BTKH), strict=True))), place)
 
 
-def attend(
-    q_BTNH: jax.Array, cache: Cache, place: Place, *, window: int
-) -> jax.Array:
+def attend(q_BTNH: jax.Array, keys: Cached, *, window: int) -> jax.Array:
   """Softmax attention of tokens to their rows' keys, up to their own.
 
   All tokens of a row are at one virtual layer.
@@ -80,7 +111,8 @@ def attend(
   Returns:
     Mixed values, BTNH, in q's dtype.
   """
-  R, longest = cache.k.shape[1], cache.k.shape[3]
+  cache, place = keys
+  rows, longest = cache.k.shape[1], cache.k.shape[3]
   virtual_B, row_B = place.virtual_BT[:, 0], place.row_BT[:, 0]
   lengths = [longest]
   while lengths[0] > _SHORTEST:
@@ -96,6 +128,6 @@ def attend(
       return attention.attend_heads(q_BTNH, k_BKSH, v_BKSH, mask_BTS)
     return mix
 
-  reach = jnp.where(row_B < R, place.position_BT.max(axis=1) + 1, 0).max()
+  reach = jnp.where(row_B < rows, place.position_BT.max(axis=1) + 1, 0).max()
   which = jnp.searchsorted(jnp.array(lengths[:-1]), reach)
   return lax.switch(which, [within(n) for n in lengths], q_BTNH, cache)

@@ -31,7 +31,7 @@ def mixed(
 
 
 def at(
-    cfg: config_lib.ModelConfig, mixed_N: list[dict[str, dict]], loop
+    cfg: config_lib.ModelConfig, mixed_M: list[dict[str, dict]], loop
 ) -> list[dict[str, dict]]:
   """What every layer adds at a loop, an int, or each row's, int32 [B, 1]."""
   if isinstance(loop, int):
@@ -44,14 +44,14 @@ def at(
   else:
     def pick(name, leaf, value):
       return value if leaf in 'ab' else jnp.asarray(value)[loop]
-  picked_N = [
+  picked_M = [
       {name: {leaf: pick(name, leaf, value) for leaf, value in leaves.items()}
-       for name, leaves in values.items()} for values in mixed_N]
+       for name, leaves in values.items()} for values in mixed_M]
   if isinstance(loop, int):
-    return picked_N
+    return picked_M
   own_B1L = jax.nn.one_hot(loop, cfg.loops)
-  for values in picked_N:
+  for values in picked_M:
     for name, leaves in values.items():
       if 'a' in leaves:
-        leaves['mask'] = jnp.repeat(own_B1L, cfg.ranks[name], axis=2)
-  return picked_N
+        leaves['mask_B1R'] = jnp.repeat(own_B1L, cfg.ranks[name], axis=2)
+  return picked_M

@@ -1,12 +1,12 @@
-"""A scan over loops of a scan over layers, and one pass with a cache."""
+"""One walk through a run of layers, and the loops that repeat it."""
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
 from recursive_tx import config as config_lib
-from recursive_tx.model import adapters
-from recursive_tx.model.layer import Layer
+from recursive_tx.model import adapters, kv_cache
+from recursive_tx.model.layer import Context, Layer
 
 _REMATS = {
     'full': jax.checkpoint_policies.nothing_saveable,
@@ -29,106 +29,103 @@ class Stack(nn.Module):
   loops: int = 1
   own_vectors: bool = True
 
-  @nn.compact
-  def __call__(self, x_BTD, adapters_L, context):
-    """Returns x_BTD and each loop's output h_LBTD."""
+  def setup(self):
+    self.scanned = nn.scan(
+        self._layer(), variable_axes={'params': 0},
+        split_rngs={'params': True}, in_axes=(0, nn.broadcast, 0),
+        length=self.layers, metadata_params={nn.PARTITION_NAME: 'layers'})(
+            self.cfg, self.run, name='layers')
     if self.own_vectors:
-      vectors = adapters.stacked((('layers', self.layers),))(
-          self.cfg, adapters.vector_table(self.cfg), name='vectors')()
-      shared_L = jax.tree.map(
-          lambda v: jnp.broadcast_to(v, (self.loops, *v.shape)), vectors)
-      adapters_L = adapters.overlay(shared_L, adapters_L)
-    layer = Layer
-    if self.run.remat != 'none':
-      layer = nn.remat(Layer, policy=_REMATS[self.run.remat],
-                       prevent_cse=self.run.unroll)
+      self.vectors = adapters.stacked((('layers', self.layers),))(
+          self.cfg, adapters.vector_table(self.cfg))
 
-    if self.run.unroll and not self.is_initializing():
-      return self._unrolled(layer, x_BTD, adapters_L, context)
-
-    def loop(stack, carry, adapter, index):
-      x_BTD, keys_N = carry
-      scan = nn.scan(
-          layer, variable_axes={'params': 0}, split_rngs={'params': True},
-          in_axes=(0, nn.broadcast), length=stack.layers,
-          metadata_params={nn.PARTITION_NAME: 'layers'})
-      carry = scan(stack.cfg, stack.run, name='layers')(
-          x_BTD, with_keys(adapter, keys_N), _at_loop(context, index))
-      return carry, carry[0]
-
-    loops = nn.scan(
-        loop, variable_broadcast='params', split_rngs={'params': False},
-        in_axes=0, length=self.loops)
-    (x_BTD, _), h_LBTD = loops(
-        self, (x_BTD, no_keys(self.cfg, x_BTD, self.layers, self.loops)),
-        adapters_L, jnp.arange(self.loops))
-    return x_BTD, h_LBTD
-
-  def _unrolled(self, layer, x_BTD, adapters_L, context):
-    """The same without a scan, which would stack what backward needs."""
-    layer = layer(self.cfg, self.run, parent=None)
-    params = _unstack(self.variables['params']['layers'], self.layers)
-    h_LBTD, keys_N = [], no_keys(self.cfg, x_BTD, self.layers, self.loops)
-    for index, adapter in enumerate(_unstack(adapters_L, self.loops)):
-      now, keys = _at_loop(context, index), []
-      for leaves, values in zip(params, _unstack(
-          with_keys(adapter, keys_N), self.layers), strict=True):
-        x_BTD, own = layer.apply({'params': leaves}, x_BTD, values, now)
-        keys.append(own)
-      keys_N = jax.tree.map(lambda *own: jnp.stack(own), *keys)
-      h_LBTD.append(x_BTD)
-    return x_BTD, jnp.stack(h_LBTD)
-
-  def once(self, x_BTD, adapters_N, context, cache, place, method='__call__'):
-    """One pass of the layers over tokens whose earlier ones are in the cache.
+  def __call__(self, x_BTD, adapters_L, context: Context, depth_BT=None):
+    """Every loop over whole sequences.
 
     Args:
-      x_BTD: what goes in; rows may be at different loops.
-      adapters_N: a dictionary of values for every layer, of `mixed_loops.at`.
-      context: of `Decoder._context`.
-      cache, place: see kv_cache.py; `place` is that of the first layer.
-      method: of Layer: what to do in each.
+      x_BTD: what goes in.
+      adapters_L: values [loops, layers, ...] by name.
+      context: of all loops; its `first` and `exited_BT` are set here.
+      depth_BT: after how many loops each token exits; None is none.
 
     Returns:
-      x_BTD and the cache with these tokens in it.
+      x_BTD and each loop's output x_LBTD.
     """
+    keys = kv_cache.of_first_loop(self.cfg, x_BTD, self.layers, self.loops)
+    if self.run.unroll and not self.is_initializing():
+      # Without a scan, which would stack what backward needs.
+      apart_M, x_LBTD = self._apart(), []
+      for loop, values in enumerate(_unstack(adapters_L, self.loops)):
+        x_BTD, keys = self.walk(
+            x_BTD, values, context.at(loop, depth_BT), keys, apart_M=apart_M)
+        x_LBTD.append(x_BTD)
+      return x_BTD, jnp.stack(x_LBTD)
+
+    def body(stack, carry, values, loop):
+      carry = stack.walk(carry[0], values, context.at(loop, depth_BT), carry[1])
+      return carry, carry[0]
+
+    (x_BTD, _), x_LBTD = nn.scan(
+        body, variable_broadcast='params', split_rngs={'params': False},
+        in_axes=0, length=self.loops)(
+            self, (x_BTD, keys), adapters_L, jnp.arange(self.loops))
+    return x_BTD, x_LBTD
+
+  def walk(
+      self, x_BTD, values, context: Context, keys=None, *, method='__call__',
+      apart_M=None,
+  ):
+    """One run of the layers.
+
+    Args:
+      x_BTD: what goes in; with a cache, rows may be at different loops.
+      values: what the adapters hold for this loop: leaves [layers, ...] by
+        name, or a list of those of each layer.
+      context: what the layers share.
+      keys: None, `kv_cache.Shared` of every layer [layers, ...], or
+        `kv_cache.Cached` with the place of the first layer.
+      method: of Layer: what to do in each.
+      apart_M: of `_apart`, where several loops share one.
+
+    Returns:
+      x_BTD, and the keys after these layers.
+    """
+    cached = isinstance(keys, kv_cache.Cached)
+    # A scan would copy the cache that it carries.
+    if self.is_initializing() or not (cached or self.run.unroll):
+      vectors = self.vectors() if self.own_vectors else {}
+      return self.scanned(
+          x_BTD, adapters.layer_values(self.cfg, vectors, values), context,
+          keys)
+    layer = self._layer()(self.cfg, self.run, parent=None)
+    values_M, own_M = _list(values, self.layers), []
+    keys_M = None if cached else _list(keys, self.layers)
+    for i, (kernels, vectors) in enumerate(apart_M or self._apart()):
+      x_BTD, own = layer.apply(
+          {'params': kernels}, x_BTD,
+          adapters.layer_values(self.cfg, vectors, values_M[i]), context,
+          keys.layer(i) if cached else keys_M[i], method=method)
+      if cached:
+        keys = keys._replace(cache=own.cache)
+      own_M.append(own)
+    if not cached:
+      keys = jax.tree.map(lambda *own: jnp.stack(own), *own_M)
+    return x_BTD, keys
+
+  def _apart(self) -> list[tuple[dict, dict]]:
+    """Each layer's kernels and vectors."""
     params = self.variables['params']
-    layer = Layer(self.cfg, self.run, parent=None)
-    layers_N = _list(params['layers'], self.layers)
-    vectors_N = [{}] * self.layers
+    vectors_M = [{}] * self.layers
     if self.own_vectors:
-      vectors_N = _list(params['vectors'], self.layers)
-    for i in range(self.layers):
-      x_BTD, cache = layer.apply(
-          {'params': layers_N[i]}, x_BTD,
-          adapters.overlay(vectors_N[i], adapters_N[i]), context, cache,
-          place._replace(virtual_BT=place.virtual_BT + i), method=method)
-    return x_BTD, cache
+      vectors_M = _list(params['vectors'], self.layers)
+    return list(zip(
+        _list(params['layers'], self.layers), vectors_M, strict=True))
 
-
-def no_keys(cfg, x_BTD, layers: int, loops: int) -> dict | None:
-  """Zeros in place of the first loop's keys; None if none are shared.
-  """
-  if cfg.loop_keys or loops == 1:
-    return None
-  keys = nn.with_logical_constraint(
-      jnp.zeros((layers, *x_BTD.shape[:2], cfg.K, cfg.H), x_BTD.dtype),
-      ('layers', 'B', 'T', 'K', 'H'))
-  return {'k': keys, 'v': keys}
-
-
-def with_keys(adapter: dict, keys_N: dict | None) -> dict:
-  """One loop's values for its layers, and the keys that it shares."""
-  return adapter if keys_N is None else {**adapter, 'keys': keys_N}
-
-
-def _at_loop(context: dict, loop) -> dict:
-  """What layers share, with the tokens that exited before this loop."""
-  context = {**context, 'first': loop == 0}
-  depth_BT = context.pop('depth_BT', None)
-  if depth_BT is not None:
-    context['exited_BT'] = depth_BT <= loop
-  return context
+  def _layer(self):
+    if self.run.remat == 'none':
+      return Layer
+    return nn.remat(Layer, policy=_REMATS[self.run.remat],
+                    prevent_cse=self.run.unroll)
 
 
 def _list(tree, size: int) -> list:

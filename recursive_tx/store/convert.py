@@ -59,7 +59,7 @@ def convert(
   rcfg = target(
       cfg, loops=loops, rank=rank, init=init, lora=lora,
       loop_norms=loop_norms, prelude=prelude, coda=coda)
-  token_NT = tokens(
+  token_QT = tokens(
       cfg, init, calibration, lambda: opening.load(source)[1], seed)
   energy = {}
   count = parameters(rcfg)['total']
@@ -68,7 +68,7 @@ def convert(
       output, overwrite=overwrite, size=4 * count) as new:
     with initialised(
         cfg, rcfg, origin.read, init=init, lora=lora, seed=seed,
-        energy=energy, token_NT=token_NT, scratch=new.parent,
+        energy=energy, token_QT=token_QT, scratch=new.parent,
         report=lambda share: progress(count + fitting, fitting * share),
     ) as (rcfg, kept, parts):
       report = {

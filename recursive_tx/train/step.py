@@ -49,14 +49,14 @@ def make_step(
   teach = teacher and forward(config, teacher, mesh)
 
   def loss_fn(params, batch, teacher_variables, norm):
-    h_LBTD, gate_LBT, head = student({'params': params}, batch)
+    h_LBTD, gate_EBT, head = student({'params': params}, batch)
     target = None
     if teach is not None:
       teacher_h_LBTD, _, teacher_head = teach(teacher_variables, batch)
       target = teacher_h_LBTD[-1], teacher_head
     return losses.total(
         config.losses, h_LBTD, batch, head, norm=norm, teacher=target,
-        gate_LBT=gate_LBT, chunk=chunk(config, mesh))
+        gate_EBT=gate_EBT, chunk=chunk(config, mesh))
 
   def step(state, batch, teacher_variables):
     # Of the whole batch, so that losses and gradients of its parts add up.
@@ -199,14 +199,14 @@ def forward(
           variables, batch['token_BT'], batch['segment_BT'],
           batch['position_BT'], batch.get('depth_BT') if early else None,
           method='hidden_and_gates' if gates else 'hidden')
-    h_LBTD, gate_LBT = found if gates else (found, None)
+    h_LBTD, gate_EBT = found if gates else (found, None)
 
     table = 'embed' if cfg.tied else 'head'
     reads = {table: params[table]}
     if not adapters.head_rank(cfg):
-      return h_LBTD, gate_LBT, losses.Head(reads, logits)
+      return h_LBTD, gate_EBT, losses.Head(reads, logits)
     reads['adapters'] = {'head': params['adapters']['head']}
-    return h_LBTD, gate_LBT, losses.Head(reads, logits, logits)
+    return h_LBTD, gate_EBT, losses.Head(reads, logits, logits)
 
   def logits(params, h, loop=None):
     with nn.logical_axis_rules(letters):

@@ -5,8 +5,8 @@ students, once for all of them, and they read its top-k logits:
 
   teacher.json                  of which teacher, data and tokenizer
   steps/00000001/00000-00008/   rows 0 to 7 of the first batch, as
-    model.safetensors             id [rows, T, C] int32, the best first
-                                  log_p [rows, T, C] float32, nats
+    model.safetensors             id [rows, T, J] int32, the best first
+                                  log_p [rows, T, J] float32, nats
                                   check [rows] int64, CRC-32 of each row's ids
                                   position, of the stream, at some steps
 
@@ -58,7 +58,7 @@ def facts(
     data: of which stream.
     tokenizer: of the stream.
     V: the vocabulary.
-    best: top-k logits a position, C.
+    best: top-k logits a position, J.
     teacher: the model's directory.
 
   Raises:
@@ -90,7 +90,7 @@ def save(
     about: of `facts`.
     stream: at its start.
     top_k: the rows of this process of a batch -> ids and log-probabilities
-      [B, T, C] of the global batch, cut along B.
+      [B, T, J] of the global batch, cut along B.
     rows: this process's rows, of `machine.local_rows`.
     steps: consecutive, from 1.
     progress: called after every step.
@@ -138,7 +138,7 @@ def reader(
     steps: those that will be read.
 
   Returns:
-    (step, batch) -> the batch, with `teacher_id_BTC` and `teacher_log_p_BTC`.
+    (step, batch) -> the batch, with `teacher_id_BTJ` and `teacher_log_p_BTJ`.
 
   Raises:
     UserError: top-k logits of another data config, tokenizer or vocabulary, or
@@ -169,8 +169,8 @@ def reader(
       raise UserError(
           f'{directory} was made of other text: row {rows[odd[0]]} of step'
           f' {step} differs; run `teach` again for the text as it is.')
-    return {**batch, 'teacher_id_BTC': found['id'],
-            'teacher_log_p_BTC': found['log_p']}
+    return {**batch, 'teacher_id_BTJ': found['id'],
+            'teacher_log_p_BTJ': found['log_p']}
 
   return add
 
@@ -226,9 +226,9 @@ def _rewind(directory: pathlib.Path, stream: Stream, step: int) -> int:
 
 def _write(directory, rows, step, batch, top_k, position) -> None:
   """This process's parts of a step, one for each run of rows."""
-  id_BTC, log_p_BTC = map(_local, top_k)
-  tensors = {'id': id_BTC.astype(np.int32),
-             'log_p': log_p_BTC.astype(np.float32),
+  id_BTJ, log_p_BTJ = map(_local, top_k)
+  tensors = {'id': id_BTJ.astype(np.int32),
+             'log_p': log_p_BTJ.astype(np.float32),
              'check': _checks(batch['token_BT'])}
   breaks = np.flatnonzero(np.diff(rows) != 1) + 1
   for places in np.split(np.arange(len(rows)), breaks):

@@ -27,18 +27,18 @@ def sources(init: str, *, loops: int, layers_per_loop: int) -> list[list[int]]:
 
   Args:
     init: 'stepwise': equal intervals, first and last layer included
-      (`round(linspace(0, L - 1, K))` with Python's rounding, which reproduces
+      (`round(linspace(0, L - 1, M))` with Python's rounding, which reproduces
       figure 2: layers 1, 3 and 6 of 6 for a block of 3); 'average': all
       layers that become this one; 'lower': the first ones.
   """
-  K = layers_per_loop
+  M = layers_per_loop
   if init == 'stepwise':
-    places = np.linspace(0, loops * K - 1, K).tolist()
+    places = np.linspace(0, loops * M - 1, M).tolist()
     return [[round(place)] for place in places]
   if init == 'average':
-    return [[loop * K + layer for loop in range(loops)] for layer in range(K)]
+    return [[loop * M + layer for loop in range(loops)] for layer in range(M)]
   assert init == 'lower', init
-  return [[layer] for layer in range(K)]
+  return [[layer] for layer in range(M)]
 
 
 def fold(layers: list[np.ndarray]) -> np.ndarray:
@@ -72,19 +72,19 @@ def factor(
     squared singular values) that they keep.
   """
   rows, columns = residual.shape
-  R = residual.astype(np.float64)
+  residual = residual.astype(np.float64)
   # fp64 resolves singular values down to 1e-8 of the largest, below fp32's
   # rounding of the residual.
-  energy, vectors = leading(R, rank)
+  energy, vectors = leading(residual, rank)
   s = np.sqrt(np.maximum(energy, 0))
   real = s > _NOISE * max(s[0], scale / math.sqrt(min(rows, columns)))
   a = rng.normal(0, 1 / math.sqrt(rows), (rows, rank))
   b = np.zeros((rank, columns))
   if rows <= columns:
     a[:, real] = vectors[:, real]
-    b[real] = vectors[:, real].T @ R
+    b[real] = vectors[:, real].T @ residual
   else:
-    a[:, real] = R @ (vectors[:, real] / s[real])
+    a[:, real] = residual @ (vectors[:, real] / s[real])
     b[real] = s[real, None] * vectors[:, real].T
   return (a.astype(np.float32), b.astype(np.float32),
           float((s[real] ** 2).sum()))

@@ -129,18 +129,18 @@ def unrolled(
     rule: init whose layers give norms and biases, where loops share them.
     store: its kernels.
   """
-  K = rcfg.layers_per_loop
+  M = rcfg.layers_per_loop
 
   def layer_of(path, layer):
     if layer is None:
       return read(path, None)
-    loop, place = divmod(layer - rcfg.prelude, K)
+    loop, place = divmod(layer - rcfg.prelude, M)
     if not 0 <= loop < rcfg.loops:
       return read(path, layer)
     if path.startswith('block/vectors/'):
       if rcfg.has_loop_vectors:
         return read(path, layer)
-      taken = tying.sources(rule, loops=rcfg.loops, layers_per_loop=K)[place]
+      taken = tying.sources(rule, loops=rcfg.loops, layers_per_loop=M)[place]
       return tying.fold([read(path, rcfg.prelude + i) for i in taken])
     name = path.split('/')[3]
     shared, row = store.shared(name, place), store.factors(name, place, loop)

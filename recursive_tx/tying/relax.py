@@ -57,7 +57,7 @@ def relax(
       rank restores the original; False is the paper's tying.
     prelude, coda: first and last layers that stay out of the loops.
     lora: 'svd' of each layer's residual, or 'zero', as if tied.
-    calibration: for 'fit': token ids, an integer array [N, T] or an iterable
+    calibration: for 'fit': token ids, an integer array [Q, T] or an iterable
       of such batches; None samples some from the model.
     seed: of 'random', of directions without residual, and of what 'fit'
       draws.
@@ -71,12 +71,12 @@ def relax(
   """
   rcfg = target(cfg, loops=loops, rank=rank, init=init, lora=lora,
                 loop_norms=loop_norms, prelude=prelude, coda=coda)
-  token_NT = tokens(cfg, init, calibration, lambda: variables, seed)
+  token_QT = tokens(cfg, init, calibration, lambda: variables, seed)
   def read(path, layer):
     return np.asarray(
         paths.get(variables['params'], path)[() if layer is None else layer])
   with initialised(cfg, rcfg, read, init=init, lora=lora, seed=seed,
-             token_NT=token_NT) as (rcfg, _, found):
+             token_QT=token_QT) as (rcfg, _, found):
     return rcfg, {'params': _gathered(rcfg, found)}
 
 
@@ -133,7 +133,7 @@ def tokens(
     cfg: config_lib.ModelConfig, init: str, calibration: Iterable | None,
     variables: Callable[[], dict], seed: int,
 ) -> np.ndarray | None:
-  """The tokens to fit to, token_NT; None for other inits.
+  """The tokens to fit to, token_QT; None for other inits.
 
   Args:
     cfg: the vanilla model.
@@ -153,7 +153,7 @@ def tokens(
 def initialised(
     cfg: config_lib.ModelConfig, rcfg: config_lib.ModelConfig, read: Read, *,
     init: str, lora: str = 'svd', seed: int = 0,
-    energy: dict | None = None, token_NT: np.ndarray | None = None,
+    energy: dict | None = None, token_QT: np.ndarray | None = None,
     scratch: str | os.PathLike | None = None,
     report: Callable[[float], Any] = lambda share: None,
 ) -> Iterator[tuple[config_lib.ModelConfig, str, Parts]]:
@@ -164,7 +164,7 @@ def initialised(
   Args:
     cfg, rcfg, read, init, lora, seed, energy: as for `parts`. Where 'fit'
       chooses ranks, the config is another.
-    token_NT: for 'fit', see `tokens`.
+    token_QT: for 'fit', see `tokens`.
     scratch: where 'fit' makes a temporary directory of moments and
       candidates; None is the system's.
     report: called, for 'fit', with the share of the work before the first
@@ -185,7 +185,7 @@ def initialised(
     # Accelerators would multiply fp32 numbers of 8 or 11 bits else.
     with jax.default_matmul_precision('highest'):
       best = fit.nearest(
-          cfg, rcfg, read, rivals, token_NT, pathlib.Path(folder),
+          cfg, rcfg, read, rivals, token_QT, pathlib.Path(folder),
           params=lambda made: _gathered(made.rcfg, parts_of(made, None)),
           seed=seed, report=report)
     yield best.rcfg, best.init, parts_of(best, energy)
@@ -249,13 +249,13 @@ def _parts(cfg, rcfg, read, init, kernel, seed, energy):
 
 def _vector_parts(rcfg, path, read, init):
   """Norm scales and biases: each loop's own, or shared by the init's rule."""
-  K = rcfg.layers_per_loop
+  M = rcfg.layers_per_loop
   name, leaf = path.split('/')[2:]
   if rcfg.has_loop_vectors:
     for loop in range(rcfg.loops):
-      for layer in range(K):
+      for layer in range(M):
         yield (f'adapters/{name}/{leaf}', (loop, layer),
-               read(path, rcfg.prelude + loop * K + layer))
+               read(path, rcfg.prelude + loop * M + layer))
     return
   for layer, taken in enumerate(_sources(rcfg, init)):
     originals = [read(path, rcfg.prelude + i) for i in taken]

@@ -286,15 +286,15 @@ def fit(bench: Bench):
   report = bench.report('fit')
   wanted = bench.sizes.calibration
   ids = np.concatenate(bench.documents[:wanted // 50])[:wanted]
-  token_NT = ids[:len(ids) // 256 * 256].reshape(-1, 256)
-  for init, calibration in (('average', None), ('fit', token_NT)):
+  token_QT = ids[:len(ids) // 256 * 256].reshape(-1, 256)
+  for init, calibration in (('average', None), ('fit', token_QT)):
     begin, cpu = time.perf_counter(), time.process_time()
     made = convert_lib.convert(
         bench.data / 'model', bench.models / init, loops=LOOPS,
         rank=bench.sizes.rank, init=init, calibration=calibration,
         overwrite=True)
     report.add(init=init, kept=made['kept'], rank=made['rank'],
-               tokens=0 if calibration is None else token_NT.size,
+               tokens=0 if calibration is None else token_QT.size,
                seconds=time.perf_counter() - begin,
                cpu_seconds=time.process_time() - cpu)
 

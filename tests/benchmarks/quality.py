@@ -28,10 +28,10 @@ def pieces(tokenizer: Any, text: str, length: int, most: int) -> np.ndarray:
 class Compared:
   """Compares models with their original on one text, which it reads once."""
 
-  def __init__(self, cfg, variables, token_NT: np.ndarray, rows: int = 1):
+  def __init__(self, cfg, variables, token_QT: np.ndarray, rows: int = 1):
     """`rows`: pieces that are run at once."""
     self._cfg, self._variables = cfg, jax.device_put(variables)
-    self._token_NT, self._rows = token_NT, rows
+    self._token_QT, self._rows = token_QT, rows
     self._h_NTD = [self._hidden(cfg, self._variables, token_BT)
                    for token_BT in self._batches()]
 
@@ -43,12 +43,12 @@ class Compared:
                   self._hidden(cfg, variables, token_BT), token_BT)
             for h_BTD, token_BT in zip(
                 self._h_NTD, self._batches(), strict=True)]
-    nats, kl = np.sum(sums, axis=0) / self._token_NT[:, 1:].size
+    nats, kl = np.sum(sums, axis=0) / self._token_QT[:, 1:].size
     return {'perplexity': float(np.exp(nats)), 'kl': float(kl)}
 
   def _batches(self):
-    return [self._token_NT[i:i + self._rows]
-            for i in range(0, len(self._token_NT), self._rows)]
+    return [self._token_QT[i:i + self._rows]
+            for i in range(0, len(self._token_QT), self._rows)]
 
   def _hidden(self, cfg, variables, token_BT):
     return _hidden(cfg, variables, token_BT[:, :-1])

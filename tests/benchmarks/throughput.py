@@ -310,7 +310,7 @@ def scripted(engine, tokenizer, prompts, lengths, scripts):
     return made[0](plan, weights, slots, rows,
                    busy_B & (slots.loop + 1 >= depth_B), cache, place)
 
-  def sample(samplers, logits_BV, position_B):
+  def sample(run, samplers, logits_BV, position_B):
     return jnp.array(token_PS)[samplers.seed, position_B]
 
   step._decide, sampling.sample = decide, sample

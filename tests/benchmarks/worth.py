@@ -60,12 +60,12 @@ def main() -> None:
   if args.calibration in args.texts:
     parser.error('--calibration is one of --texts')
   opened = rtx.open(args.source)
-  token_NT = calibration(opened.tokenizer, args.calibration, args.tokens)
+  token_QT = calibration(opened.tokenizer, args.calibration, args.tokens)
   texts = {path.stem: quality.Compared(
       opened.config, opened.variables, quality.pieces(
           opened.tokenizer, path.read_text('utf-8'), LENGTH, SCORED))
       for path in args.texts}
-  maker = Maker(opened, args.loops, args.rank, token_NT)
+  maker = Maker(opened, args.loops, args.rank, token_QT)
   rows = json.loads(args.output.read_text()) if args.output.exists() else []
   done = {(row['row'], row['loops'], row['rank']) for row in rows}
   for name in ('original', *args.rows):
@@ -102,9 +102,9 @@ class Maker:
   """Makes the smaller models, each (cfg, variables, unique parameters outside
   of embedding and head)."""
 
-  def __init__(self, opened, loops, rank, token_NT):
+  def __init__(self, opened, loops, rank, token_QT):
     self.cfg, self.variables = opened.config, opened.variables
-    self.loops, self.rank, self.token_NT = loops, rank, token_NT
+    self.loops, self.rank, self.token_QT = loops, rank, token_QT
     rcfg = dataclasses.replace(
         self.cfg, loops=loops, rank=rank,
         layers_per_loop=self.cfg.layers_per_loop // loops)
@@ -121,7 +121,7 @@ class Maker:
                   'fit': (self.rank, 'fit')}[name]
     cfg, variables = rtx.relax(
         self.cfg, self.variables, loops=self.loops, rank=rank, init=init,
-        calibration=self.token_NT if init == 'fit' else None)
+        calibration=self.token_QT if init == 'fit' else None)
     return cfg, variables, _parameters(cfg)
 
   def _subset(self, name):
@@ -140,7 +140,7 @@ class Maker:
     """1 less the cosine of each layer's input and output, the mean."""
     stream = list(layers.stream(
         self.cfg, self._read, layers.ends(self.cfg, self._read),
-        self.token_NT[:16]))
+        self.token_QT[:16]))
     return [1 - np.mean(np.sum(x * y, -1) / (
         np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)))
             for x, y in zip(stream, stream[1:], strict=False)]
@@ -156,7 +156,7 @@ class Maker:
     params = jax.tree.map(np.array, self.variables['params'])
     with tempfile.TemporaryDirectory() as folder:
       moments = fit.measure(
-          cfg, self._read, self.token_NT, pathlib.Path(folder), seed=0)
+          cfg, self._read, self.token_QT, pathlib.Path(folder), seed=0)
       for layer in range(cfg.layers_per_loop):
         for name, rank in ranks.items():
           kernel = kernels.matrix(cfg, self._read, name, layer)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tiny
 
+import recursive_tx as rtx
 from recursive_tx.engine import sampling
 from recursive_tx.engine.sampling import Sampler
 
@@ -12,7 +13,7 @@ PROBABILITY_V = np.array([0.4, 0.3, 0.15, 0.1, 0.05])
 
 @tiny.jit
 def _jitted(samplers, logits_BV, position_B):
-  return sampling.sample(samplers, logits_BV, position_B)
+  return sampling.sample(rtx.Run(), samplers, logits_BV, position_B)
 
 
 def _sample(samplers, logits_BV, position_B):

@@ -44,43 +44,42 @@ def batch_of(cfg, B=1, T=T, seed=0):
 def one_by_one(cfg, variables, token_T, rule, thresholds):
   """Best tokens and depths of one row, as when it is generated."""
   decoder, variables = rtx.Decoder(cfg), jax.tree.map(jnp.asarray, variables)
-  enter, leave = (
-      jax.jit(lambda *args, method=method: decoder.apply(
-          variables, *args, method=method)) for method in ('enter', 'leave'))
+  enter, finish = (
+      jax.jit(lambda x, keys, method=method: decoder.apply(
+          variables, x, None, keys, method=method))
+      for method in ('enter', 'finish'))
   steps, fills, heads, gates = (
       [jax.jit(lambda *args, loop=loop, make=make: make(loop, *args))
        for loop in range(cfg.loops)]
       for make in (
-          lambda loop, x, *rest: decoder.apply(
-              variables, x, loop, *rest, method='loop'),
-          lambda loop, x, *rest: decoder.apply(
-              variables, x, loop, *rest, 'fill', method='loop'),
+          lambda loop, x, keys: decoder.apply(
+              variables, x, loop, None, keys, method='loop'),
+          lambda loop, x, keys: decoder.apply(
+              variables, x, loop, None, keys, 'fill', method='loop'),
           lambda loop, h: decoder.apply(variables, h, loop, method='logits'),
           lambda loop, h: decoder.apply(variables, h, loop, method='gate')))
-  # Without its coda a decoder leaves through the norm alone.
+  # Without its coda a decoder finishes with the norm alone.
   plain = dataclasses.replace(cfg, coda=0)
   norm = jax.jit(lambda x: rtx.Decoder(plain).apply(
-      variables, x, None, None, method='leave')[0])
+      variables, x, method='finish')[0])
   cache, best_T, depth_T = kv_cache.init(cfg, 1, len(token_T)), [], []
   for t, token in enumerate(token_T):
     place = kv_cache.Place(*jnp.array([0, t, 0])[:, None, None])
-    x_11D, cache = enter(np.full((1, 1), token), cache, place)
-    before = -1
+    x_11D, keys = enter(np.full((1, 1), token), kv_cache.Cached(cache, place))
     for loop in range(cfg.loops):
-      x_11D, cache = steps[loop](x_11D, cache, place)
+      x_11D, keys = steps[loop](x_11D, keys)
       if loop == cfg.loops - 1:
         break
       if rule == 'gate':
-        score = exits.score(rule, gate_B=gates[loop](norm(x_11D)))
+        score = exits.score(rule, gate=gates[loop](norm(x_11D)))
       else:
         logits_11V = heads[loop](norm(x_11D))
-        score = exits.score(rule, logits_BV=logits_11V, before_B=before)
-        before = int(logits_11V.argmax())
+        score = exits.score(rule, logits=logits_11V)
       if float(score[0, 0]) >= thresholds[loop]:
         break
     for later in range(loop + 1, cfg.loops if cfg.loop_keys else 0):
-      _, cache = fills[later](x_11D, cache, place)
-    h_11D, cache = leave(x_11D, cache, place)
+      _, keys = fills[later](x_11D, keys)
+    h_11D, (cache, _) = finish(x_11D, keys)
     best_T.append(int(heads[loop](h_11D).argmax()))
     depth_T.append(loop + 1)
   return best_T, depth_T
@@ -90,7 +89,7 @@ def one_by_one(cfg, variables, token_T, rule, thresholds):
     (CFG, 'gate', (0.45, 0.5)),
     (BARE, 'top', (0.25, 0.2)),
     (SHARED, 'top', (0.25, 0.2)),
-    pytest.param(BARE, 'agreement', (1.0, 1.0), marks=pytest.mark.slow)])
+    pytest.param(BARE, 'margin', (0.1, 0.1), marks=pytest.mark.slow)])
 def test_leaving_in_parallel_is_leaving_token_by_token(cfg, rule, tried):
   values, batch = tiny.variables(cfg), batch_of(cfg)
   passed = forward.forward(cfg, rtx.Run(), rule)(
@@ -106,7 +105,7 @@ def test_nobody_leaving_is_full_depth_and_everybody_the_first_exit():
   values, batch = tiny.variables(CFG), batch_of(CFG, 2)
   run = forward.forward(CFG, rtx.Run(), 'gate', every=True)
   args = [batch[name] for name in ('token_BT', 'segment_BT', 'position_BT')]
-  h_LBTD, gate_LBT = tiny.decoder(CFG, method='hidden_and_gates')(
+  h_LBTD, gate_EBT = tiny.decoder(CFG, method='hidden_and_gates')(
       values, *args)
   best_LBT = np.stack([
       rtx.Decoder(CFG).apply(values, h_BTD, loop, method='logits').argmax(-1)
@@ -115,7 +114,7 @@ def test_nobody_leaving_is_full_depth_and_everybody_the_first_exit():
   np.testing.assert_array_equal(full.best_BT, best_LBT[-1])
   np.testing.assert_array_equal(full.best_EBT, best_LBT[:-1])
   np.testing.assert_allclose(
-      full.score_EBT, jax.nn.sigmoid(gate_LBT), atol=1e-5)
+      full.score_EBT, jax.nn.sigmoid(gate_EBT), atol=1e-5)
   assert (full.depth_BT == 3).all()
   # The first exit's keys, where others read them, are those of the loop they
   # left; only the coda reads them here, as in a model of one loop.
@@ -152,8 +151,8 @@ class _Pieces(rtx.Run):
 def test_chunks_of_logits_do_not_matter():
   values, batch = tiny.variables(BARE), batch_of(BARE, 2)
   whole, pieces = (
-      forward.forward(BARE, run, 'agreement', every=True)(
-          values, batch, np.ones(2))
+      forward.forward(BARE, run, 'top', every=True)(
+          values, batch, np.full(2, 0.2))
       for run in (rtx.Run(), _Pieces()))
   for one, other in zip(whole, pieces, strict=True):
     np.testing.assert_array_equal(one, other)
@@ -318,19 +317,10 @@ def test_a_tables_columns_stay_apart():
       ['0.000000', '2.000000', '1.0000', '3.0000', '1e-300', '<-', 'chosen']]
 
 
-def test_agreement_has_few_thresholds():
-  result = calibrate.calibrate(
-      BARE, tiny.variables(BARE), heldout_of(BARE, 2), rule='agreement',
-      delta=0.9, confidence=0.5)
-  assert result.points
-  assert {value for point in result.points for value in point.thresholds
-          } <= {0.0, 1.0, thresholds.NEVER}
-
-
 @pytest.mark.parametrize('cfg, change, parts', [
     (CFG, dict(rule='top'), ("'top'", 'coda', "'gate'")),
     (BARE, dict(rule='static'), ("'static'", 'expected one of top')),
-    (BARE, dict(rule='agrement'), ("'agreement'",)),
+    (BARE, dict(rule='margn'), ("'margin'",)),
     (BARE, dict(delta=0.0), ('delta is 0.0',)),
     (BARE, dict(confidence=1.0), ('confidence is 1.0',)),
     *((BARE, {name: value}, (f'{name} is {value}', 'above 0 and below 1'))

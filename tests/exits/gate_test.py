@@ -56,8 +56,8 @@ def test_a_small_mlp_for_every_loop_but_the_final_one():
       'adapters/exit/b': (2, 5), 'adapters/exit/b_bias': (2,)}
   boxed = model.abstract_params(CFG)['adapters']['exit']
   assert {name: box.names for name, box in boxed.items()} == {
-      'a': ('loops', 'D', 'E'), 'a_bias': ('loops', 'E'),
-      'b': ('loops', 'E'), 'b_bias': ('loops',)}
+      'a': ('loops', 'D', 'W'), 'a_bias': ('loops', 'W'),
+      'b': ('loops', 'W'), 'b_bias': ('loops',)}
   with tiny.refused('model.exit_gate=5', 'loops=1'):
     dataclasses.replace(CFG, loops=1)
   with tiny.refused('model.exit_gate is -1', 'at least 0'):
@@ -89,7 +89,7 @@ def test_it_changes_no_logits_and_reads_what_the_coda_has_not_seen(batch):
   plain = without_gate(values)
   np.testing.assert_array_equal(
       tiny.decoder(CFG)(values, token_BT), tiny.decoder(PLAIN)(plain, token_BT))
-  h_LBTD, gate_LBT = tiny.decoder(CFG, method='hidden_and_gates')(
+  h_LBTD, gate_EBT = tiny.decoder(CFG, method='hidden_and_gates')(
       values, token_BT)
   np.testing.assert_array_equal(
       h_LBTD, tiny.decoder(PLAIN, method='hidden')(plain, token_BT))
@@ -98,9 +98,9 @@ def test_it_changes_no_logits_and_reads_what_the_coda_has_not_seen(batch):
   params = {k: v for k, v in plain['params'].items() if k != 'coda'}
   before_LBTD = tiny.decoder(bare, method='hidden')({'params': params},
                                                     token_BT)
-  assert gate_LBT.shape == (2, *token_BT.shape)
+  assert gate_EBT.shape == (2, *token_BT.shape)
   for loop, b, t in ((0, 0, 0), (1, 2, 3), (0, 3, 5)):
-    assert float(gate_LBT[loop, b, t]) == pytest.approx(
+    assert float(gate_EBT[loop, b, t]) == pytest.approx(
         gate_by_hand(values, before_LBTD[loop, b, t], loop), abs=1e-5)
 
 
@@ -216,12 +216,12 @@ def test_trained_alone_it_foresees_agreement_and_nothing_else_moves(batch):
   # Undecided at first.
   assert rows[0]['gate/loop1'] == pytest.approx(np.log(2), rel=1e-5)
   assert rows[0]['loss'] == pytest.approx(1.5 * np.log(2), rel=1e-5)
-  _, gate_LBT = tiny.decoder(CFG, method='hidden_and_gates')(
+  _, gate_EBT = tiny.decoder(CFG, method='hidden_and_gates')(
       {'params': after}, batch['token_BT'])
   counted = batch['weight_BT'] > 0
   for loop, same_BT in enumerate(agreement(values, batch)):
     assert 0 < same_BT[counted].mean() < 1
-    assert area(np.asarray(gate_LBT[loop])[counted], same_BT[counted]) > 0.8
+    assert area(np.asarray(gate_EBT[loop])[counted], same_BT[counted]) > 0.8
     assert rows[-1][f'gate/loop{loop + 1}'] < 0.9 * rows[0][
         f'gate/loop{loop + 1}']
 
@@ -235,11 +235,11 @@ def test_the_loss_of_a_step_is_that_of_numpy(batch):
           (('.*', 1.0, 0.0),)) for gate in ((0.7, 0.4, 0.0), ()))
   after, (row,) = stepped(with_gate, values, batch, 1)
   plain, (other,) = stepped(without, values, batch, 1)
-  _, gate_LBT = tiny.decoder(CFG, method='hidden_and_gates')(
+  _, gate_EBT = tiny.decoder(CFG, method='hidden_and_gates')(
       values, batch['token_BT'])
   weight_BT, total = batch['weight_BT'], 0.0
   for loop, same_BT in enumerate(agreement(values, batch)):
-    p_BT = 1 / (1 + np.exp(-np.asarray(gate_LBT[loop], np.float64)))
+    p_BT = 1 / (1 + np.exp(-np.asarray(gate_EBT[loop], np.float64)))
     nats_BT = -np.log(np.where(same_BT, p_BT, 1 - p_BT))
     mean = (nats_BT * weight_BT).sum() / weight_BT.sum()
     assert row[f'gate/loop{loop + 1}'] == pytest.approx(mean, rel=1e-4)

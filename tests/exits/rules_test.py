@@ -26,51 +26,46 @@ def logits_LBTV():
       np.float32)
 
 
-def by_hand(rule, logits_V, before):
+def by_hand(rule, logits_V):
   """One token's score, in float64."""
   p_V = np.exp(logits_V.astype(np.float64))
   p_V /= p_V.sum()
   falling_V = np.sort(p_V)[::-1]
   return {
       'top': falling_V[0],
-      'margin': (falling_V[0] - falling_V[1]) / falling_V[:2].sum(),
-      'entropy': 1 + (p_V * np.log(p_V)).sum() / np.log(V),
-      'agreement': float(p_V.argmax() == before)}[rule]
+      'margin': (falling_V[0] - falling_V[1]) / falling_V[:2].sum()}[rule]
 
 
 @pytest.mark.parametrize('rule', BY_LOGITS)
 def test_scores_are_those_of_numpy(logits_LBTV, rule):
   """For any leading dimensions."""
-  before_LBT = logits_LBTV.argmax(-1)
-  before_LBT[..., ::2] = -1
   found_LBT = jax.jit(exits.score, static_argnums=0)(
-      rule, logits_BV=logits_LBTV, before_B=before_LBT)
+      rule, logits=logits_LBTV)
   assert found_LBT.dtype == jnp.float32
-  for at in np.ndindex(before_LBT.shape):
-    expected = by_hand(rule, logits_LBTV[at], before_LBT[at])
+  for at in np.ndindex(found_LBT.shape):
+    expected = by_hand(rule, logits_LBTV[at])
     assert float(found_LBT[at]) == pytest.approx(expected, abs=1e-5)
 
 
 def test_scores_are_bounds_where_a_loop_is_certain_or_knows_nothing():
   sure_V = jnp.where(jnp.arange(V) == 4, 0.0, -jnp.inf)
-  for rule in ('top', 'margin', 'entropy'):
-    assert exits.score(rule, logits_BV=sure_V) == 1
-  assert exits.score('margin', logits_BV=jnp.zeros(V)) == 0
-  assert abs(exits.score('entropy', logits_BV=jnp.zeros(V))) < 1e-6
+  for rule in ('top', 'margin'):
+    assert exits.score(rule, logits=sure_V) == 1
+  assert exits.score('margin', logits=jnp.zeros(V)) == 0
+  assert exits.score('top', logits=jnp.zeros(V)) == pytest.approx(1 / V)
 
 
 def test_the_gates_score_is_its_probability():
   gate_B = jnp.array([-100.0, 0.0, 1.0], jnp.bfloat16)
   np.testing.assert_allclose(
-      exits.score('gate', gate_B=gate_B), [0, 0.5, 1 / (1 + np.exp(-1))],
+      exits.score('gate', gate=gate_B), [0, 0.5, 1 / (1 + np.exp(-1))],
       rtol=1e-6, atol=1e-30)
 
 
 def test_what_a_rule_needs():
   assert {rule: exits.Exit(rule).needs for rule in exits.RULES} == {
       'last': 'nothing', 'static': 'nothing', 'gate': 'gate',
-      'top': 'logits', 'margin': 'logits', 'entropy': 'logits',
-      'agreement': 'logits'}
+      'top': 'logits', 'margin': 'logits'}
 
 
 @pytest.mark.parametrize('loop', [1, 2, 3])
@@ -82,7 +77,7 @@ def test_static_leaves_after_its_loop(loop):
 
 
 @pytest.mark.parametrize('make, parts', [
-    (lambda: exits.Exit('agrement'), ("'agrement'", "'agreement'", 'entropy')),
+    (lambda: exits.Exit('margn'), ("'margn'", "'margin'", 'static')),
     *((lambda value=value: exits.Exit('top', (0.5, value)),
        ('(0.5,', 'from 0', 'to 1, or 2')) for value in (
            float('nan'), float('inf'), -1e-9, 2.5, 95, 10**400, 'x', None)),

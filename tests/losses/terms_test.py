@@ -49,7 +49,7 @@ def total(config, arrays, chunk=0):
       head_of(arrays['head']),
       norm=arrays['batch']['weight_BT'].sum(),
       teacher=(arrays['teacher_h'], head_of(arrays['teacher_head'])),
-      gate_LBT=arrays['gate'],
+      gate_EBT=arrays['gate'],
       chunk=chunk,
   )
 
@@ -304,7 +304,7 @@ def test_logits_are_made_once_for_all_terms_of_a_loop(arrays):
     losses.total(
         losses.LossConfig(**terms), arrays['h'], arrays['batch'],
         losses.Head(arrays['head'], logits), norm=1.0,
-        gate_LBT=arrays['gate'])
+        gate_EBT=arrays['gate'])
     return len(seen)
 
   taught = made(next_token=(1.0,), self_distill=(1.0, 1.0, 0.0))
@@ -335,20 +335,20 @@ def test_a_missing_teacher_is_refused(arrays):
 def saved(arrays, C):
   """The arrays with the teacher's C best in the batch, and no teacher."""
   log_p_BTV = jax.nn.log_softmax(arrays['teacher_h'] @ arrays['teacher_head'])
-  log_p_BTC, id_BTC = jax.lax.top_k(log_p_BTV, C)
-  batch = {**arrays['batch'], 'teacher_id_BTC': id_BTC,
-           'teacher_log_p_BTC': log_p_BTC}
+  log_p_BTJ, id_BTJ = jax.lax.top_k(log_p_BTV, C)
+  batch = {**arrays['batch'], 'teacher_id_BTJ': id_BTJ,
+           'teacher_log_p_BTJ': log_p_BTJ}
   return {**arrays, 'batch': batch, 'teacher_h': arrays['teacher_h'] * np.nan}
 
 
-def merged(logits_BTV, id_BTC):
+def merged(logits_BTV, id_BTJ):
   """Logits of which all that are no ids are summed into one more."""
   V = logits_BTV.shape[-1]
-  is_id_BTV = (id_BTC[..., None] == jnp.arange(V)).any(axis=-2)
+  is_id_BTV = (id_BTJ[..., None] == jnp.arange(V)).any(axis=-2)
   rest_BT = jax.nn.logsumexp(
       jnp.where(is_id_BTV, -jnp.inf, logits_BTV), axis=-1)
-  top_BTC = jnp.take_along_axis(logits_BTV, id_BTC, axis=-1)
-  return jnp.concatenate([top_BTC, rest_BT[..., None]], axis=-1)
+  top_BTJ = jnp.take_along_axis(logits_BTV, id_BTJ, axis=-1)
+  return jnp.concatenate([top_BTJ, rest_BT[..., None]], axis=-1)
 
 
 @pytest.mark.parametrize('divergence', losses.DIVERGENCES)
@@ -370,8 +370,8 @@ def test_ids_that_are_not_saved_are_one_outcome(arrays, divergence, C):
 
   def by_hand(logits_BTV):
     return losses.divergence(
-        divergence, merged(logits_BTV, given['teacher_id_BTC']),
-        merged(teacher_BTV, given['teacher_id_BTC']))
+        divergence, merged(logits_BTV, given['teacher_id_BTJ']),
+        merged(teacher_BTV, given['teacher_id_BTJ']))
 
   def ours(logits_BTV):
     return losses.top_divergence(

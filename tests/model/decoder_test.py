@@ -179,11 +179,14 @@ RUNS = {
     'remat': [rtx.Run(remat='full'), rtx.Run(remat='dots')],
     'unroll': [rtx.Run(unroll=True), rtx.Run(unroll=True, remat='full')],
     'attention': [rtx.Run(attention='plain'), rtx.Run(attention='blocks')],
+    'layout': [rtx.Run(layout='plain'),
+               rtx.Run(layout='plain', attention='blocks')],
     'logits_mib': (rtx.Run(logits_mib=1),),
 }
 # One of each kind is enough in the fast set; compiling gradients is slow.
 _SLOW_RUNS = (rtx.Run(remat='full'), rtx.Run(remat='dots'),
-              rtx.Run(unroll=True), rtx.Run(attention='blocks'))
+              rtx.Run(unroll=True), rtx.Run(attention='blocks'),
+              rtx.Run(layout='plain', attention='blocks'))
 _EACH_RUN = [
     pytest.param(run, marks=pytest.mark.slow) if run in _SLOW_RUNS else run
     for runs in RUNS.values() for run in runs]
@@ -370,22 +373,3 @@ def test_init_makes_what_the_shapes_say():
       assert abs(value.std() / std - 1) < 0.25, path
       stack = value.reshape(-1, *value.shape[1 if leaf == 'kernel' else 2:])
       assert not np.array_equal(stack[0], stack[-1]), path
-
-
-@pytest.mark.parametrize('spec, shapes', [
-    ('BTD,DNH->BTNH', ((2, 3, 5), (5, 2, 4))),
-    ('BTNH,NHD->BTD', ((2, 3, 2, 4), (2, 4, 5))),
-    ('TD,VD->TV', ((3, 5), (7, 5)))])
-def test_project_has_the_gradients_of_einsum(spec, shapes):
-  rng = np.random.default_rng(0)
-  x, kernel = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
-  pull = rng.normal(size=np.einsum(spec, x, kernel).shape)
-
-  def gradients(function):
-    return jax.grad(lambda *pair: jnp.sum(pull * function(*pair)),
-                    argnums=(0, 1))(x, kernel)
-
-  ours = gradients(lambda *pair: model.project(spec, *pair, jnp.float32))
-  plain = gradients(lambda *pair: jnp.einsum(spec, *pair))
-  for one, other in zip(ours, plain, strict=True):
-    assert tiny.distance(one, other) < 1e-6

@@ -128,13 +128,14 @@ def test_a_pass_over_rows_at_different_loops(cfg):
 
   def go(loop, x_BTD):
     return rtx.Decoder(cfg).apply(
-        values, x_BTD, loop, kv_cache.init(cfg, 4, 3), place, method='loop')
+        values, x_BTD, loop, None,
+        kv_cache.Cached(kv_cache.init(cfg, 4, 3), place), method='loop')
 
   mixed_BTD, mixed = tiny.jit(functools.partial(go, loop_B[:, None]))(x_BTD)
   for row, loop in enumerate(loop_B.tolist()):
     alone_BTD, alone = tiny.jit(functools.partial(go, loop))(x_BTD)
     assert tiny.distance(mixed_BTD[row], alone_BTD[row]) < ROUNDING
-    for one, other in zip(mixed, alone, strict=True):
+    for one, other in zip(mixed.cache, alone.cache, strict=True):
       assert tiny.distance(one[:, row], other[:, row]) < ROUNDING
 
 
@@ -146,7 +147,7 @@ def test_a_pass_over_rows_at_different_loops(cfg):
 def test_kernels_side_by_side_compute_what_they_do_apart(cfg):
   """Prompts, rows at different loops, and the keys of loops left out."""
   apart, fused = (
-      weights.prepare(cfg, 'float32', meshed, tiny.variables(cfg))
+      weights.prepare(cfg, rtx.Run(), meshed, tiny.variables(cfg))
       for meshed in (True, False))
   params = fused.variables['params']
   for stack in {'prelude', 'block', 'coda'} & set(params):
@@ -165,10 +166,12 @@ def test_kernels_side_by_side_compute_what_they_do_apart(cfg):
   def go(w):
     apply = functools.partial(rtx.Decoder(cfg).apply, w.variables)
     read = apply(token_BT, position_BT, ROWS, kv_cache.init(cfg, B, T + 1),
-                 w.mixed_N, w.head_DV, method='decode')
-    return [read, *(
-        apply(x_B1D.astype(np.float32), loop_B1, read[1], place, method,
-              w.mixed_N, method='loop') for method in ('__call__', 'fill'))]
+                 w.mixed_M, w.head_DV, method='decode')
+    keys = kv_cache.Cached(read[1], place)
+    passed = [apply(x_B1D.astype(np.float32), loop_B1, None, keys, method,
+                    w.mixed_M, method='loop')
+              for method in ('__call__', 'fill')]
+    return [read, *((x_B1D, keys.cache) for x_B1D, keys in passed)]
 
   for one, other in zip(
       jax.tree.leaves(go(fused)), jax.tree.leaves(go(apart)), strict=True):

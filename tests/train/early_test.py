@@ -71,13 +71,13 @@ def test_a_token_that_left_has_no_final_output_to_compare_with(batch):
   rng = np.random.default_rng(1)
   h_LBTD = rng.normal(size=(CFG.loops, *batch['token_BT'].shape, CFG.D)).astype(
       np.float32)
-  gate_LBT = rng.normal(size=h_LBTD.shape[:-1])[:-1].astype(np.float32)
+  gate_EBT = rng.normal(size=h_LBTD.shape[:-1])[:-1].astype(np.float32)
   depth_BT = rng.integers(1, CFG.loops + 1, batch['token_BT'].shape)
   head = losses.Head(
       rng.normal(size=(CFG.D, CFG.V)).astype(np.float32), lambda p, h: h @ p)
   def terms(config, **changes):
     return losses.total(config, h_LBTD, {**batch, **changes}, head, norm=9.0,
-                        gate_LBT=gate_LBT)[1]
+                        gate_EBT=gate_EBT)[1]
   some = LossConfig(next_token=(), self_distill=(1., 1., 0.), gate=(1., 1., 0.))
   whole_BT = batch['weight_BT'] * (depth_BT == CFG.loops)
   assert 0 < whole_BT.sum() < batch['weight_BT'].sum()

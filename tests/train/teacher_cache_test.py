@@ -60,9 +60,9 @@ def facts(config, ids, best=4, **changes):
 
 def top_k(batch):
   """Of a teacher who knows nothing but the token: its next four ids."""
-  id_BTC = (batch['token_BT'][..., None] + jnp.arange(4)) % V
-  return id_BTC, jnp.log(jnp.broadcast_to(
-      jnp.array([0.4, 0.3, 0.2, 0.05]), id_BTC.shape))
+  id_BTJ = (batch['token_BT'][..., None] + jnp.arange(4)) % V
+  return id_BTJ, jnp.log(jnp.broadcast_to(
+      jnp.array([0.4, 0.3, 0.2, 0.05]), id_BTJ.shape))
 
 
 class Counted(Stream):
@@ -162,14 +162,14 @@ def test_guesses_are_the_best_and_their_log_probabilities(config):
   batch = {'token_BT': token_BT, 'segment_BT': np.ones_like(token_BT),
            'position_BT': np.tile(np.arange(token_BT.shape[1]), (B, 1))}
   with jax.set_mesh(mesh):
-    id_BTC, log_p_BTC = jax.jit(
+    id_BTJ, log_p_BTJ = jax.jit(
         step.make_top_k(config, cfg, mesh, 5))(variables, batch)
   expected = jax.nn.log_softmax(tiny.decoder(cfg)(variables, token_BT))
   np.testing.assert_allclose(
-      log_p_BTC, -np.sort(-np.asarray(expected))[..., :5], atol=1e-5)
+      log_p_BTJ, -np.sort(-np.asarray(expected))[..., :5], atol=1e-5)
   np.testing.assert_allclose(
-      np.take_along_axis(np.asarray(expected), np.asarray(id_BTC), -1),
-      log_p_BTC, atol=1e-5)
+      np.take_along_axis(np.asarray(expected), np.asarray(id_BTJ), -1),
+      log_p_BTJ, atol=1e-5)
 
 
 # It is whole, in whatever parts.

@@ -12,29 +12,29 @@ from recursive_tx.tying.fit import layers
 
 
 def final(
-    cfg: config_lib.ModelConfig, read: layers.Read, token_NT: np.ndarray
+    cfg: config_lib.ModelConfig, read: layers.Read, token_QT: np.ndarray
 ) -> np.ndarray:
-  """The output of a vanilla model's last layer, [N, T, D] fp32."""
-  stream = layers.stream(cfg, read, layers.ends(cfg, read), token_NT)
+  """The output of a vanilla model's last layer, [Q, T, D] fp32."""
+  stream = layers.stream(cfg, read, layers.ends(cfg, read), token_QT)
   return collections.deque(stream, maxlen=1).pop()
 
 
 def divergence(
-    cfg: config_lib.ModelConfig, read: layers.Read, one_NTD: np.ndarray,
-    other_NTD: np.ndarray,
+    cfg: config_lib.ModelConfig, read: layers.Read, one_QTD: np.ndarray,
+    other_QTD: np.ndarray,
 ) -> float:
   """KL(one || other) in nats a token, the mean, of two models' `final`.
 
   Args:
     cfg, read: a model whose final norm and head both models share.
-    one_NTD, other_NTD: fp32, of the same tokens.
+    one_QTD, other_QTD: fp32, of the same tokens.
   """
   variables = layers.ends(cfg, read)
-  N, T, _ = one_NTD.shape
+  Q, T, _ = one_QTD.shape
   nats = sum(
-      float(_divergence(cfg, variables, one_NTD[rows], other_NTD[rows]))
-      for rows in layers.batches(one_NTD[..., 0], 4 * T * cfg.V))
-  return nats / (N * T)
+      float(_divergence(cfg, variables, one_QTD[rows], other_QTD[rows]))
+      for rows in layers.batches(one_QTD[..., 0], 4 * T * cfg.V))
+  return nats / (Q * T)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -14,8 +14,7 @@ import numpy as np
 from recursive_tx import config as config_lib
 from recursive_tx import model
 from recursive_tx.files import paths
-from recursive_tx.model import attention
-from recursive_tx.model.layer import rope_tables
+from recursive_tx.model import adapters
 from recursive_tx.model.linear import Linear
 
 # One layer of a leaf of the vanilla tree, such as 'block/layers/mlp/up/kernel'.
@@ -55,49 +54,48 @@ def ends(cfg: config_lib.ModelConfig, read: Read) -> dict:
   return jax.device_put({'params': params})
 
 
-def batches(token_NT: np.ndarray, row_bytes: int = 0) -> Iterator[slice]:
+def batches(token_QT: np.ndarray, row_bytes: int = 0) -> Iterator[slice]:
   """Rows to run at once; `row_bytes`: of one row's logits, 0 without them."""
-  N, T = token_NT.shape
+  Q, T = token_QT.shape
   rows = max(1, _TOKENS // T)
   if row_bytes:
     rows = max(1, min(rows, _LOGITS // row_bytes))
-  for begin in range(0, N, rows):
+  for begin in range(0, Q, rows):
     yield slice(begin, begin + rows)
 
 
 def embed(
-    cfg: config_lib.ModelConfig, variables: dict, token_NT: np.ndarray
+    cfg: config_lib.ModelConfig, variables: dict, token_QT: np.ndarray
 ) -> np.ndarray:
-  """The input of the first layer, [N, T, D] fp32."""
+  """The input of the first layer, [Q, T, D] fp32."""
   return np.concatenate([
-      _enter(cfg, variables, token_NT[rows]) for rows in batches(token_NT)])
+      _enter(cfg, variables, token_QT[rows]) for rows in batches(token_QT)])
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _enter(cfg, variables, token_BT):
-  return model.Decoder(cfg).apply(
-      variables, token_BT, None, None, method='enter')[0]
+  return model.Decoder(cfg).apply(variables, token_BT, method='enter')[0]
 
 
 def stream(
     cfg: config_lib.ModelConfig, read: Read, variables: dict,
-    token_NT: np.ndarray,
+    token_QT: np.ndarray,
 ) -> Iterator[np.ndarray]:
-  """The input of every layer, then the output of the last, [N, T, D] fp32.
+  """The input of every layer, then the output of the last, [Q, T, D] fp32.
 
   Args:
     cfg, read: a vanilla model.
     variables: its `ends`.
-    token_NT: int32 token ids.
+    token_QT: int32 token ids.
   """
-  x_NTD = embed(cfg, variables, token_NT)
+  x_QTD = embed(cfg, variables, token_QT)
   for layer in range(cfg.num_layers):
-    yield x_NTD
+    yield x_QTD
     # Once a layer: a call with NumPy's arrays copies them.
     values = jax.device_put(read_layer(cfg, read, layer))
-    x_NTD = np.concatenate([
-        forward(cfg, values, x_NTD[rows]) for rows in batches(token_NT)])
-  yield x_NTD
+    x_QTD = np.concatenate([
+        forward(cfg, values, x_QTD[rows]) for rows in batches(token_QT)])
+  yield x_QTD
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -174,7 +172,7 @@ def both_inputs(cfg, values, ours, x_BTD, y_BTD, name):
 def logprobs(cfg, variables, x_BTD):
   """Log-probabilities [B, T, V] by the output of the last layer, x_BTD."""
   def head(decoder, x_BTD):
-    return decoder.logits(decoder.leave(x_BTD, None, None)[0])
+    return decoder.logits(decoder.finish(x_BTD)[0])
   return jax.nn.log_softmax(
       model.Decoder(cfg).apply(variables, x_BTD, method=head))
 
@@ -188,12 +186,8 @@ def _run(cfg, values, x_BTD, change):
       y = change(context.module.kernel, y, args[0])
     return y
 
-  place_1T = jnp.arange(x_BTD.shape[1])[None]
-  context = {
-      'mask_BTS': attention.visible(
-          place_1T, place_1T, window=cfg.window, segment_BT=None),
-      'segment_BT': None,
-      'rope': rope_tables(cfg, jnp.broadcast_to(place_1T, x_BTD.shape[:2]))}
   with nn.intercept_methods(watch):
     return model.Layer(cfg, config_lib.Run()).apply(
-        {'params': values['layers']}, x_BTD, values['vectors'], context)[0]
+        {'params': values['layers']}, x_BTD,
+        adapters.layer_values(cfg, values['vectors']),
+        model.whole(cfg, x_BTD.shape[:2]))[0]

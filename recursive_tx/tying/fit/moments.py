@@ -54,23 +54,23 @@ class Moments:
     return np.load(self._path(kernel, layer, 'output'))
 
   def stream(self, layer: int) -> np.ndarray:
-    """The layer's input, the residual stream, [N, T, D]."""
+    """The layer's input, the residual stream, [Q, T, D]."""
     return np.load(self._directory / f'{layer}.npy')
 
   def put(self, kernel: str, layer: int, side: str, value: np.ndarray):
     """Stores a moment; `side`: 'input', 'mean' or 'output'."""
     np.save(self._path(kernel, layer, side), value.astype(np.float32))
 
-  def put_stream(self, layer: int, x_NTD: np.ndarray):
+  def put_stream(self, layer: int, x_QTD: np.ndarray):
     """Stores a layer's input."""
-    np.save(self._directory / f'{layer}.npy', x_NTD)
+    np.save(self._directory / f'{layer}.npy', x_QTD)
 
   def _path(self, kernel, layer, side):
     return self._directory / f'{layer}.{kernel}.{side}.npy'
 
 
 def measure(
-    cfg: config_lib.ModelConfig, read: layers.Read, token_NT: np.ndarray,
+    cfg: config_lib.ModelConfig, read: layers.Read, token_QT: np.ndarray,
     directory: pathlib.Path, *, seed: int,
     report: Callable[[float], Any] = lambda share: None,
 ) -> Moments:
@@ -82,26 +82,26 @@ def measure(
 
   Args:
     cfg, read: the model.
-    token_NT: int32 token ids, sequences of one length.
+    token_QT: int32 token ids, sequences of one length.
     directory: for what `Moments` has; holds nothing else.
     seed: of the drawn tokens.
     report: given the share of the work done since the last report.
   """
   variables, moments = layers.ends(cfg, read), Moments(directory)
-  for layer, x_NTD in enumerate(
-      layers.stream(cfg, read, variables, token_NT)):
+  for layer, x_QTD in enumerate(
+      layers.stream(cfg, read, variables, token_QT)):
     if layer < cfg.num_layers:
-      moments.put_stream(layer, x_NTD)
+      moments.put_stream(layer, x_QTD)
     report(0.25 / (cfg.num_layers + 1))
-  d_NTD = _drawn(cfg, variables, token_NT, x_NTD, seed)
+  d_QTD = _drawn(cfg, variables, token_QT, x_QTD, seed)
   for layer in reversed(range(cfg.num_layers)):
     values = jax.device_put(layers.read_layer(cfg, read, layer))
-    x_NTD, sums = moments.stream(layer), _zeros(cfg)
-    for rows in layers.batches(token_NT):
-      d_NTD[rows], sums = _add(cfg, values, sums, x_NTD[rows], d_NTD[rows])
+    x_QTD, sums = moments.stream(layer), _zeros(cfg)
+    for rows in layers.batches(token_QT):
+      d_QTD[rows], sums = _add(cfg, values, sums, x_QTD[rows], d_QTD[rows])
     for side, totals in sums.items():
       for name, total in totals.items():
-        moments.put(name, layer, side, np.asarray(total) / token_NT.size)
+        moments.put(name, layer, side, np.asarray(total) / token_QT.size)
     report(0.75 / cfg.num_layers)
   return moments
 
@@ -135,15 +135,15 @@ def _add(cfg, values, sums, x_BTD, d_BTD):
       'output': jax.tree.map(more, sums['output'], outputs)}
 
 
-def _drawn(cfg, variables, token_NT, x_NTD, seed) -> np.ndarray:
-  """Gradient in the last layer's output, [N, T, D]."""
-  row_bytes = 4 * token_NT.shape[1] * cfg.V
+def _drawn(cfg, variables, token_QT, x_QTD, seed) -> np.ndarray:
+  """Gradient in the last layer's output, [Q, T, D]."""
+  row_bytes = 4 * token_QT.shape[1] * cfg.V
   return np.concatenate([
       # Each is waited for: the logits of several are too much to hold.
       np.asarray(_gradient(
-          cfg, variables, x_NTD[rows],
+          cfg, variables, x_QTD[rows],
           jax.random.fold_in(jax.random.key(seed), rows.start)))
-      for rows in layers.batches(token_NT, row_bytes)])
+      for rows in layers.batches(token_QT, row_bytes)])
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -37,28 +37,28 @@ def polishes(rcfg: config_lib.ModelConfig) -> bool:
 
 
 def polish(
-    rcfg: config_lib.ModelConfig, params: dict, token_NT: np.ndarray,
-    final_NTD: np.ndarray, *, seed: int,
+    rcfg: config_lib.ModelConfig, params: dict, token_QT: np.ndarray,
+    final_QTD: np.ndarray, *, seed: int,
     report: Callable[[float], Any] = lambda share: None,
 ) -> dict:
   """Distils for a pass over the tokens, or some passes over a few.
 
   Args:
     rcfg, params: the recursive model, fp32.
-    token_NT: int32 token ids.
-    final_NTD: the original's output of its last layer, see `distance.final`.
+    token_QT: int32 token ids.
+    final_QTD: the original's output of its last layer, see `distance.final`.
     seed: of the order of the sequences.
     report: given the share of the work done since the last report.
 
   Returns:
     New params, fp32 numpy.
   """
-  N, T = token_NT.shape
-  rows = min(N, max(1, _BATCH // T))
-  steps = max(_LEAST_STEPS, N // rows)
+  Q, T = token_QT.shape
+  rows = min(Q, max(1, _BATCH // T))
+  steps = max(_LEAST_STEPS, Q // rows)
   rng = np.random.default_rng(seed)
   order = np.concatenate([
-      rng.permutation(N) for _ in range(-(-steps * rows // N))])
+      rng.permutation(Q) for _ in range(-(-steps * rows // Q))])
   fixed, trained = ({key: value for key, value in params.items() if (
       key in _FIXED) == kept} for kept in (True, False))
   run = config_lib.Run(remat='dots', logits_mib=_LOGITS >> 20)
@@ -69,7 +69,7 @@ def polish(
     at = order[step * rows:(step + 1) * rows]
     # Waited for, so that what is reported is done.
     trained, state = jax.block_until_ready(update(
-        trained, state, fixed, token_NT[at], final_NTD[at]))
+        trained, state, fixed, token_QT[at], final_QTD[at]))
     report(1 / steps)
   return {**params, **jax.tree.map(np.asarray, trained)}
 

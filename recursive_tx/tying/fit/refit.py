@@ -70,19 +70,19 @@ def refit(
   """
   vectors = {}
   last = rcfg.prelude + rcfg.loops * rcfg.layers_per_loop - 1
-  y_NTD = original.stream(rcfg.prelude)
+  y_QTD = original.stream(rcfg.prelude)
   for layer in range(rcfg.prelude, last + 1):
     values = layers.read_layer(cfg, original.read, layer)
     ours = layers.read_layer(cfg, converted, layer)
     _refit(rcfg, layer, values, ours, store, original.output, functools.partial(
         _sums, cfg, jax.device_put(values), ours, original.stream(layer),
-        y_NTD))
+        y_QTD))
     for path, value in paths.items(ours['vectors']) if (
         rcfg.has_loop_vectors) else ():
       vectors[f'block/vectors/{path}', layer] = value
     ours = jax.device_put(ours)
-    for rows in layers.batches(y_NTD[..., 0]) if layer < last else ():
-      y_NTD[rows] = layers.forward(cfg, ours, y_NTD[rows])
+    for rows in layers.batches(y_QTD[..., 0]) if layer < last else ():
+      y_QTD[rows] = layers.forward(cfg, ours, y_QTD[rows])
     report(1 / rcfg.loops / rcfg.layers_per_loop)
   return vectors
 
@@ -184,14 +184,14 @@ class _Sums(NamedTuple):
   cross_lack: np.ndarray
 
 
-def _sums(cfg, values, ours, x_NTD, y_NTD, name) -> _Sums:
+def _sums(cfg, values, ours, x_QTD, y_QTD, name) -> _Sums:
   total, ours = None, jax.device_put(ours)
-  for rows in layers.batches(x_NTD[..., 0]):
+  for rows in layers.batches(x_QTD[..., 0]):
     new = _batch_sums(*layers.both_inputs(
-        cfg, values, ours, x_NTD[rows], y_NTD[rows], name))
+        cfg, values, ours, x_QTD[rows], y_QTD[rows], name))
     total = jax.tree.map(jnp.add, total, new) if total else new
   return jax.tree.map(
-      lambda value: np.asarray(value) / x_NTD[..., 0].size, total)
+      lambda value: np.asarray(value) / x_QTD[..., 0].size, total)
 
 
 @jax.jit

@@ -3,6 +3,7 @@ original."""
 
 from collections.abc import Callable
 import dataclasses
+import itertools
 import math
 import pathlib
 import shutil
@@ -57,7 +58,7 @@ class Initialisation:
 
 def nearest(
     cfg: config_lib.ModelConfig, rcfg: config_lib.ModelConfig, read: Read,
-    rivals: dict[str, kernels.Kernel], token_NT: np.ndarray,
+    rivals: dict[str, kernels.Kernel], token_QT: np.ndarray,
     folder: pathlib.Path, *,
     params: Callable[[Initialisation], dict], seed: int,
     report: Callable[[float], Any],
@@ -80,7 +81,7 @@ def nearest(
     rcfg: of the recursive model. One rank for all is taken as a budget: the
       fit spreads its parameters over the kernels.
     rivals: other candidates, by the init that also gives norms and biases.
-    token_NT: calibration tokens; an eighth, at most 1,024 tokens, is kept
+    token_QT: calibration tokens; an eighth, at most 1,024 tokens, is kept
       apart, to choose by.
     folder: empty; keeps the files that the result reads.
     params: gives the parameters of a candidate.
@@ -89,22 +90,22 @@ def nearest(
   """
   last = polishes(rcfg) and not ranks.is_full(rcfg)
   before = 0.6 if last else 1.0  # Share of the work.
-  kept = _rows(token_NT, len(token_NT) // 8, _KEPT)
-  given_NT = token_NT[:-kept]
-  stride = -(-len(given_NT) // _rows(token_NT, len(given_NT), _MEASURED))
+  kept = _rows(token_QT, len(token_QT) // 8, _KEPT)
+  given_QT = token_QT[:-kept]
+  stride = -(-len(given_QT) // _rows(token_QT, len(given_QT), _MEASURED))
   (folder / 'moments').mkdir()
   measured = moments.measure(
-      cfg, read, given_NT[::stride], folder / 'moments', seed=seed,
+      cfg, read, given_QT[::stride], folder / 'moments', seed=seed,
       report=lambda share: report(before * share / 4))
-  final_NTD = distance.final(
-      cfg, read, token_NT if last else token_NT[-kept:])
+  final_QTD = distance.final(
+      cfg, read, token_QT if last else token_QT[-kept:])
 
   def nats_of(made, store):
-    nats = distance.divergence(cfg, read, final_NTD[-kept:], distance.final(
+    nats = distance.divergence(cfg, read, final_QTD[-kept:], distance.final(
         cfg, kernels.unrolled(made.rcfg, made.read, made.rule, store),
-        token_NT[-kept:]))
+        token_QT[-kept:]))
     logging.info('%s: KL %.4f nats a token on %d tokens kept apart',
-                 store.directory.name, nats, token_NT[-kept:].size)
+                 store.directory.name, nats, token_QT[-kept:].size)
     return nats
 
   # Factors of full rank represent each layer as it is.
@@ -120,9 +121,8 @@ def nearest(
   shutil.rmtree(folder / 'moments')
   for init, rival in rivals.items():
     store = kernels.Store(folder / init, rcfg.loops)
-    for name in rcfg.kernels:
-      for place in range(rcfg.layers_per_loop):
-        store.put(name, place, *_nearly(rcfg, read, init, name, place))
+    for name, place in _places(rcfg):
+      store.put(name, place, *_nearly(rcfg, read, init, name, place))
     made = Initialisation(init, rcfg, read, init, rival)
     found.append((nats_of(made, store), made))
     shutil.rmtree(folder / init)
@@ -131,16 +131,21 @@ def nearest(
   if last:
     store = kernels.Store(folder / 'polished', rcfg.loops)
     made = _polished(cfg, best, polish(
-        best.rcfg, params(best), given_NT, final_NTD[:-kept], seed=seed,
+        best.rcfg, params(best), given_QT, final_QTD[:-kept], seed=seed,
         report=lambda share: report((1 - before) * share)), store)
     if nats_of(made, store) < nats:
       return made
   return best
 
 
-def _rows(token_NT, rows, tokens):
+def _rows(token_QT, rows, tokens):
   """So many sequences, if they are no more than so many tokens; at least 1."""
-  return max(1, min(rows, tokens // token_NT.shape[1]))
+  return max(1, min(rows, tokens // token_QT.shape[1]))
+
+
+def _places(rcfg):
+  """Every kernel of the block: its name and its layer's place."""
+  return itertools.product(rcfg.kernels, range(rcfg.layers_per_loop))
 
 
 def _nearly(rcfg, read, init, name, place):
@@ -157,7 +162,7 @@ def _nearly(rcfg, read, init, name, place):
 def _polished(cfg, made, params, store) -> Initialisation:
   """The candidate with other parameters."""
   rcfg, changed = made.rcfg, {}
-  K, after = rcfg.layers_per_loop, rcfg.num_layers - rcfg.coda
+  M, after = rcfg.layers_per_loop, rcfg.num_layers - rcfg.coda
   for path in layers.leaves(cfg):
     leaf = path.removeprefix('block/')
     for part, first in (('prelude', 0), ('coda', after)):
@@ -165,15 +170,15 @@ def _polished(cfg, made, params, store) -> Initialisation:
         changed[path, first + layer] = paths.get(
             params, f'{part}/{leaf}')[layer]
     if leaf.startswith('vectors/'):
-      for layer in range(rcfg.loops * K):
-        loop, place = divmod(layer, K)
+      for layer in range(rcfg.loops * M):
+        loop, place = divmod(layer, M)
         changed[path, rcfg.prelude + layer] = paths.get(
             params['adapters'], leaf.removeprefix('vectors/'))[
                 loop, place] if rcfg.has_loop_vectors else paths.get(
                     params, path)[place]
   for name, rank in rcfg.ranks.items():
     rows, columns = rcfg.in_out(name)
-    for place in range(K):
+    for place in range(M):
       shared = paths.get(params, kernels.path(name))[place]
       store.put(name, place, shared, [
           kernels.kept(
@@ -191,20 +196,21 @@ def _polished(cfg, made, params, store) -> Initialisation:
 def _fitted(cfg, rcfg, aligned, store, earlier, report) -> Initialisation:
   """The best by the moments, fitted again for the inputs it really gets."""
   exact = ranks.is_full(rcfg)  # The original itself, as it is.
+  sizes = {name: math.prod(rcfg.in_out(name)) for name in rcfg.kernels}
+  work = 0.5 / sum(sizes.values()) / rcfg.layers_per_loop
   if ranks.may_differ(rcfg):
-    rcfg = ranks.spread(rcfg, {
-        name: sum(spectra(*_tied(rcfg, aligned, earlier, name, place))
-                  for place in range(rcfg.layers_per_loop))
-        for name in rcfg.kernels})
+    gains = dict.fromkeys(rcfg.kernels, 0)
+    for name, place in _places(rcfg):
+      gains[name] += spectra(*_tied(rcfg, aligned, earlier, name, place))
+      report(work / 4 * sizes[name])
+    rcfg, work = ranks.spread(rcfg, gains), 3 / 4 * work
     logging.info('Ranks %s', rcfg.rank)
   later = [] if exact else refitted(rcfg)
-  sizes = {name: math.prod(rcfg.in_out(name)) for name in rcfg.kernels}
-  for name in rcfg.kernels:
-    for place in range(rcfg.layers_per_loop):
-      store.put(name, place, *_shared(
-          rcfg, _tied(rcfg, aligned, earlier, name, place), name,
-          name not in later))
-      report(0.5 * sizes[name] / sum(sizes.values()) / rcfg.layers_per_loop)
+  for name, place in _places(rcfg):
+    store.put(name, place, *_shared(
+        rcfg, _tied(rcfg, aligned, earlier, name, place), name,
+        name not in later))
+    report(work * sizes[name])
   norms = {}
   if later or fits_norms(rcfg) and not exact:
     norms = refit(

@@ -115,11 +115,11 @@ def factors(
       input_moment.astype(np.float64), _INPUT_DAMPING))
   right = matrices.root(matrices.damped(
       output_moment.astype(np.float64), _OUTPUT_DAMPING))
-  U, inner = _projected(*(x.astype(np.float32) for x in (
+  u, inner = _projected(*(x.astype(np.float32) for x in (
       residual, root, right)), rank)
-  # Z^T a = U r^-1, so that the best b, which S does not change, is r U^T Z^T
+  # Z^T a = u r^-1, so that the best b, which S does not change, is r u^T Z^T
   # times the residual.
-  a, r = lapack.qr(matrices.unapply(root.T, np.asarray(U, np.float64)))
+  a, r = lapack.qr(matrices.unapply(root.T, np.asarray(u, np.float64)))
   return a.astype(np.float32), (r @ np.asarray(inner)).astype(np.float32)
 
 
@@ -191,80 +191,82 @@ def _grams(apart, roots):
 
 @functools.partial(jax.jit, static_argnames='rank')
 def _projected(residual, root, right, rank):
-  """Leading directions U of a weighted residual, and U^T Z^T residual."""
+  """Leading directions u of a weighted residual, and u^T Z^T residual."""
   left = matrices.apply(root.T, residual)
-  U = directions(matrices.columns(left, right), rank)
-  return U, U.T @ left
+  u = directions(matrices.columns(left, right), rank)
+  return u, u.T @ left
 
 
 @functools.partial(jax.jit, static_argnames='rank')
 def _absorbed(apart, roots, rank, most, gain):
   """What the factors, and not the shared kernel, represent, [rows, columns].
 
-  Let P_i = U_i b_i be the factors of layer i in its root's coordinates, and
+  Let P_i = u_i b_i be the factors of layer i in its root's coordinates, and
   F_i its residual without any. The best shared kernel for them leaves to
   layer i R_i = F_i + sum_j H_ij P_j, H_ij = G_i^T G_j. A round updates each
-  U_i by a step of subspace iteration on R_i, and then solves for all b at
+  u_i by a step of subspace iteration on R_i, and then solves for all b at
   once. Its products are all thin: R is never made.
   """
   # fp32 does: H is a projection, and the factors are made anew afterwards.
-  F = _residuals(apart, roots)
-  total = sum(jnp.vdot(left, left) for left in F)
-  U = _initial(F, roots, rank)
+  residuals = _residuals(apart, roots)
+  total = sum(jnp.vdot(left, left) for left in residuals)
+  bases = _initial(residuals, roots, rank)
 
   def step(state):
-    U, b, error, _, rounds = state
-    old = U, b, error
-    A = [matrices.apply(root, u) for root, u in zip(roots, U, strict=True)]
-    U = [_orthonormal(left @ mine.T + matrices.apply(root.T, sum(
-        a @ (other @ mine.T) for a, other in zip(A, b, strict=True))))
-         for left, root, mine in zip(F, roots, b, strict=True)]
-    b, taken = _solve(F, roots, U)
+    bases, b, error, _, rounds = state
+    old = bases, b, error
+    applied = [
+        matrices.apply(root, u) for root, u in zip(roots, bases, strict=True)]
+    bases = [_orthonormal(left @ mine.T + matrices.apply(root.T, sum(
+        a @ (other @ mine.T) for a, other in zip(applied, b, strict=True))))
+         for left, root, mine in zip(residuals, roots, b, strict=True)]
+    b, taken = _solve(residuals, roots, bases)
     better = total - taken < error  # Not so for nan.
     return *jax.tree.map(
         lambda new, was: jnp.where(better, new, was),
-        (U, b, total - taken), old), error, rounds + 1
+        (bases, b, total - taken), old), error, rounds + 1
 
   def unfinished(state):
     _, _, error, before, rounds = state
     return (rounds < most) & (before - error > gain * error)
 
-  b, taken = _solve(F, roots, U)
-  U, b, *_ = lax.while_loop(
-      unfinished, step, (U, b, total - taken, jnp.inf, 0))
+  b, taken = _solve(residuals, roots, bases)
+  bases, b, *_ = lax.while_loop(
+      unfinished, step, (bases, b, total - taken, jnp.inf, 0))
   return sum(matrices.apply(root, u) @ mine
-             for root, u, mine in zip(roots, U, b, strict=True))
+             for root, u, mine in zip(roots, bases, b, strict=True))
 
 
-def _initial(F, roots, rank):
+def _initial(residuals, roots, rank):
   """Where the search begins: the leading directions of every layer alone.
 
   Of two layers the second has the leading directions of what the first leaves:
   alone both would have the same, and once is enough. Where both layers have
   the same weights, this is the optimum.
   """
-  U = []
-  for left in F:
-    if U and len(F) == 2:
-      b, _ = _solve(F[:1], roots[:1], U)
+  bases = []
+  for left in residuals:
+    if bases and len(residuals) == 2:
+      b, _ = _solve(residuals[:1], roots[:1], bases)
       left = left + matrices.apply(
-          roots[1].T, matrices.apply(roots[0], U[0]) @ b[0])
-    U.append(directions(left, rank))
-  return U
+          roots[1].T, matrices.apply(roots[0], bases[0]) @ b[0])
+    bases.append(directions(left, rank))
+  return bases
 
 
-def _solve(F, roots, U):
-  """The best b_i for given U_i, and the error that they take off.
+def _solve(residuals, roots, bases):
+  """The best b_i for given u_i, and the error that they take off.
 
   Since H is a projection, the error is that without factors, minus
   2 <F, P>, plus <P, (1 - H) P>: a system of size rank times layers.
   """
-  A = jnp.concatenate([
-      matrices.apply(root, u) for root, u in zip(roots, U, strict=True)], 1)
-  wanted = jnp.concatenate([u.T @ f for u, f in zip(U, F, strict=True)])
-  system = (1 + _RIDGE) * jnp.eye(len(wanted)) - A.T @ A
+  applied = jnp.concatenate([
+      matrices.apply(root, u) for root, u in zip(roots, bases, strict=True)], 1)
+  wanted = jnp.concatenate([
+      u.T @ left for u, left in zip(bases, residuals, strict=True)])
+  system = (1 + _RIDGE) * jnp.eye(len(wanted)) - applied.T @ applied
   b = jax.scipy.linalg.solve(system, wanted, assume_a='pos')
-  return jnp.split(b, len(F)), jnp.vdot(wanted, b)
+  return jnp.split(b, len(residuals)), jnp.vdot(wanted, b)
 
 
 def directions(matrix: jax.Array, rank: int) -> jax.Array:

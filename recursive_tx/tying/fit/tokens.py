@@ -19,7 +19,7 @@ _TEXT_LENGTH = 256
 
 
 def checked(cfg: config_lib.ModelConfig, calibration: Any) -> np.ndarray:
-  """token_NT, int32, of an array [N, T] or of an iterable of batches.
+  """token_QT, int32, of an array [Q, T] or of an iterable of batches.
 
   Raises:
     UserError: not integers, not two-dimensional, ids outside the
@@ -32,25 +32,25 @@ def checked(cfg: config_lib.ModelConfig, calibration: Any) -> np.ndarray:
       raise UserError(f'the batches of calibration have shapes {widths} '
                        f'after the first dimension; give them one length')
     calibration = np.concatenate(rows) if rows else np.zeros((0, 0), int)
-  token_NT = np.asarray(calibration)
-  if token_NT.dtype.kind not in 'iu':
-    raise UserError(f'calibration has dtype {token_NT.dtype}; expected '
+  token_QT = np.asarray(calibration)
+  if token_QT.dtype.kind not in 'iu':
+    raise UserError(f'calibration has dtype {token_QT.dtype}; expected '
                      f'integer token ids: tokenize the text first')
-  if token_NT.ndim != 2:
-    raise UserError(f'calibration has shape {token_NT.shape}; expected '
+  if token_QT.ndim != 2:
+    raise UserError(f'calibration has shape {token_QT.shape}; expected '
                      f'[sequences, tokens]')
-  if token_NT.size and not (
-      0 <= token_NT.min() and token_NT.max() < cfg.V):
+  if token_QT.size and not (
+      0 <= token_QT.min() and token_QT.max() < cfg.V):
     raise UserError(
-        f'calibration has token ids from {token_NT.min()} to '
-        f'{token_NT.max()}; the model embeds 0 to {cfg.V - 1}: use its own '
+        f'calibration has token ids from {token_QT.min()} to '
+        f'{token_QT.max()}; the model embeds 0 to {cfg.V - 1}: use its own '
         f'tokenizer')
-  if len(token_NT) < 2 or token_NT.size < cfg.D:
+  if len(token_QT) < 2 or token_QT.size < cfg.D:
     raise UserError(
-        f'calibration has {len(token_NT)} sequences of {token_NT.size} tokens '
+        f'calibration has {len(token_QT)} sequences of {token_QT.size} tokens '
         f'in all; expected 2 sequences and {cfg.D} tokens (the width of the '
         f'model) at least, better 16 times as many: give more text')
-  return token_NT.astype(np.int32)
+  return token_QT.astype(np.int32)
 
 
 def sample(
@@ -75,7 +75,7 @@ def read(
     path: str | os.PathLike, tokenizer: Tokenizer, *, tokens: int,
     document: str = '',
 ) -> np.ndarray:
-  """The first tokens of a text file, [N, 256], int32.
+  """The first tokens of a text file, [Q, 256], int32.
 
   Args:
     path: UTF-8 text.

@@ -47,13 +47,13 @@ def test_the_aligned_model_is_the_original(name):
 
 
 def test_moments_of_the_aligned_model_are_the_aligned_moments(tmp_path):
-  values, token_NT = tiny.variables(LLAMA), tiny.tokens(LLAMA, 4)
+  values, token_QT = tiny.variables(LLAMA), tiny.tokens(LLAMA, 4)
   found = []
   for place, read in enumerate((_read(values), None)):
     folder = tmp_path / str(place)
     folder.mkdir()
     read = read or align.Aligned(_read(values), None, _orders(LLAMA)).read
-    found.append(fit.measure(LLAMA, read, token_NT, folder, seed=0))
+    found.append(fit.measure(LLAMA, read, token_QT, folder, seed=0))
   aligned = align.Aligned(_read(values), found[0], _orders(LLAMA))
   for name in LLAMA.kernels:
     for side in ('input', 'output'):

@@ -22,16 +22,16 @@ def _read(values):
 
 
 def test_it_comes_nearer_and_leaves_the_ends_alone():
-  values, token_NT = tiny.variables(LLAMA), tiny.tokens(LLAMA, 16, 12)
+  values, token_QT = tiny.variables(LLAMA), tiny.tokens(LLAMA, 16, 12)
   rcfg, rvars = rtx.relax(LLAMA, values, loops=2, rank=2, init='average')
-  final_NTD = distance.final(LLAMA, _read(values), token_NT)
+  final_QTD = distance.final(LLAMA, _read(values), token_QT)
   shares = []
   params = polish_lib.polish(
-      rcfg, rvars['params'], token_NT, final_NTD, seed=0,
+      rcfg, rvars['params'], token_QT, final_QTD, seed=0,
       report=shares.append)
 
   def nats(params):
-    one, two = (jax.nn.log_softmax(tiny.decoder(c)(v, token_NT)) for c, v in (
+    one, two = (jax.nn.log_softmax(tiny.decoder(c)(v, token_QT)) for c, v in (
         (LLAMA, values), (rcfg, {'params': params})))
     return float((np.exp(one) * (one - two)).sum(-1).mean())
 
@@ -51,13 +51,13 @@ def test_its_gradient_is_that_of_the_mean_divergence(monkeypatch):
       polish_lib.optax.sgd(0.1)))
   monkeypatch.setattr(polish_lib, '_LEAST_STEPS', 2)
   polish_lib._training.cache_clear()
-  values, token_NT = tiny.variables(LLAMA), tiny.tokens(LLAMA, 4, 12)
+  values, token_QT = tiny.variables(LLAMA), tiny.tokens(LLAMA, 4, 12)
   rcfg, rvars = rtx.relax(LLAMA, values, loops=2, rank=2, init='average')
-  teacher = jax.nn.log_softmax(tiny.decoder(LLAMA)(values, token_NT))
+  teacher = jax.nn.log_softmax(tiny.decoder(LLAMA)(values, token_QT))
 
   def nats(params):
     ours = jax.nn.log_softmax(
-        rtx.Decoder(rcfg).apply({'params': params}, token_NT))
+        rtx.Decoder(rcfg).apply({'params': params}, token_QT))
     return (jax.numpy.exp(teacher) * (teacher - ours)).sum(-1).mean()
 
   wanted = rvars['params']
@@ -67,8 +67,8 @@ def test_its_gradient_is_that_of_the_mean_divergence(monkeypatch):
     wanted = {key: wanted[key] if key in ('embed', 'norm', 'head') else new
               for key, new in stepped.items()}
   params = polish_lib.polish(
-      rcfg, rvars['params'], token_NT,
-      distance.final(LLAMA, _read(values), token_NT), seed=0)
+      rcfg, rvars['params'], token_QT,
+      distance.final(LLAMA, _read(values), token_QT), seed=0)
   polish_lib._training.cache_clear()
   for path, value in paths.items(params):
     if path.split('/')[0] not in ('embed', 'norm', 'head'):
@@ -94,11 +94,11 @@ def test_a_polished_candidate_has_the_parameters_it_got(name, how, tmp_path):
   made = search.Initialisation('fit', rcfg, _read(values), 'average', None)
   store = kernels.Store(tmp_path / 'store', 2)
   new = search._polished(cfg, made, params, store)
-  token_NT = tiny.tokens(cfg, 3, 12)
+  token_QT = tiny.tokens(cfg, 3, 12)
   ours = distance.final(
-      cfg, kernels.unrolled(new.rcfg, new.read, new.rule, store), token_NT)
+      cfg, kernels.unrolled(new.rcfg, new.read, new.rule, store), token_QT)
   vcfg, vvars = rtx.merge(rcfg, {'params': params})
-  theirs = distance.final(vcfg, _read(vvars), token_NT)
+  theirs = distance.final(vcfg, _read(vvars), token_QT)
   assert tiny.distance(ours, theirs) < 1e-5
 
 

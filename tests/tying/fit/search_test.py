@@ -37,9 +37,9 @@ def _fit(cfg, values, **how):
                    calibration=tiny.tokens(cfg, N, T), **how)
 
 
-def _kl(cfg, values, other, token_NT):
+def _kl(cfg, values, other, token_QT):
   """KL(values || other) of a model and a relaxed one, nats a token."""
-  one, two = (jax.nn.log_softmax(tiny.decoder(c)(v, token_NT))
+  one, two = (jax.nn.log_softmax(tiny.decoder(c)(v, token_QT))
               for c, v in ((cfg, values), other))
   return float(jnp.sum(jnp.exp(one) * (one - two), axis=-1).mean())
 
@@ -104,22 +104,22 @@ def test_a_fit_is_far_nearer_where_inputs_lie_in_few_directions():
   for path, value in paths.items(values['params']):
     if path.endswith(('embedding', 'scale')):
       value[..., 4:] = 0
-  token_NT = tiny.tokens(cfg, 4, T, seed=1)
+  token_QT = tiny.tokens(cfg, 4, T, seed=1)
   how = dict(loops=2, rank=4)
-  ours = _kl(cfg, values, _fit(cfg, values, **how), token_NT)
+  ours = _kl(cfg, values, _fit(cfg, values, **how), token_QT)
   theirs = _kl(cfg, values, rtx.relax(
-      cfg, values, init='average', **how), token_NT)
+      cfg, values, init='average', **how), token_QT)
   assert ours < theirs / 4
 
 
 def test_it_is_a_function_of_its_arguments_in_whatever_batches():
-  values, token_NT = tiny.variables(LLAMA), tiny.tokens(LLAMA, N, T)
+  values, token_QT = tiny.variables(LLAMA), tiny.tokens(LLAMA, N, T)
   one, other, third = (
       rtx.relax(LLAMA, values, loops=2, rank=3, init='fit', seed=seed,
                 calibration=calibration)
       for seed, calibration in (
-          (0, token_NT), (0, iter([token_NT[:5], token_NT[5:]])),
-          (1, token_NT)))
+          (0, token_QT), (0, iter([token_QT[:5], token_QT[5:]])),
+          (1, token_QT)))
   assert one[0] == other[0]
   tiny.assert_same_tree(one[1], other[1])
   kernels_of = [rvars['params']['block']['layers']['attn']['q']['kernel']
@@ -137,16 +137,16 @@ def test_it_is_a_function_of_its_arguments_in_whatever_batches():
 @pytest.mark.slow
 def test_without_calibration_the_tokens_are_sampled_from_the_model():
   values = tiny.variables(LLAMA)
-  token_NT = fit.sample(LLAMA, values, seed=3)
-  assert token_NT.shape == (96, 128) and token_NT.max() < LLAMA.V
+  token_QT = fit.sample(LLAMA, values, seed=3)
+  assert token_QT.shape == (96, 128) and token_QT.max() < LLAMA.V
   # Likely ones: better by far than tokens drawn at random.
-  scores = jax.nn.log_softmax(tiny.decoder(LLAMA)(values, token_NT))[:, :-1]
-  likely = np.take_along_axis(scores, token_NT[:, 1:, None], -1).mean()
+  scores = jax.nn.log_softmax(tiny.decoder(LLAMA)(values, token_QT))[:, :-1]
+  likely = np.take_along_axis(scores, token_QT[:, 1:, None], -1).mean()
   assert likely > scores.mean() + 0.1
   tiny.assert_same_tree(*(
       rtx.relax(LLAMA, values, loops=2, rank=1, init='fit', seed=3,
                 calibration=calibration)[1]
-      for calibration in (None, token_NT)))
+      for calibration in (None, token_QT)))
 
 
 def test_energy_is_of_the_residual_that_is_left():
@@ -154,7 +154,7 @@ def test_energy_is_of_the_residual_that_is_left():
   rcfg = target(LLAMA, loops=2, rank='attn3+mlp3', init='fit', lora='svd',
                 prelude=0, coda=0, loop_norms=True)
   with initialised(LLAMA, rcfg, _read(values), init='fit', energy=energy,
-             token_NT=tiny.tokens(LLAMA, N, T)) as (kept, init, found):
+             token_QT=tiny.tokens(LLAMA, N, T)) as (kept, init, found):
     held = {(path, at): array for path, at, array in found}
   assert (kept, init) == (rcfg, 'fit')
   q = 'block/layers/attn/q/kernel'
@@ -170,7 +170,7 @@ def test_energy_is_of_the_residual_that_is_left():
 
 def test_factors_are_for_the_inputs_that_they_get(tmp_path):
   """Fitted one after the other, they bring the stream back."""
-  values, token_NT = tiny.variables(LLAMA), tiny.tokens(LLAMA, N, T)
+  values, token_QT = tiny.variables(LLAMA), tiny.tokens(LLAMA, N, T)
   rcfg = dataclasses.replace(LLAMA, loops=2, layers_per_loop=3, rank='6')
   read = _read(values)
   store = kernels.Store(tmp_path / 'store', 2)
@@ -185,14 +185,14 @@ def test_factors_are_for_the_inputs_that_they_get(tmp_path):
           for _ in range(2)])
   converted = kernels.unrolled(rcfg, read, 'average', store)
   kept = fit.Moments(tmp_path)
-  streams = layers.stream(LLAMA, read, layers.ends(LLAMA, read), token_NT)
-  for layer, x_NTD in zip(range(6), streams, strict=False):
-    kept.put_stream(layer, x_NTD)
+  streams = layers.stream(LLAMA, read, layers.ends(LLAMA, read), token_QT)
+  for layer, x_QTD in zip(range(6), streams, strict=False):
+    kept.put_stream(layer, x_QTD)
     for name in rcfg.kernels:
       kept.put(name, layer, 'output', np.eye(rcfg.in_out(name)[1]))
 
   def gap():
-    ours, theirs = (distance.final(LLAMA, r, token_NT)
+    ours, theirs = (distance.final(LLAMA, r, token_QT)
                     for r in (converted, read))
     return float(np.square(ours - theirs).mean())
 
@@ -206,7 +206,7 @@ def test_factors_are_for_the_inputs_that_they_get(tmp_path):
 def test_norms_do_what_kernels_without_factors_cannot(name, tmp_path):
   """Loops that differ by the scale of what kernels read become the same."""
   cfg, rng = tiny.FAMILIES[name], np.random.default_rng(0)
-  values, token_NT = tiny.variables(cfg), tiny.tokens(cfg, N, T)
+  values, token_QT = tiny.variables(cfg), tiny.tokens(cfg, N, T)
   by = rng.uniform(0.5, 2, (3, cfg.D))
   for path, value in paths.items(values['params']['block']):
     again = value[:3].copy()
@@ -218,7 +218,7 @@ def test_norms_do_what_kernels_without_factors_cannot(name, tmp_path):
   rcfg = dataclasses.replace(cfg, loops=2, layers_per_loop=3)
   read, vectors = _read(values), {}
   store = kernels.Store(tmp_path / 'store', 2)
-  kept = fit.measure(cfg, read, token_NT, tmp_path, seed=0)
+  kept = fit.measure(cfg, read, token_QT, tmp_path, seed=0)
   for kernel in rcfg.kernels:
     for place in range(3):
       store.put(kernel, place, read(kernels.path(kernel), place), [])
@@ -227,7 +227,7 @@ def test_norms_do_what_kernels_without_factors_cannot(name, tmp_path):
       store)
 
   def gap():
-    ours, theirs = (distance.final(cfg, r, token_NT) for r in (converted, read))
+    ours, theirs = (distance.final(cfg, r, token_QT) for r in (converted, read))
     return float(np.square(ours - theirs).mean())
 
   before = gap()
@@ -242,17 +242,17 @@ def test_norms_do_what_kernels_without_factors_cannot(name, tmp_path):
 def test_a_loops_biases_keep_the_means(rank, tmp_path):
   """Whatever is lost, on average the stream is the original's everywhere."""
   cfg = tiny.FAMILIES['gpt_neox']
-  values, token_NT = tiny.variables(cfg), tiny.tokens(cfg, N, T)
+  values, token_QT = tiny.variables(cfg), tiny.tokens(cfg, N, T)
   rcfg = dataclasses.replace(cfg, loops=2, layers_per_loop=3, rank=rank)
-  measured = fit.measure(cfg, _read(values), token_NT, tmp_path, seed=0)
+  measured = fit.measure(cfg, _read(values), token_QT, tmp_path, seed=0)
   store = kernels.Store(tmp_path / 'store', 2)
   start = search_lib._fitted(
       cfg, rcfg, align.Aligned(_read(values), measured, {}), store, 1.0,
       lambda share: None)
   converted = kernels.unrolled(start.rcfg, start.read, start.rule, store)
   ours, theirs = (
-      [x_NTD.mean((0, 1)) for x_NTD in layers.stream(
-          cfg, read, layers.ends(cfg, read), token_NT)]
+      [x_QTD.mean((0, 1)) for x_QTD in layers.stream(
+          cfg, read, layers.ends(cfg, read), token_QT)]
       for read in (converted, _read(values)))
   for layer in range(7):
     assert tiny.distance(ours[layer], theirs[layer]) < 1e-5, layer
@@ -304,20 +304,20 @@ def test_what_the_last_kernel_lacks_is_all_the_layer_lacks(name):
   cfg = tiny.FAMILIES[name]
   values, ours = (layers.read_layer(cfg, _read(tiny.variables(cfg, seed)), 0)
                   for seed in (0, 1))
-  x_NTD, y_NTD = np.random.default_rng(0).normal(
+  x_QTD, y_QTD = np.random.default_rng(0).normal(
       size=(2, 2, T, cfg.D)).astype(np.float32)
-  _, z, _ = layers.both_inputs(cfg, values, ours, x_NTD, y_NTD, 'down')
-  lacks = (layers.forward(cfg, values, x_NTD)
-           - layers.forward(cfg, ours, y_NTD)).reshape(2 * T, cfg.D)
+  _, z, _ = layers.both_inputs(cfg, values, ours, x_QTD, y_QTD, 'down')
+  lacks = (layers.forward(cfg, values, x_QTD)
+           - layers.forward(cfg, ours, y_QTD)).reshape(2 * T, cfg.D)
 
-  def pull(values, ours, x_NTD, y_NTD):
+  def pull(values, ours, x_QTD, y_QTD):
     return refit._pull(cfg, 'down', values, ours, refit._sums(
-        cfg, values, ours, x_NTD, y_NTD, 'down'))
+        cfg, values, ours, x_QTD, y_QTD, 'down'))
 
   assert tiny.distance(
-      pull(values, ours, x_NTD, y_NTD), z.T @ lacks / (2 * T)) < 1e-5
+      pull(values, ours, x_QTD, y_QTD), z.T @ lacks / (2 * T)) < 1e-5
   # Nothing lacks where nothing differs.
-  assert not pull(values, values, x_NTD, x_NTD).any()
+  assert not pull(values, values, x_QTD, x_QTD).any()
 
 
 @pytest.mark.parametrize('name', tiny.FAMILIES)
@@ -327,11 +327,11 @@ def test_layer_by_layer_is_the_decoder(name):
   for part in ('embed', 'norm', 'head'):
     if part in other['params']:
       other['params'][part] = values['params'][part]
-  token_NT = tiny.tokens(cfg, 3, T)
-  one, two = (distance.final(cfg, _read(v), token_NT) for v in (values, other))
+  token_QT = tiny.tokens(cfg, 3, T)
+  one, two = (distance.final(cfg, _read(v), token_QT) for v in (values, other))
   assert distance.divergence(cfg, _read(values), one, one) == 0
   assert distance.divergence(cfg, _read(values), one, two) == pytest.approx(
-      _kl(cfg, values, (cfg, other), token_NT), rel=1e-4)
+      _kl(cfg, values, (cfg, other), token_QT), rel=1e-4)
 
 
 def test_inputs_and_gradients_make_the_kernels_gradients():
@@ -353,11 +353,11 @@ def test_inputs_and_gradients_make_the_kernels_gradients():
 
 def test_moments_are_means_over_tokens(tmp_path, monkeypatch):
   values = tiny.variables(LLAMA)
-  token_NT = tiny.tokens(LLAMA, 3, T)
-  found = fit.measure(LLAMA, _read(values), token_NT, tmp_path, seed=0)
+  token_QT = tiny.tokens(LLAMA, 3, T)
+  found = fit.measure(LLAMA, _read(values), token_QT, tmp_path, seed=0)
   first = layers.read_layer(LLAMA, _read(values), 0)['vectors']['attn_norm']
-  x_NTD = values['params']['embed']['embedding'][token_NT]
-  x = np.asarray(rtx.model.normalize(LLAMA, x_NTD, first)).reshape(-1, LLAMA.D)
+  x_QTD = values['params']['embed']['embedding'][token_QT]
+  x = np.asarray(rtx.model.normalize(LLAMA, x_QTD, first)).reshape(-1, LLAMA.D)
   for name in 'qkv':
     assert np.allclose(found.input(name, 0), x.T @ x / len(x), atol=1e-5)
     assert np.allclose(
@@ -367,7 +367,7 @@ def test_moments_are_means_over_tokens(tmp_path, monkeypatch):
   whole = found.input('down', 1), found.output('up', 1)
   monkeypatch.setattr(moments, '_WIDEST', 16)
   monkeypatch.setattr(layers, '_TOKENS', T)  # Nor do batches matter.
-  found = fit.measure(LLAMA, _read(values), token_NT, tmp_path, seed=0)
+  found = fit.measure(LLAMA, _read(values), token_QT, tmp_path, seed=0)
   assert found.input('q', 1).shape == (16, 16)
   np.testing.assert_allclose(
       found.input('down', 1), whole[0].diagonal(), rtol=1e-4, atol=1e-6)
@@ -417,9 +417,9 @@ def test_text_is_cut_into_rows(tmp_path):
 
   path = tmp_path / 'text'
   path.write_text('a' * 300 + '\n<|end|>\n' + 'b' * 300)
-  token_NT = fit.read(path, Bytes(), tokens=10_000, document='<|end|>')
-  assert token_NT.shape == (2, 256) and token_NT.dtype == np.int32
-  assert token_NT.ravel().tolist() == (
+  token_QT = fit.read(path, Bytes(), tokens=10_000, document='<|end|>')
+  assert token_QT.shape == (2, 256) and token_QT.dtype == np.int32
+  assert token_QT.ravel().tolist() == (
       [1, *[97] * 300, 2, 1, *[98] * 300, 2])[:512]
   assert len(fit.read(path, Bytes(), tokens=300, document='<|end|>')) == 1
   with tiny.refused('200 tokens', '256', 'more text'):
