@@ -178,24 +178,22 @@ def test_rates_are_those_of_the_mixture_and_of_ours(folder, tok):
 
 
 def test_the_stream_is_the_same_for_all_hosts_and_resumes_exactly(folder, tok):
-  config = config_of('mix', 'lm')
+  """Also a stream that was read already, at its first position again."""
+  config = config_of('mix', batch=4, shards=2)
   whole, positions, batches = data.Stream(config, tok), {}, []
-  for step in range(40):
-    if step in (0, 1, 7, 20):
+  for step in range(20):
+    if step in (0, 9):
       positions[step] = whole.save()
     batches += take(whole, 1)
   other = data.Stream(config, tok)
-  for step in (20, 0, 7, 1):
+  for step in (9, 0):
     other.restore(positions[step])
-    assert_equal(take(other, 20), batches[step : step + 20])
-  halves = []
-  for rows in ([0, 4, 1], [7, 2, 3, 6, 5]):
+    assert_equal(take(other, 11), batches[step : step + 11])
+  for rows in ([2, 0], [1, 3]):
     part = data.Stream(config, tok, rows=rows)
-    assert_equal(take(part, 7), [
-        {k: v[rows] for k, v in batch.items()} for batch in batches[:7]])
-    halves.append(part.save())
-  other.restore(*halves)
-  assert_equal(take(other, 20), batches[7:27])
+    part.restore(positions[9])
+    assert_equal(take(part, 11), [
+        {k: v[rows] for k, v in batch.items()} for batch in batches[9:]])
 
 
 @pytest.mark.parametrize(('name', 'changes', 'message'), [
