@@ -152,7 +152,7 @@ def histogram(found: list[Documents], T: int, path: str) -> None:
   matplotlib.use('Agg')
   from matplotlib import pyplot
 
-  longest = max([2, *(n for each in found for n in each.lengths)])
+  longest = max([T + 1, *(n for each in found for n in each.lengths)])
   edges = np.geomspace(1, longest + 1, 60)
   figure, axes = pyplot.subplots(figsize=(8, 4), layout='constrained')
   for each in found:
@@ -164,7 +164,7 @@ def histogram(found: list[Documents], T: int, path: str) -> None:
           label=f'{each.task}, {each.split} ({len(each.lengths):,})')
   axes.axvline(T + 1, color='C7', linestyle='--', label=f'a row of {T}')
   axes.set(xscale='log', xlabel='tokens of a document',
-           ylabel='documents, %', xlim=(1, longest + 1))
+           ylabel='documents, %', xlim=(1, 1.1 * longest))
   axes.spines[['top', 'right']].set_visible(False)
   axes.legend(frameon=False)
   figure.savefig(path, dpi=150)
