@@ -137,7 +137,7 @@ class Chat:
     """
     if not self.has_template:
       return ''
-    source = self._source().encode()
+    source = self.source().encode()
     return hashlib.blake2b(source, digest_size=16).hexdigest()
 
   def encode(
