@@ -10,6 +10,13 @@ _LIBTPU = 'libtpu>=0.0.42.1'
 # Its parts that are used have no promise to stay; it needs no torch here.
 _EVAL = 'lm_eval>=0.4.13,<0.5'
 _GGUF = 'gguf>=0.17'  # Writes and reads files for llama.cpp.
+# Formats of data and models that not everybody has.
+_DATA = [
+    'huggingface_hub>=1.0',
+    'jinja2>=3.1',
+    'pyarrow>=15',
+    'zstandard>=0.22',
+]
 _SERVE = [
     'jinja2>=3.1',
     'prometheus_client>=0.20',
@@ -67,6 +74,7 @@ setuptools.setup(
         'tqdm>=4.66',
     ],
     extras_require={
+        'data': _DATA,
         'eval': [_EVAL],
         'gguf': [_GGUF],
         'gpu': ['jax[cuda12]'],
@@ -74,6 +82,7 @@ setuptools.setup(
         'serve': _SERVE,
         'test': [
             *_SERVE,
+            *_DATA,
             _EVAL,
             'accelerate>=1.0',  # For the `hf` backend that tests compare with.
             'chex>=0.1.90',

@@ -34,8 +34,8 @@ PAPER_TABLE = (TABLE[0], ('adapters/.*/[ab]', 1.0, 1.0), *TABLE[2:])
 # line, --config.data.tasks.NAME.train=gs://BUCKET/*.jsonl, if not here.
 TASKS = {
     name: dict(
-        kind='jsonl', train=f'data/{name}/train/**/*.jsonl',
-        heldout=f'data/{name}/validation/**/*.jsonl',
+        kind='jsonl', train=f'data/{name}/train/**/*.jsonl*',
+        heldout=f'data/{name}/validation/**/*.jsonl*',
     ) for name in ('slimpajama', 'pile')
 } | {
     'c4': dict(

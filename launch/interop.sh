@@ -145,7 +145,7 @@ for python; do
   pip=("$env/bin/pip" install --quiet --constraint constraints.txt)
   note '' "## Python $version" ''
   check 'a new environment' "$python" -m venv "$env"
-  for extra in '' '[gguf]' '[serve]' '[tpu]' '[gpu]' '[test]'; do
+  for extra in '' '[data]' '[gguf]' '[serve]' '[tpu]' '[gpu]' '[test]'; do
     check "recursive_tx$extra resolves against constraints.txt" \
       "${pip[@]}" --dry-run "$wheel$extra"
   done

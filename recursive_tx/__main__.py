@@ -13,6 +13,7 @@ from recursive_tx.machine import libtpu
 
 VERBS = {
     'convert': 'make a pretrained model recursive, or relaxed recursive',
+    'data': "what a config's data is: counts, rows, lengths",
     'cache': 'tokenise the data of a config, once for many runs',
     'teach': "save a teacher's top-k logits, for many runs to read",
     'train': 'pretrain, or uptrain with distillation',

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import importlib
 import numbers
 from typing import Any
 
@@ -15,6 +16,25 @@ class UserError(ValueError):
   out. The command line prints it without a traceback. Any other exception is
   a fault of the program and keeps its traceback.
   """
+
+
+def optional(module: str, *, extra: str, what: str) -> Any:
+  """Imports a module that an extra of the package installs.
+
+  Args:
+    module: its name.
+    extra: the extra.
+    what: for which it is needed.
+
+  Raises:
+    UserError: it is not installed.
+  """
+  try:
+    return importlib.import_module(module)
+  except ImportError:
+    raise UserError(
+        f'{what} needs the package {module.split(".")[0]}, which is not'
+        f" installed; pip install 'recursive_tx[{extra}]'") from None
 
 
 def one_of(what: str, value: str, known) -> None:

@@ -106,7 +106,7 @@ def test_what_the_wheel_says_of_itself(wheel):
   assert said['Requires-Python'] == '>=3.11'
   assert said['Version'] == '0.1.0'
   assert set(said.get_all('Provides-Extra')) == {
-      'eval', 'gguf', 'gpu', 'tpu', 'serve', 'test'}
+      'data', 'eval', 'gguf', 'gpu', 'tpu', 'serve', 'test'}
 
 
 def test_the_code_that_runs_is_the_wheels(installed, empty):

@@ -3,10 +3,11 @@
 
 
 
-def pieces_of(batches) -> list[list[int]]:
+def pieces_of(batches, *, is_all_learnt: bool = True) -> list[list[int]]:
   """The pieces in the batches, found from segments one slot at a time.
 
-  Checks on the way all that a batch promises of its other arrays.
+  Checks on the way all that a batch promises of its other arrays, also that
+  weights are 1 in all segments if all is learnt.
   """
   pieces = []
   for batch in batches:
@@ -23,10 +24,10 @@ def pieces_of(batches) -> list[list[int]]:
     ):
       last = 0
       for t in range(len(token)):
-        assert weight[t] == (segment[t] > 0)
+        assert weight[t] in ((segment[t] > 0,) if is_all_learnt else (0, 1))
         if segment[t] == 0:
           assert token[t] == target[t] == position[t] == 0
-          assert not segment[t:].any()
+          assert not segment[t:].any() and not weight[t:].any()
           break
         if segment[t] != last:
           assert segment[t] == last + 1 and position[t] == 0

@@ -1,9 +1,9 @@
 """Tasks tokenised once, in the files of SeqIO's offline caches.
 
 `DIR/TASK/` holds, for each split, TFRecords of documents ('targets' with BOS
-and EOS, 'num_bytes') and the info and stats that SeqIO's own
-`Task.get_dataset(use_cached=True)` needs. Beside them are an index of
-units, by which a stream reads the documents in the order in which it would
+and EOS, 'num_bytes'; ids as `packing` has them) and the info and stats that
+SeqIO's own `Task.get_dataset(use_cached=True)` needs. Beside them are an index
+of blocks, by which a stream reads the documents in the order in which it would
 read the texts, and a description of what all was made of. Documents are whole:
 a cache serves every `seq_len`.
 
@@ -17,14 +17,16 @@ from typing import Any
 from etils import epath
 
 from recursive_tx.data import files
+from recursive_tx.data.chats import Chats
 from recursive_tx.data.config import DataConfig, Task
-from recursive_tx.data.documents import FAULTS, Documents
+from recursive_tx.data.documents import Documents
+from recursive_tx.data.records import FAULTS
 from recursive_tx.data.units import Units
 from recursive_tx.errors import UserError
 from recursive_tx.text.tokenizer import Tokenizer
 
 SPLITS = ('train', 'heldout')
-VERSION = 1
+VERSION = 2
 DESCRIPTION = 'recursive_tx.json'
 
 
@@ -62,7 +64,8 @@ def open_units(
     raise UserError(
         f'{folder} was made of other files: since then names or sizes in '
         f'{getattr(task, split) or task.train} have changed; {again}')
-  return Units(folder, split, stored)
+  return Units(
+      folder, split, stored, shards=config.shards if split == 'train' else 1)
 
 
 def describe(
@@ -71,9 +74,11 @@ def describe(
   """What a task's cache is made of, but its files, as JSON has it."""
   fields = dataclasses.asdict(task)
   del fields['weight']
+  template = Chats(tokenizer).digest if task.is_chat else None
   described = {
       'tokenizer': [tokenizer.digest, tokenizer.bos_id, tokenizer.eos_id],
       'task': fields,
+      'template': template,
       'heldout_fraction': None if task.heldout else config.heldout_fraction,
       'faults': FAULTS}
   return json.loads(json.dumps(described))

@@ -19,10 +19,13 @@ import numpy as np
 
 from recursive_tx import files
 from recursive_tx.data import cache, units
+from recursive_tx.data.chats import Chats
 from recursive_tx.data.config import DataConfig, Task
-from recursive_tx.data.documents import FAULTS, Documents
+from recursive_tx.data.documents import Documents
+from recursive_tx.data.records import FAULTS
 from recursive_tx.errors import UserError
 from recursive_tx.text import tokenizer as tokenizer_lib
+from recursive_tx.text.tokenizer import Tokenizer
 
 # TFRecords of one split: enough to write and to shuffle in parallel, as SeqIO
 # does, and none made of much more text than this.
@@ -30,6 +33,12 @@ _PARTS = 64
 _PART_BYTES = 1 << 28
 # Documents of TFDS that are read at once; a stream shuffles no finer.
 _TFDS_UNIT = 64
+
+# Of each block of documents: does a unit begin with it, and is that read from
+# the front; where it is in its TFRecord; faults by kind.
+_INDEX = {
+    'opens': np.bool_, 'is_stream': np.bool_, 'offset': np.int64,
+    'size': np.int64, 'checksum': np.uint32, 'faults': np.int32}
 
 _load = functools.lru_cache(1)(tokenizer_lib.load)
 
@@ -63,7 +72,7 @@ def write(
   digests, jobs = {}, []
   for task in config.tasks:
     for split in cache.SPLITS:
-      parts = _num_parts(config, task, split)
+      parts = _num_parts(config, loaded, task, split)
       digests[task, split] = cache.digest_files(config, task, split)
       jobs += [(task, split, part, parts) for part in range(parts)]
   rows = []
@@ -141,7 +150,9 @@ def _end_with_parent() -> None:
   threading.Thread(target=wait, daemon=True).start()
 
 
-def _num_parts(config: DataConfig, task: Task, split: str) -> int:
+def _num_parts(
+    config: DataConfig, tokenizer: Tokenizer, task: Task, split: str
+) -> int:
   """How many files a split becomes; raises UserError if it has nothing."""
   if task.kind == 'tfds':
     from recursive_tx.data import sources
@@ -149,7 +160,9 @@ def _num_parts(config: DataConfig, task: Task, split: str) -> int:
     info = sources.tfds_builder(task).info
     count = info.splits[getattr(task, split)[0]].num_examples
     return min(_PARTS, -(-count // _TFDS_UNIT))
-  documents = Documents(task, split, fraction=config.heldout_fraction)
+  render = Chats(tokenizer).render if task.is_chat else None
+  documents = Documents(
+      task, split, fraction=config.heldout_fraction, render=render)
   documents.check()
   parts = max(_PARTS, documents.num_bytes // _PART_BYTES)
   return min(parts, documents.num_units)
@@ -165,14 +178,15 @@ def _write_part(
   from recursive_tx.data import pipeline
 
   loaded = _load(tokenizer)
-  index = {'offset': [], 'size': [], 'checksum': [], 'faults': []}
+  encode = pipeline.encoder(loaded, task)
+  index = {name: [] for name in _INDEX}
   lengths, text_bytes, offset = [], 0, 0
   path = folder / task.name / units.part_name(split, part, parts)
   with tf.io.TFRecordWriter(str(path)) as writer:
-    for texts, codes in _units(config, task, split, part, parts):
+    for opens, is_stream, texts, codes in _blocks(
+        config, loaded, task, split, part, parts):
       size = checksum = 0
-      for ids, num_bytes, code in pipeline.encode(
-          loaded, texts, [0] * len(texts)):
+      for ids, num_bytes, code in encode(texts, [0] * len(texts)):
         if code:
           codes.append(code)
           continue
@@ -182,6 +196,8 @@ def _write_part(
         checksum = zlib.crc32(record, checksum)
         text_bytes += num_bytes
         lengths.append(int((ids != loaded.eos_id).sum()))
+      index['opens'].append(opens)
+      index['is_stream'].append(is_stream)
       index['offset'].append(offset)
       index['size'].append(size)
       index['checksum'].append(checksum)
@@ -195,10 +211,16 @@ def _write_part(
       'most': max(lengths, default=0)}
 
 
-def _units(
-    config: DataConfig, task: Task, split: str, part: int, parts: int
-) -> Iterator[tuple[list[bytes], list[int]]]:
-  """The units of a part: texts, and the codes of what is left out."""
+def _blocks(
+    config: DataConfig, tokenizer: Tokenizer, task: Task, split: str,
+    part: int, parts: int,
+) -> Iterator[tuple[bool, bool, list[bytes], list[int]]]:
+  """The blocks of a part.
+
+  Yields:
+    Whether it is the first of a unit; whether the unit is read from the front;
+    texts; the codes of what is left out.
+  """
   if task.kind == 'tfds':
     import tensorflow_datasets as tfds
 
@@ -208,13 +230,16 @@ def _units(
     dataset = sources.tfds_builder(task).as_dataset(
         split=splits[part], shuffle_files=False)
     for examples in dataset.batch(_TFDS_UNIT).as_numpy_iterator():
-      yield list(examples[task.key]), []
+      yield True, False, list(examples[task.key]), []
     return
-  documents = Documents(task, split, fraction=config.heldout_fraction)
+  render = Chats(tokenizer).render if task.is_chat else None
+  documents = Documents(
+      task, split, fraction=config.heldout_fraction, render=render)
   count = documents.num_units
   for number in range(part * count // parts, (part + 1) * count // parts):
-    texts, faults = documents.unit(number)
-    yield texts, [fault.code for fault in faults]
+    is_stream = documents.is_stream(number)
+    for i, block in enumerate(documents.blocks(number)):
+      yield not i, is_stream, block.texts, block.codes
 
 
 def _example(ids: np.ndarray, num_bytes: int) -> bytes:
@@ -234,13 +259,10 @@ def _finish(
   """Writes a split's index and SeqIO's info and stats; returns its counts."""
   import seqio
 
-  kinds = {
-      'offset': np.int64, 'size': np.int64, 'checksum': np.uint32,
-      'faults': np.int32}
   index = {
       name: np.concatenate([
           np.asarray(part['index'][name], dtype) for part in parts])
-      for name, dtype in kinds.items()}
+      for name, dtype in _INDEX.items()}
   units = [len(part['index']['size']) for part in parts]
   index['part'] = np.repeat(np.arange(len(parts), dtype=np.int32), units)
   np.savez_compressed(folder / f'units.{split}.npz', **index)

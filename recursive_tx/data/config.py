@@ -9,7 +9,7 @@ import re
 
 from recursive_tx.errors import UserError, check_ranges, in_range
 
-KINDS = ('text', 'jsonl', 'tfds')
+KINDS = ('text', 'jsonl', 'tfds', 'seqio')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,19 +18,25 @@ class Task:
 
   Attributes:
     name: letters, digits, `_`, `.`; unique among a config's tasks.
-    kind: 'text', 'jsonl' or 'tfds'.
+    kind: 'text'; 'jsonl', records in lines of JSON or in Parquet, by the
+      suffix .parquet; 'tfds', a dataset that is prepared; 'seqio', a Task or
+      Mixture that is registered. Files of the first two may be compressed, by
+      their suffix: .gz, .zst.
     train: globs (`**` included) of the files to train on; a path that exists
-      is that path, also with '[' in its name. For 'tfds' one split,
-      'train[1%:]'.
+      is that path, also with '[' in its name; '@FILE' stands for the lines of
+      a file. For 'tfds' and 'seqio' one split, 'train[1%:]'.
     heldout: likewise, held out and taken off `train` where both match a
       file, under whatever path. Empty holds out `DataConfig.heldout_fraction`
       of the documents, by a hash of their text, so that a repeated document
-      stays on one side. 'tfds' must name a split.
-    document: what a document is. 'file', 'record', or for 'text' the line
-      that separates documents, such as '<|endoftext|>'. Empty: a file of
-      'text', a record of the others.
-    key: the field that holds a record's text.
-    dataset: for 'tfds' the dataset's name, 'c4/en:3.1.0', already prepared.
+      stays on one side. 'tfds' and 'seqio' must name a split.
+    document: what a document is. 'file'; 'record'; 'chat', a record of
+      'jsonl' with messages, of which the assistant's are learnt; or for
+      'text' the line that separates documents, such as '<|endoftext|>'.
+      Empty: a file of 'text', a record of the others.
+    key: the field that holds a record's text, or a chat's messages. Empty is
+      'text', or 'messages' for chats.
+    dataset: for 'tfds' the dataset's name, 'c4/en:3.1.0'; for 'seqio' that of
+      the Task or Mixture.
     weight: relative rate in the mixture, in (0, inf). As everywhere in SeqIO
       the rate is of examples: documents, or pieces of `seq_len` tokens of
       longer ones.
@@ -41,7 +47,7 @@ class Task:
   train: tuple[str, ...]
   heldout: tuple[str, ...] = ()
   document: str = ''
-  key: str = 'text'
+  key: str = ''
   dataset: str = ''
   weight: float = 1.0
 
@@ -67,29 +73,44 @@ class Task:
     if not self.document:
       unit = 'file' if self.kind == 'text' else 'record'
       object.__setattr__(self, 'document', unit)
+    if not self.key:
+      key = 'messages' if self.is_chat else 'text'
+      object.__setattr__(self, 'key', key)
     in_range(f'{where}: weight', self.weight, self.RANGES['weight'])
     self._check_kind(where)
+
+  @property
+  def is_chat(self) -> bool:
+    """Whether documents are chats."""
+    return self.document == 'chat'
+
+  @property
+  def is_dataset(self) -> bool:
+    """Whether it is read by the name of a dataset, not of files."""
+    return self.kind in ('tfds', 'seqio')
 
   def _check_kind(self, where: str) -> None:
     if not self.train:
       raise UserError(f'{where}: train is empty; name files or a split')
-    if (self.kind == 'text') == (self.document == 'record'):
+    records = ('record', 'chat') if self.kind == 'jsonl' else ('record',)
+    if (self.kind == 'text') == (self.document in ('record', 'chat')) or (
+        self.kind != 'text' and self.document not in records):
       raise UserError(
           f"{where}: kind 'text' takes document='file' or a separator line, "
-          f"the others document='record'; got {self.document!r} with "
-          f'{self.kind!r}')
+          f"the others document='record', 'jsonl' also 'chat'; got "
+          f'{self.document!r} with {self.kind!r}')
     if '\n' in self.document or '\r' in self.document:
       raise UserError(
           f'{where}: document={self.document!r} is more than one line; a '
           'separator is one whole line, without its end')
-    if (self.kind == 'tfds') != bool(self.dataset):
+    if self.is_dataset != bool(self.dataset):
       raise UserError(
-          f"{where}: dataset={self.dataset!r} with kind {self.kind!r}; kind "
-          "'tfds' needs the dataset's name and no other kind takes one")
-    if self.kind == 'tfds' and not len(self.train) == len(self.heldout) == 1:
+          f"{where}: dataset={self.dataset!r} with kind {self.kind!r}; kinds "
+          "'tfds' and 'seqio' need the dataset's name and no other takes one")
+    if self.is_dataset and not len(self.train) == len(self.heldout) == 1:
       raise UserError(
-          f"{where}: kind 'tfds' takes one split to train on and one held "
-          f"out, such as train='train[1%:]', heldout='train[:1%]'; got "
+          f'{where}: kind {self.kind!r} takes one split to train on and one '
+          f"held out, such as train='train[1%:]', heldout='train[:1%]'; got "
           f'{self.train} and {self.heldout}')
 
 
@@ -117,6 +138,8 @@ class DataConfig:
       tokenizer, to read tokens from; '' tokenises on the fly. Tasks of files
       give the same batches either way. The order of 'tfds' is another: TFDS
       shuffles its files, a cache blocks of its documents.
+    modules: Python modules to import first, which register what tasks of kind
+      'seqio' name.
   """
 
   tasks: tuple[Task, ...]
@@ -127,6 +150,7 @@ class DataConfig:
   shuffle: int = 256
   heldout_fraction: float = 0.01
   cache: str = ''
+  modules: tuple[str, ...] = ()
 
   RANGES = dict(
       seq_len='[1, inf)', batch='[1, inf)', shards='[1, inf)',
@@ -147,6 +171,12 @@ class DataConfig:
     check_ranges('data', self)
     if not isinstance(self.cache, str):
       raise UserError(f'data.cache is {self.cache!r}, expected a directory')
+    modules = _strings(self.modules, 'data.modules')
+    object.__setattr__(self, 'modules', modules)
+    if self.cache and any(task.kind == 'seqio' for task in self.tasks):
+      raise UserError(
+          f"data.cache={self.cache!r} with a task of kind 'seqio', which SeqIO "
+          'caches itself; leave out the cache or the task')
     if self.batch % self.shards:
       most = min(self.batch, 4096)
       fits = [n for n in range(1, most + 1) if not self.batch % n]

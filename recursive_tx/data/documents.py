@@ -1,28 +1,29 @@
 """Files cut into documents, without an index and without reading them first.
 
-A unit is what is read at once: a whole file where the file is the document,
-else a block, to which every document belongs that starts in it. Any process
-finds the n-th unit of the endless, per-epoch shuffled order by arithmetic, so
-a position in it is one integer. It knows nothing of tokens or SeqIO.
-
-Lines end at \\n alone: U+2028, U+0085 and the form feed are text. A byte order
-mark at the start of a file is no text.
+A unit is what a pipeline takes at a time: a whole file where the file is the
+document; a block of bytes of a file of lines; or, since they are read from the
+front, a whole compressed file or row group of Parquet. Any process finds the
+n-th unit of the endless, per-epoch shuffled order by arithmetic, so a position
+in it is one integer. What a unit holds comes in blocks, which are the second
+integer of a position. It knows nothing of tokens or SeqIO.
 """
 
-import codecs
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
-import re
+import threading
+from typing import Any
 
 from absl import logging
 import numpy as np
 
-from recursive_tx.data import files
+from recursive_tx.data import chats, compressed, files, parquet, records
 from recursive_tx.data.config import Task
+from recursive_tx.data.records import Fault
 from recursive_tx.errors import UserError
 
 # Large enough to be read well from a bucket; small corpora are cut finer, for
@@ -30,52 +31,31 @@ from recursive_tx.errors import UserError
 _MOST_BLOCK_BYTES = 1 << 20
 _LEAST_BLOCK_BYTES = 1 << 14
 _BLOCKS = 1 << 10
+# Of what a compressed file holds, whose size is not known.
+_STREAM_BLOCK_BYTES = 1 << 18
 
-# A task without one usable document in so many bytes and reads, taken here
+# A task without one usable document in so many bytes and blocks, taken here
 # and there, is refused at the start; it would hold up a run for ever.
 _CHECKED_BYTES = 1 << 26
-_CHECKED_UNITS = 32
-
-# What can be wrong with a document. One that is longer than the context is
-# cut into pieces and loses nothing; the others are left out.
-FAULTS = ('not_utf8', 'not_json', 'no_text', 'empty', 'long')
-
-
-# The first bytes of files that are often named like text.
-_FORMATS = {
-    b'\x1f\x8b': 'gzip', b'\x28\xb5\x2f\xfd': 'zstd', b'\xfd7zXZ': 'xz',
-    b'BZh': 'bzip2', b'PK\x03\x04': 'zip', b'PAR1': 'Parquet'}
+_CHECKED_BLOCKS = 32
 
 
 @dataclasses.dataclass(frozen=True)
-class Fault:
-  """A document, or a whole file, that cannot be used.
+class Block:
+  """Part of a unit.
 
   Attributes:
-    kind: one of FAULTS.
-    path: the file.
-    reason: what was found, what was expected, the way out.
-    offset: of a record, the first byte of its line.
+    texts: its documents in order, UTF-8; chats as of `Chats.render`.
+    faults: what is left out.
   """
 
-  kind: str
-  path: str
-  reason: str
-  offset: int | None = None
+  texts: list[bytes]
+  faults: list[Fault]
 
   @property
-  def code(self) -> int:
-    """The number of the kind, from 1."""
-    return 1 + FAULTS.index(self.kind)
-
-  def __str__(self) -> str:
-    """One line. Counts lines from the file's start, so it is not for all."""
-    if self.offset is None:
-      return f'{self.path} {self.reason}'
-    if self.offset > _CHECKED_BYTES:
-      return f'{self.path}, byte {self.offset}: {self.reason}'
-    line = files.read_bytes(self.path, 0, self.offset).count(b'\n') + 1
-    return f'{self.path}:{line}: {self.reason}'
+  def codes(self) -> list[int]:
+    """Those of `faults`."""
+    return [fault.code for fault in self.faults]
 
 
 class Documents:
@@ -83,61 +63,92 @@ class Documents:
 
   Attributes:
     paths: the files, sorted.
-    num_units: how many reads make an epoch.
+    num_units: how many an epoch has.
     num_bytes: of all files.
+    has_streams: whether any unit may have several blocks.
+    num_readers: how often an epoch reads the files that are read from the
+      front, and decompresses them.
     digest: of the files' names and sizes, on which the order depends.
     errors: what stopped a pipeline and its reader has yet to raise.
   """
 
-  def __init__(self, task: Task, split: str, *, fraction: float):
+  def __init__(
+      self, task: Task, split: str, *, fraction: float, shards: int = 1,
+      render: records.Render | None = None):
     """Lists the files.
 
     Args:
       task: of kind 'text' or 'jsonl'.
       split: 'train' or 'heldout'.
       fraction: share of the documents held out if the task names no files.
+      shards: that share the units of an epoch. Files that are read from the
+        front become several units each where there are fewer of them; every
+        n-th block of a file is one of its n units.
+      render: of chats, see `records.field`.
 
     Raises:
-      UserError: a pattern matches nothing.
+      UserError: a pattern matches nothing, or the files are of a format that
+        the kind has not or that cannot be read here.
     """
     self._task = task
     self._split = split
     self._fraction = 0.0 if task.heldout else fraction
+    self._render = render
     self.paths = files.find(task, split)
     self.errors: list[Exception] = []
     self._warned: set[str] = set()
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
       self._sizes = list(pool.map(files.size, self.paths))
+      # Units of each file that is read from the front, 0 for others.
+      streams = list(pool.map(functools.partial(_streams, task), self.paths))
+    self._streams = streams
     self.num_bytes = sum(self._sizes)
-    block = max(1, *self._sizes)
+    plain = [
+        size for size, n in zip(self._sizes, streams, strict=True) if not n]
+    block = max([1, *plain])
     if task.document != 'file':
-      block = self.num_bytes // _BLOCKS
+      block = sum(plain) // _BLOCKS
       block = min(max(block, _LEAST_BLOCK_BYTES), _MOST_BLOCK_BYTES)
     self._block = block
-    # The number of the first unit of each file, and of the end. An empty file
-    # has one too, to be counted.
-    blocks = [max(1, -(-size // block)) for size in self._sizes]
-    self._first = np.cumsum([0, *blocks])
+    # An empty file has a unit too, to be counted.
+    units = np.array([
+        n or max(1, -(-size // block))
+        for size, n in zip(self._sizes, streams, strict=True)])
+    several = 1 if task.document == 'file' else parts(int(units.sum()), shards)
+    self._parts = np.where(streams, several, 1)
+    # The number of the first unit of each file, and of the end.
+    self._first = np.cumsum([0, *(units * self._parts)])
     self.num_units = int(self._first[-1])
+    self.num_readers = int(self._parts.max())
+    self.has_streams = task.document != 'file' and any(streams)
     listed = json.dumps([self.paths, self._sizes]).encode()
     self.digest = hashlib.blake2b(listed, digest_size=16).hexdigest()
 
-  def unit(self, number: int) -> tuple[list[bytes], list[Fault]]:
-    """The documents of one unit, in order, as UTF-8, and what is left out.
+  def reader(self) -> Callable[[int, int], Block | None]:
+    """(unit, number of a block) -> the block, None beyond the last.
+
+    A reader keeps open the file that it reads, so that the next block is at
+    hand. What it gives depends on its arguments alone.
 
     Where documents are held out by a hash of their text, faults count as
     train's, since they have no text.
     """
-    texts, faults = [], []
-    for found in self._read(number):
-      if isinstance(found, Fault):
-        self._warn(found)
-        faults.append(found)
-      elif self._holds(found):
-        texts.append(found)
-    if self._fraction and self._split == 'heldout':
-      faults = []
-    return texts, faults
+    held = _Held()
+
+    def read(number: int, block: int) -> Block | None:
+      found = self._read(number, block, held)
+      return None if found is None else self._split_off(found)
+
+    return keep_last(read)
+
+  def blocks(self, number: int) -> Iterator[Block]:
+    """All blocks of a unit."""
+    return _until_none(functools.partial(self.reader(), number))
+
+  def is_stream(self, number: int) -> bool:
+    """Whether a unit is read from the front, in any number of blocks."""
+    file, _ = self._where(number)
+    return self._task.document != 'file' and bool(self._streams[file])
 
   def check(self) -> None:
     """Reads until there is a document.
@@ -147,18 +158,16 @@ class Documents:
         that there will hardly be one. The first fault is named.
     """
     first, num_bytes, is_readable = None, 0, False
-    for step in range(self.num_units):
-      number = shuffled(step, 0, self.num_units)
-      for found in self._read(number):
+    for step, (items, size) in enumerate(self._all_items()):
+      for found in items:
         if isinstance(found, Fault):
           first = first or found
         elif self._holds(found):
           return
         else:
           is_readable = True
-      _, start, stop, size = self._where(number)
-      num_bytes += min(stop, size) - start
-      if num_bytes > _CHECKED_BYTES and step >= _CHECKED_UNITS:
+      num_bytes += size
+      if num_bytes > _CHECKED_BYTES and step >= _CHECKED_BLOCKS:
         if is_readable or not first:
           return
         break
@@ -172,6 +181,19 @@ class Documents:
           'are blank; name held-out files or change the fraction')
     raise UserError(f'{where}: {how}')
 
+  def _split_off(self, items: Iterable[bytes | Fault]) -> Block:
+    """What belongs to this split."""
+    texts, faults = [], []
+    for found in items:
+      if isinstance(found, Fault):
+        self._warn(found)
+        faults.append(found)
+      elif self._holds(found):
+        texts.append(found)
+    if self._fraction and self._split == 'heldout':
+      faults = []
+    return Block(texts, faults)
+
   def _warn(self, fault: Fault) -> None:
     """Logs the first of each kind; the others are only counted."""
     if fault.kind not in self._warned:
@@ -183,28 +205,116 @@ class Documents:
   def _holds(self, text: bytes) -> bool:
     if not self._fraction:
       return True
+    if self._render:
+      text = chats.messages_of(text)
     return (_hash(text) < self._fraction) == (self._split == 'heldout')
 
-  def _where(self, number: int) -> tuple[str, int, int, int]:
-    """A unit's file, its first byte, its end (or later), the file's size."""
-    file = int(np.searchsorted(self._first, number, side='right')) - 1
-    start = (number - int(self._first[file])) * self._block
-    return self.paths[file], start, start + self._block, self._sizes[file]
+  def _all_items(self) -> Iterator[tuple[Iterable[bytes | Fault], int]]:
+    """What each block of an epoch holds, and about how many bytes."""
+    held = _Held()
+    for step in range(self.num_units):
+      number = shuffled(step, 0, self.num_units)
+      file, place = self._where(number)
+      size = _STREAM_BLOCK_BYTES
+      if not self._streams[file]:
+        size = min(self._block, self._sizes[file] - place * self._block)
+      for items in _until_none(
+          lambda block, number=number: self._read(number, block, held)):
+        yield items, size
 
-  def _read(self, number: int) -> Iterator[bytes | Fault]:
-    path, start, stop, size = self._where(number)
-    if self._task.document == 'file':
-      texts = [_unmarked(files.read_bytes(path, 0, None))]
-    elif not size:
-      texts = [b'']
-    elif self._task.kind == 'jsonl':
-      yield from _records(path, start, stop, self._task.key)
-      return
-    else:
-      separator = self._task.document.encode()
-      texts = _separated(path, start, stop, size, separator)
-    for text in texts:
-      yield _checked(text, path)
+  def _where(self, number: int) -> tuple[int, int]:
+    """A unit's file, and its number in that file."""
+    file = int(np.searchsorted(self._first, number, side='right')) - 1
+    return file, number - int(self._first[file])
+
+  def _read(
+      self, number: int, block: int, held: '_Held'
+  ) -> Iterable[bytes | Fault] | None:
+    """The documents and faults of a block, None beyond the last."""
+    file, number = self._where(number)
+    path, task = self.paths[file], self._task
+    if not self._streams[file]:
+      size = self._sizes[file]
+      if block:
+        return None
+      if not size:
+        return [records.checked(b'', path)]
+      return self._parse(
+          records.Plain(path, size), path, number * self._block, self._block)
+    parts = int(self._parts[file])
+    group, part = divmod(number, parts)
+    block = part + block * parts
+    if parquet.is_parquet(path):
+      return held.get(
+          (path, group), lambda: parquet.RowGroup(
+              path, group, task.key, self._render)).block(block)
+    source = held.get((path, 0), lambda: compressed.Reader(path))
+    start = block * _STREAM_BLOCK_BYTES
+    if task.document == 'file' and block:
+      return None
+    if not source.holds(start):
+      # The first block has the fault of a file that holds nothing else.
+      if block:
+        return None
+      if not source.broken:
+        return [records.checked(b'', path)]
+    return self._parse(source, path, start, _STREAM_BLOCK_BYTES)
+
+  def _parse(
+      self, source: records.Plain | compressed.Reader, path: str, start: int,
+      size: int
+  ) -> Iterator[bytes | Fault]:
+    task = self._task
+    if task.document == 'file':
+      return records.whole(source, path)
+    if task.kind == 'jsonl':
+      return records.records(
+          source, path, start, start + size, task.key, self._render)
+    return records.separated(
+        source, path, start, start + size, task.document.encode())
+
+
+class _Held:
+  """The one file that a reader keeps open."""
+
+  def __init__(self):
+    self._name: Any = None
+    self._file: Any = None
+
+  def get(self, name: Any, make: Callable[[], Any]) -> Any:
+    """The file of this name, opened with `make` if it is another."""
+    if name != self._name:
+      self.close()
+      self._name, self._file = name, make()
+    return self._file
+
+  def close(self) -> None:
+    """Closes it."""
+    if self._file is not None:
+      self._file.close()
+    self._name = self._file = None
+
+
+def keep_last(
+    read: Callable[[int, int], Any]
+) -> Callable[[int, int], Any]:
+  """A reader that is asked twice for a block reads it once.
+
+  One thread at a time: TensorFlow may start to read from a restored position
+  before it has stopped reading from another.
+  """
+  read, lock = functools.lru_cache(1)(read), threading.Lock()
+
+  def one_at_a_time(number: int, block: int) -> Any:
+    with lock:
+      return read(number, block)
+
+  return one_at_a_time
+
+
+def parts(units: int, shards: int) -> int:
+  """Into how many units a stream is divided, so that no shard has none."""
+  return max(1, -(-shards // units))
 
 
 def shuffled(count: int, seed: int, n: int) -> int:
@@ -213,131 +323,27 @@ def shuffled(count: int, seed: int, n: int) -> int:
   return int(_permutation(seed, epoch, n)[step])
 
 
-def _records(
-    path: str, start: int, stop: int, key: str
-) -> Iterator[bytes | Fault]:
-  """The texts of the JSON lines that start in [start, stop)."""
-  offset, lines = _lines(path, start, stop)
-  for line in lines.split(b'\n'):
-    if not offset:
-      line, offset = _unmarked(line), len(line) - len(_unmarked(line))
-    if line.strip():
-      found = _record(line, key)
-      if isinstance(found, tuple):
-        kind, reason = found
-        found = Fault(kind, path, reason, offset)
-      yield found
-    offset += len(line) + 1
+def _streams(task: Task, path: str) -> int:
+  """Units of a file that is read from the front; 0 for other files."""
+  if parquet.is_parquet(path):
+    if task.kind == 'text':
+      raise UserError(
+          f"data task {task.name!r}: {path} holds records, and kind 'text' has "
+          "none; set kind='jsonl', which reads Parquet by its suffix")
+    return parquet.num_groups(path)
+  if compressed.is_compressed(path):
+    compressed.Reader(path)  # Raises where zstd is not installed.
+    return 1
+  return 0
 
 
-def _record(line: bytes, key: str) -> bytes | tuple[str, str]:
-  """A record's text, or the kind of its fault and the reason."""
-  try:
-    # As floats, since Python refuses integers of more than 4300 digits.
-    record = json.loads(line.decode('utf-8'), parse_int=float)
-  except UnicodeDecodeError as error:
-    return 'not_utf8', (
-        f'not UTF-8 ({error.reason} at byte {error.start} of the line); '
-        f'{_conversion(line)}')
-  except (ValueError, RecursionError) as error:
-    return 'not_json', (
-        f'not a JSON record ({error}); expected one object a line')
-  if not isinstance(record, dict) or not isinstance(record.get(key), str):
-    has = sorted(record) if isinstance(record, dict) else type(record).__name__
-    return 'no_text', (
-        f'no text under key {key!r}, the record has {has}; set the key of '
-        'the data task')
-  if not record[key]:
-    return 'empty', f'the text under key {key!r} is empty; remove the record'
-  try:
-    return record[key].encode('utf-8')
-  except UnicodeEncodeError:
-    return 'not_utf8', (
-        f'the text under key {key!r} has half a surrogate pair, which UTF-8 '
-        'cannot hold; repair the record')
-
-
-def _separated(
-    path: str, start: int, stop: int, size: int, line: bytes
-) -> list[bytes]:
-  """What stands between separator lines, from those in [start, stop) on.
-
-  The line ends next to a separator belong to it, and so does one at the end
-  of the file; blank documents are left out.
-  """
-  separator = re.compile(rb'^' + re.escape(line) + rb'\r?(?:\n|\Z)', re.M)
-  text = _lines(path, start, stop)[1]
-  if not start:
-    text = _unmarked(text)
-  else:
-    # What comes before the first separator started in an earlier block.
-    first = separator.search(text)
-    if not first:
-      return []
-    text = text[first.end() :]
-  tail, step = [], stop - start
-  while stop < size:
-    more = _lines(path, stop, stop + step)[1]
-    end = separator.search(more)
-    if end:
-      tail.append(more[: end.start()])
-      break
-    tail.append(more)
-    stop, step = stop + step, 2 * step
-  parts = separator.split(b''.join([text, *tail]))
-  parts = [re.sub(rb'\r?\n\Z', b'', part) for part in parts]
-  return [part for part in parts if part.strip()]
-
-
-def _lines(path: str, start: int, stop: int) -> tuple[int, bytes]:
-  """The lines that start in [start, stop), whole, and the first's offset."""
-  begin = max(start - 1, 0)
-  data = files.read_bytes(path, begin, stop - begin)
-  if start:
-    # The line that holds the byte before `start` belongs to those before.
-    cut = data.find(b'\n') + 1
-    if not cut:
-      return stop, b''
-    begin, data = begin + cut, data[cut:]
-  if begin == stop:
-    return stop, b''
-  end, step = [data], 1 << 12
-  while not end[-1].endswith(b'\n'):
-    more = files.read_bytes(path, stop, step)
-    cut = more.find(b'\n') + 1
-    end.append(more[:cut] if cut else more)
-    if cut or len(more) < step:
-      break
-    stop, step = stop + step, 2 * step
-  return begin, b''.join(end)
-
-
-def _unmarked(text: bytes) -> bytes:
-  """The start of a file without a byte order mark."""
-  return text.removeprefix(codecs.BOM_UTF8)
-
-
-def _checked(text: bytes, path: str) -> bytes | Fault:
-  """A text of a file, or why it is none."""
-  if not text.strip():
-    return Fault('empty', path, (
-        'is empty, expected UTF-8 text; remove it or leave it out of the '
-        'pattern'))
-  try:
-    text.decode('utf-8')
-  except UnicodeDecodeError as error:
-    return Fault('not_utf8', path, (
-        f'is not UTF-8 text ({error.reason}: byte 0x{text[error.start]:02x}); '
-        f'{_conversion(text)}'))
-  return text
-
-
-def _conversion(text: bytes) -> str:
-  """The way out for bytes that are not UTF-8."""
-  for first, name in _FORMATS.items():
-    if text.startswith(first):
-      return f'it begins as {name} does; unpack the file first'
-  return 'convert the file to UTF-8'
+def _until_none(call: Callable[[int], Any]) -> Iterator[Any]:
+  """call(0), call(1), ... before the first None."""
+  for number in itertools.count():
+    found = call(number)
+    if found is None:
+      return
+    yield found
 
 
 def _hash(text: bytes) -> float:

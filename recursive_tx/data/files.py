@@ -1,8 +1,11 @@
 """Which files a task names, and bytes of them, on disk or in a bucket.
 
+A name is a glob, or @FILE for a file that lists names, one a line.
+
 TensorFlow is imported only to reach paths such as gs://.
 """
 
+from collections.abc import Iterator
 import glob
 import os
 
@@ -34,7 +37,11 @@ def find(task: Task, split: str) -> list[str]:
 
 def exist(task: Task) -> bool:
   """Whether any of a task's files is there."""
-  return any(_glob(pattern) for pattern in (*task.train, *task.heldout))
+  try:
+    patterns = list(_listed(task, (*task.train, *task.heldout)))
+  except UserError:
+    return False
+  return any(_glob(pattern) for pattern in patterns)
 
 
 def size(path: str) -> int:
@@ -55,7 +62,7 @@ def read_bytes(path: str, start: int, size: int | None) -> bytes:
 
 def _expand(task: Task, patterns: tuple[str, ...]) -> list[str]:
   paths = set()
-  for pattern in patterns:
+  for pattern in _listed(task, patterns):
     found = _glob(pattern)
     if not found:
       raise UserError(
@@ -63,6 +70,21 @@ def _expand(task: Task, patterns: tuple[str, ...]) -> list[str]:
           f'{_nearest(pattern)}')
     paths.update(found)
   return sorted(paths)
+
+
+def _listed(task: Task, patterns: tuple[str, ...]) -> Iterator[str]:
+  """The patterns, and in place of @FILE those that are its lines."""
+  for pattern in patterns:
+    path = epath.Path(pattern.removeprefix('@'))
+    if not pattern.startswith('@') or epath.Path(pattern).exists():
+      yield pattern
+      continue
+    if not path.is_file():
+      raise UserError(
+          f'data task {task.name!r}: {pattern!r} names the list {str(path)!r},'
+          ' which is no file; write the paths into it, one a line')
+    lines = path.read_text().splitlines()
+    yield from filter(None, (line.strip() for line in lines))
 
 
 def _glob(pattern: str) -> list[str]:

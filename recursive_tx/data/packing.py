@@ -1,8 +1,10 @@
 """Pieces of documents into rows of T slots, and rows into batches.
 
 A piece is a run of token ids of one document, at least 2 and at most T + 1
-of them: the last T are predicted from the first T. Nothing here looks at the
-value of an id: 0 is a token like any other, and only segment 0 is padding.
+of them: the last T are predicted from the first T. An id that is read and not
+learnt, as in the user's part of a chat, is there as its complement ~id, which
+is negative. Otherwise nothing here looks at the value of an id: 0 is a token
+like any other, and only segment 0 is padding.
 SeqIO's own packing takes id 0, a token of Pythia and Llama 3, for padding, and
 its position cannot be saved. NumPy only; it does not know where pieces come
 from.
@@ -96,23 +98,30 @@ class Packer:
     del self._room[i]
 
 
+def known(ids: np.ndarray) -> np.ndarray:
+  """The ids of tokens, learnt or not."""
+  return np.where(ids < 0, ~ids, ids)
+
+
 def batch(rows: Sequence[Row], T: int) -> dict[str, np.ndarray]:
   """Rows as arrays [B, T]: four of int32, `weight_BT` of float32.
 
-  Segments count from 1 in each row and positions from 0 in each segment.
-  Unused slots are 0 everywhere, and their weight is 0.
+  Segments count from 1 in each row and positions from 0 in each segment. The
+  weight of a target is 1 where it is learnt, else 0. Unused slots are 0
+  everywhere.
   """
   B = len(rows)
   names = ('token_BT', 'target_BT', 'segment_BT', 'position_BT')
   out = {name: np.zeros((B, T), np.int32) for name in names}
+  out['weight_BT'] = np.zeros((B, T), np.float32)
   for b, row in enumerate(rows):
     start = 0
     for segment, piece in enumerate(row, 1):
       slots = slice(start, start + len(piece) - 1)
-      out['token_BT'][b, slots] = piece[:-1]
-      out['target_BT'][b, slots] = piece[1:]
+      out['token_BT'][b, slots] = known(piece[:-1])
+      out['target_BT'][b, slots] = known(piece[1:])
+      out['weight_BT'][b, slots] = piece[1:] >= 0
       out['segment_BT'][b, slots] = segment
       out['position_BT'][b, slots] = np.arange(len(piece) - 1)
       start = slots.stop
-  out['weight_BT'] = (out['segment_BT'] > 0).astype(np.float32)
   return out

@@ -6,7 +6,7 @@ exact and small: a counter, the documents being tokenised, and the shuffle
 buffer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import functools
 
@@ -16,8 +16,11 @@ import seqio
 import tensorflow as tf
 
 from recursive_tx.data import cache, packing, ragged, sources
+from recursive_tx.data.chats import Chats
 from recursive_tx.data.config import DataConfig, Task
-from recursive_tx.data.documents import FAULTS, Documents
+from recursive_tx.data.documents import Documents
+from recursive_tx.data.records import FAULTS
+from recursive_tx.data.registered import RegisteredSource
 from recursive_tx.data.units import Units
 from recursive_tx.errors import UserError
 from recursive_tx.text.tokenizer import Tokenizer
@@ -36,16 +39,16 @@ _PIECES = 64
 
 def build_tasks(
     config: DataConfig, tokenizer: Tokenizer, split: str
-) -> tuple[list[seqio.Task], list[Documents | Units]]:
-  """The SeqIO tasks of one split, and the units of those that have units.
+) -> tuple[list[seqio.Task], list[Units | Documents | RegisteredSource]]:
+  """The SeqIO tasks of one split, and what has their digests and errors.
 
   They are not entered in SeqIO's registry, where two streams in one process
   could collide.
 
   Raises:
-    UserError: as `Documents` or `Units`; a dataset that is not
-      prepared or has no such split or key; fewer files than shards where the
-      file is the document.
+    UserError: as `Documents`, `Units` or `RegisteredSource`; a dataset that is
+      not prepared or has no such split or key; fewer files than shards where
+      the file is the document.
   """
   # SeqIO mixes only tasks of one vocabulary. It never encodes: `tokenize` does.
   vocabulary = seqio.PassThroughVocabulary(
@@ -56,10 +59,10 @@ def build_tasks(
     if units:
       found.append(units)
     cut = functools.partial(split_long, first=number * len(FAULTS))
-    steps = [functools.partial(tokenize, tokenizer=tokenizer),
+    steps = [functools.partial(tokenize, encode=encoder(tokenizer, task)),
              seqio.CacheDatasetPlaceholder()]
-    if config.cache:
-      steps = []
+    if config.cache or task.kind == 'seqio':
+      steps = []  # What comes is tokens.
     elif units:
       steps.insert(0, _rekey(targets='text', fault='fault'))
     else:
@@ -75,6 +78,19 @@ def build_tasks(
 def fault_names(config: DataConfig) -> list[str]:
   """What the codes of the mixture's faults, from 1, mean: 'task/kind'."""
   return [f'{task.name}/{kind}' for task in config.tasks for kind in FAULTS]
+
+
+def encoder(
+    tokenizer: Tokenizer, task: Task
+) -> Callable[[Sequence[bytes], Sequence[int]], list[ragged.Row]]:
+  """What makes rows of a task's texts, see `encode` and `encode_chats`.
+
+  Raises:
+    UserError: as `Chats`.
+  """
+  if task.is_chat:
+    return functools.partial(encode_chats, Chats(tokenizer))
+  return functools.partial(encode, tokenizer)
 
 
 def encode(
@@ -97,7 +113,7 @@ def encode(
     if not text:
       codes[i] = codes[i] or 1 + FAULTS.index('empty')
   return [
-      (np.zeros(0, np.int32), 0, code)
+      ragged.left_out(code)
       if code
       else (
           np.array([*tokenizer.opening, *ids, tokenizer.eos_id], np.int32),
@@ -107,13 +123,22 @@ def encode(
           tokenizer.encode_batch(strings), texts, codes, strict=True)]
 
 
-def tokenize(dataset: tf.data.Dataset, tokenizer: Tokenizer) -> tf.data.Dataset:
+def encode_chats(
+    chats: Chats, texts: Sequence[bytes], codes: Sequence[int]
+) -> list[ragged.Row]:
+  """As `encode`, for what `Chats.render` gave."""
+  return [
+      ragged.left_out(int(code)) if code else (*chats.encode(text), 0)
+      for text, code in zip(texts, codes, strict=True)]
+
+
+def tokenize(dataset: tf.data.Dataset, encode: Callable) -> tf.data.Dataset:
   """Texts to rows of `ragged`, a document each."""
   @tf.autograph.experimental.do_not_convert
   def documents(example) -> tf.data.Dataset:
     texts = example['targets']
     codes = example.get('fault', tf.zeros_like(texts, tf.int32))
-    return ragged.call(functools.partial(encode, tokenizer), [texts, codes])
+    return ragged.call(encode, [texts, codes])
 
   return dataset.batch(_DOCUMENTS).flat_map(documents)
 
@@ -183,17 +208,17 @@ def shard_dataset(
   return dataset.ragged_batch(_PIECES).prefetch(2).with_options(_options())
 
 
-def heldout_documents(
-    task: seqio.Task, T: int
+def one_pass(
+    task: seqio.Task, T: int, split: str
 ) -> Iterator[tuple[list[np.ndarray], int, int]]:
-  """One pass over a task's held-out documents.
+  """One pass over the documents of a task's split.
 
   Yields:
     Pieces, bytes of UTF-8 and the code of a fault or 0; no pieces where the
     document is left out.
   """
   dataset = task.get_dataset(
-      sequence_length={'targets': T + 1}, split='heldout', shuffle=False,
+      sequence_length={'targets': T + 1}, split=split, shuffle=False,
       trim_output_features=False, try_in_mem_cache=False)
   pieces, size, code = [], 0, 0
   dataset = dataset.with_options(_options())
@@ -222,15 +247,23 @@ def _options() -> tf.data.Options:
 
 def _source(
     config: DataConfig, tokenizer: Tokenizer, task: Task, split: str
-) -> tuple[seqio.DataSource, Documents | Units | None]:
-  """What a task reads, and its units if it has units."""
+) -> tuple[seqio.DataSource, Documents | Units | RegisteredSource | None]:
+  """What a task reads, and what has its digest and errors, if anything."""
   if config.cache:
     units = cache.open_units(config, tokenizer, task, split)
     _check_shards(config, task, split, units)
     return sources.CachedSource({split: units}, config.seed), units
   if task.kind == 'tfds':
     return sources.tfds_source(task), None
-  documents = Documents(task, split, fraction=config.heldout_fraction)
+  if task.kind == 'seqio':
+    source = RegisteredSource(config, tokenizer, task)
+    if split == 'train':
+      source.check(_options())
+    return source, source
+  documents = Documents(
+      task, split, fraction=config.heldout_fraction,
+      shards=config.shards if split == 'train' else 1,
+      render=Chats(tokenizer).render if task.is_chat else None)
   documents.check()
   _check_shards(config, task, split, documents)
   return sources.DocumentSource({split: documents}, config.seed), documents
@@ -243,7 +276,14 @@ def _rekey(**key_map: str) -> functools.partial:
 def _check_shards(
     config: DataConfig, task: Task, split: str, units: Documents | Units
 ) -> None:
-  if split != 'train' or units.num_units >= config.shards:
+  if split != 'train':
+    return
+  if units.num_readers > 1:
+    logging.warning(
+        'data task %r has fewer files or row groups than data.shards=%d, so '
+        'that each is read %d times in an epoch; lower data.shards, or divide '
+        'the files.', task.name, config.shards, units.num_readers)
+  if units.num_units >= config.shards:
     return
   what = f'data task {task.name!r} has {units.num_units}'
   if task.document == 'file':

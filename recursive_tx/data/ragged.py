@@ -44,6 +44,11 @@ def call(
   return tf.data.Dataset.range(tf.size(lengths, tf.int64)).map(row)
 
 
+def left_out(code: int) -> Row:
+  """The row of a document with a fault."""
+  return np.zeros(0, np.int32), 0, code
+
+
 def split(ids: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
   """The rows of ids that stand one after the other."""
   return np.split(ids, np.cumsum(lengths)[:-1]) if len(lengths) else []

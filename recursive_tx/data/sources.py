@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 
 from recursive_tx.data import ragged
 from recursive_tx.data.config import Task
-from recursive_tx.data.documents import Documents, shuffled
+from recursive_tx.data.documents import Block, Documents, shuffled
 from recursive_tx.data.units import Units
 from recursive_tx.errors import UserError
 
@@ -43,7 +43,7 @@ class _UnitSource(seqio.DataSource):
   def get_dataset(
       self, split='train', shuffle=True, seed=None, shard_info=None
   ) -> tf.data.Dataset:
-    """Of each unit the documents in order, then a row for each fault.
+    """Of each block of a unit the documents in order, then its faults.
 
     `seed` is ignored for the source's own: shards with different orders
     would not partition an epoch.
@@ -54,47 +54,59 @@ class _UnitSource(seqio.DataSource):
     if shard_info:
       index, num = shard_info.index, shard_info.num_shards
 
-    def read(count: np.ndarray) -> list:
-      own = self._seed if shuffle else 0
+    own, reader = self._seed if shuffle else 0, units.reader()
+
+    def read(count: np.ndarray, block: np.ndarray) -> list | None:
+      number = shuffled(int(count), own, units.num_units)
       try:
-        return self._rows(units, shuffled(int(count), own, units.num_units))
+        found = reader(number, int(block))
+        return None if found is None else self._rows(found)
       except (OSError, ValueError, tf.errors.OpError) as error:
         # TensorFlow would log a traceback and wrap the error. A fault takes
-        # the place of the unit, so that something comes out and the reader,
+        # the place of the block, so that something comes out and the reader,
         # who looks for errors first, has occasion to.
         units.errors.append(error)
         return [self._left_out(1)]
 
+    def is_there(count: np.ndarray, block: np.ndarray) -> np.bool_:
+      return np.bool_(read(count, block) is not None)
+
     @tf.autograph.experimental.do_not_convert
     def unit(count: tf.Tensor) -> tf.data.Dataset:
-      return self._examples(read, count)
+      if not units.has_streams:  # Of one block each.
+        return self._examples(read, [count, tf.constant(0)])
+      return tf.data.Dataset.counter().take_while(
+          lambda block: tf.numpy_function(
+              is_there, [count, block], tf.bool, stateful=False)
+      ).flat_map(lambda block: self._examples(read, [count, block]))
 
     counts = tf.data.Dataset.counter(index, num)
     if not shuffle:
       counts = tf.data.Dataset.range(index, units.num_units, num)
-    # The position inside a flat_map is the count, not the texts.
+    # The position inside a flat_map is the count and the block, not the texts.
     return counts.flat_map(unit)
 
 
 class DocumentSource(_UnitSource):
   """`Documents` as a source of 'text' and 'fault', the code or 0."""
 
-  def _rows(self, units: Documents, number: int) -> list[tuple[bytes, int]]:
-    texts, faults = units.unit(number)
-    rows = [(text, 0) for text in texts]
-    return rows + [self._left_out(fault.code) for fault in faults]
+  def _rows(self, block: Block) -> list[tuple[bytes, int]]:
+    rows = [(text, 0) for text in block.texts]
+    return rows + [self._left_out(code) for code in block.codes]
 
   def _left_out(self, code: int) -> tuple[bytes, int]:
     return b'', code
 
-  def _examples(self, read: Callable, count: tf.Tensor) -> tf.data.Dataset:
-    def arrays(count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-      rows = read(count)
+  def _examples(
+      self, read: Callable, place: list[tf.Tensor]
+  ) -> tf.data.Dataset:
+    def arrays(*place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+      rows = read(*place)
       texts = np.array([text for text, _ in rows], object)
       return texts, np.array([code for _, code in rows], np.int32)
 
     text, fault = tf.numpy_function(
-        arrays, [count], (tf.string, tf.int32), stateful=False)
+        arrays, place, (tf.string, tf.int32), stateful=False)
     text.set_shape([None])
     fault.set_shape([None])
     examples = {'text': text, 'fault': fault}
@@ -104,15 +116,18 @@ class DocumentSource(_UnitSource):
 class CachedSource(_UnitSource):
   """A cache's `Units` as a source of what `pipeline.tokenize` gives."""
 
-  def _rows(self, units: Units, number: int) -> list[ragged.Row]:
-    rows, faults = units.unit(number)
+  def _rows(self, block: tuple[list[ragged.Row], list[int]]
+            ) -> list[ragged.Row]:
+    rows, faults = block
     return rows + [self._left_out(code) for code in faults]
 
   def _left_out(self, code: int) -> ragged.Row:
-    return np.zeros(0, np.int32), 0, code
+    return ragged.left_out(code)
 
-  def _examples(self, read: Callable, count: tf.Tensor) -> tf.data.Dataset:
-    return ragged.call(read, [count])
+  def _examples(
+      self, read: Callable, place: list[tf.Tensor]
+  ) -> tf.data.Dataset:
+    return ragged.call(read, place)
 
 
 def tfds_source(task: Task) -> seqio.TfdsDataSource:

@@ -17,11 +17,12 @@ import zipfile
 import numpy as np
 
 from recursive_tx.data import packing
+from recursive_tx.data.chats import Chats
 from recursive_tx.data.config import DataConfig
 from recursive_tx.errors import UserError
 from recursive_tx.text.tokenizer import Tokenizer
 
-_VERSION = 2
+_VERSION = 3
 
 # Draws of a shard (64 documents or pieces) in a row without one piece.
 _MOST_BARREN = 1 << 10
@@ -62,7 +63,8 @@ class Stream:
       if not 0 <= row < config.batch:
         raise UserError(
             f'row {row} is outside the global batch of {config.batch} rows')
-    tasks, self._documents = pipeline.build_tasks(config, tokenizer, 'train')
+    self._tasks, self._documents = pipeline.build_tasks(
+        config, tokenizer, 'train')
     self._origin = _origin(config, tokenizer, self._documents)
     self._names = pipeline.fault_names(config)
     self._step = 0
@@ -73,10 +75,12 @@ class Stream:
     # goes down, it waits for them and they for it: end them before.
     weakref.finalize(self, self._iterators.clear)
     for shard in sorted({row % config.shards for row in self._rows}):
-      dataset = pipeline.shard_dataset(tasks, config, shard)
-      self._iterators[shard] = iter(dataset)
+      self._iterators[shard] = self._iterator(shard)
       self._packers[shard] = packing.Packer(config.seq_len)
       self._faults[shard] = collections.Counter()
+
+    # Whether the iterators have been read or restored.
+    self._is_used = False
 
   def __iter__(self) -> 'Stream':
     return self
@@ -87,7 +91,8 @@ class Stream:
     Returns:
       `token_BT`, `target_BT`, `segment_BT`, `position_BT` int32 and
       `weight_BT` float32, B being the number of rows held: weight 1 where
-      the target is a token, 0 on padding, which alone is in segment 0.
+      the target is to be learnt, 0 where it is only read, as a chat's user,
+      and on padding, which alone is in segment 0.
 
     Raises:
       UserError: a file that can no longer be read, or a shard in which no
@@ -97,6 +102,7 @@ class Stream:
     each = self._config.batch // shards
     made = {shard: self._take(shard, each) for shard in self._packers}
     self._step += 1
+    self._is_used = True
     rows = [made[row % shards][row // shards] for row in self._rows]
     return packing.batch(rows, self._config.seq_len)
 
@@ -105,7 +111,7 @@ class Stream:
     """How many faulty documents were met, by 'task/kind'; kinds met only.
 
     Of the documents drawn so far for this process's shards, in every epoch
-    again, and exact after a resume. Kinds are documents.FAULTS, of which
+    again, and exact after a resume. Kinds are records.FAULTS, of which
     'long' alone is used: cut into pieces of `seq_len`. A process counts whole
     shards, of which it may hold only some rows.
     """
@@ -161,8 +167,17 @@ class Stream:
           f'the position lacks shards {missing} of {self._config.shards}; '
           'give the positions of all processes that saved it')
     for shard in self._packers:
+      if self._is_used:
+        # What TensorFlow shuffles anew each epoch it does not reset to the
+        # first; SeqIO's own sources have it.
+        self._iterators[shard] = self._iterator(shard)
       self._restore_shard(shard, archives[str(shard)])
-    self._step = steps.pop()
+    self._step, self._is_used = steps.pop(), True
+
+  def _iterator(self, shard: int) -> Iterator:
+    from recursive_tx.data import pipeline
+
+    return iter(pipeline.shard_dataset(self._tasks, self._config, shard))
 
   def _restore_shard(self, shard: int, archive: zipfile.ZipFile) -> None:
     import tensorflow as tf
@@ -215,7 +230,7 @@ class Heldout:
 
   Attributes:
     batches: as a stream's, all [batch, seq_len], the last one padded.
-    num_bytes: UTF-8 bytes of the texts that the tokens stand for.
+    num_bytes: UTF-8 bytes of the texts that the predicted tokens stand for.
     num_documents: how many there are, one that is cut included.
     faults: how many documents had which fault, as `Stream.faults`.
     is_cut: whether the last document was cut at `max_tokens`.
@@ -265,7 +280,7 @@ def heldout(
       raise UserError(f'{name} is {limit}, expected at least 1 or None')
   tasks, documents = pipeline.build_tasks(config, tokenizer, 'heldout')
   sources = [
-      pipeline.heldout_documents(task, config.seq_len) for task in tasks]
+      pipeline.one_pass(task, config.seq_len, 'heldout') for task in tasks]
   packer = packing.Packer(config.seq_len)
   num_bytes = num_documents = num_tokens = 0
   names, faults = pipeline.fault_names(config), collections.Counter()
@@ -273,7 +288,7 @@ def heldout(
   try:
     for pieces, size, code in _in_turn(sources):
       _raise_errors(documents)
-      tokens = sum(len(piece) - 1 for piece in pieces)
+      tokens = sum(int((piece[1:] >= 0).sum()) for piece in pieces)
       if max_tokens and num_tokens + tokens > max_tokens:
         if 2 * num_tokens >= max_tokens:
           break
@@ -286,7 +301,7 @@ def heldout(
         continue
       for piece in pieces:
         packer.add(piece)
-      texts.append(_joined(pieces))
+      texts.append(packing.known(_joined(pieces)))
       num_bytes += size
       num_tokens += tokens
       num_documents += 1
@@ -331,10 +346,12 @@ def _cut(
     tokenizer: that made the ids.
   """
   ids = _joined(pieces)
-  kept = ids[: tokens + 1]
+  kept = ids[: np.flatnonzero(ids[1:] >= 0)[tokens - 1] + 2]
   start = len(tokenizer.opening)
-  whole = len(tokenizer.decode(ids[start:-1]).encode())
-  part = len(tokenizer.decode(kept[start:]).rstrip('\ufffd').encode())
+  whole, part = (
+      tokenizer.decode(some[some >= 0])
+      for some in (ids[start:-1], kept[start:]))
+  whole, part = len(whole.encode()), len(part.rstrip('\ufffd').encode())
   return packing.split(kept, T), round(num_bytes * part / max(1, whole))
 
 
@@ -361,6 +378,8 @@ def _origin(config: DataConfig, tokenizer: Tokenizer, documents: list) -> dict:
   origin = dataclasses.asdict(config)
   origin['tokenizer'] = [tokenizer.digest, tokenizer.bos_id, tokenizer.eos_id]
   origin['files'] = [each.digest for each in documents]
+  if any(task.is_chat for task in config.tasks):
+    origin['template'] = Chats(tokenizer).digest
   return json.loads(json.dumps(origin))
 
 

@@ -5,6 +5,7 @@ start of a file, and a stream wants the n-th unit of a shuffled order.
 TensorFlow is imported only where records are parsed.
 """
 
+from collections.abc import Callable
 import io
 import zlib
 
@@ -12,7 +13,8 @@ from etils import epath
 import numpy as np
 
 from recursive_tx.data import files
-from recursive_tx.data.documents import FAULTS
+from recursive_tx.data.documents import keep_last, parts
+from recursive_tx.data.records import FAULTS
 from recursive_tx.errors import UserError
 
 
@@ -21,13 +23,26 @@ class Units:
 
   Attributes:
     paths: the TFRecords.
-    num_units: how many reads make an epoch.
+    num_units: how many an epoch has, as many as `Documents` would have.
+    has_streams: whether any unit may have several blocks.
+    num_readers: 1, since no file is read more often.
     digest: of the sources, on which the order depends.
     errors: what stopped a pipeline and its reader has yet to raise.
   """
 
-  def __init__(self, folder: epath.Path, split: str, description: dict):
-    """Opens a split. Raises UserError where a file is not whole."""
+  num_readers = 1
+
+  def __init__(
+      self, folder: epath.Path, split: str, description: dict, *,
+      shards: int = 1):
+    """Opens a split. Raises UserError where a file is not whole.
+
+    Args:
+      folder: of the task.
+      split: its name.
+      description: of the cache, as read.
+      shards: as of `Documents`.
+    """
     self.digest = description['splits'][split]['files']
     self.errors: list[Exception] = []
     sizes = description['splits'][split]['bytes']
@@ -42,18 +57,37 @@ class Units:
             'again, or make it again')
     with np.load(io.BytesIO((folder / f'units.{split}.npz').read_bytes())) as f:
       self._index = dict(f)
-    self.num_units = len(self._index['size'])
+    # The first block of each file or the like, and the end.
+    self._start = np.append(
+        np.flatnonzero(self._index['opens']), len(self._index['size']))
+    opening = self._start[:-1]
+    is_stream = self._index['is_stream'][opening]
+    self.has_streams = bool(is_stream.any())
+    several = parts(len(opening), shards)
+    self._parts = np.where(is_stream, several, 1)
+    self._first = np.cumsum([0, *self._parts])
+    self.num_units = int(self._first[-1])
 
-  def unit(self, number: int) -> tuple[list, list[int]]:
-    """Rows of `ragged`, a document each, and the codes of what is left out.
+  def reader(self) -> Callable[[int, int], tuple[list, list[int]] | None]:
+    """(unit, number of a block) -> the block, None beyond the last.
 
-    Raises:
-      UserError: the bytes are not those that were written.
+    A block is rows of `ragged`, a document each, and the codes of what is left
+    out. It raises UserError where the bytes are not those that were written.
     """
+
+    def read(number: int, block: int) -> tuple[list, list[int]] | None:
+      file = int(np.searchsorted(self._first, number, side='right')) - 1
+      part = number - int(self._first[file])
+      place = int(self._start[file]) + part + block * int(self._parts[file])
+      return self._block(place) if place < self._start[file + 1] else None
+
+    return keep_last(read)
+
+  def _block(self, place: int) -> tuple[list, list[int]]:
     import tensorflow as tf
 
     part, offset, size, checksum = (
-        int(self._index[name][number])
+        int(self._index[name][place])
         for name in ('part', 'offset', 'size', 'checksum'))
     path = self.paths[part]
     records, found = [], 0
@@ -71,7 +105,7 @@ class Units:
       feature = tf.train.Example.FromString(record).features.feature
       ids = np.array(feature['targets'].int64_list.value, np.int32)
       rows.append((ids, feature['num_bytes'].int64_list.value[0], 0))
-    counts = self._index['faults'][number]
+    counts = self._index['faults'][place]
     return rows, np.repeat(np.arange(1, 1 + len(FAULTS)), counts).tolist()
 
 

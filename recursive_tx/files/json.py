@@ -4,10 +4,12 @@ import json
 import pathlib
 from typing import Any
 
+from etils import epath
+
 from recursive_tx.errors import UserError
 
 
-def read_json(path: pathlib.Path) -> dict:
+def read_json(path: pathlib.Path | epath.Path) -> dict:
   """A JSON object. Raises UserError naming the file."""
   try:
     value = json.loads(path.read_text('utf-8-sig'))

@@ -8,10 +8,10 @@ in an order that is not the file's.
 
 import json
 import os
-import pathlib
 from typing import Any
 
 from absl import logging
+from etils import epath
 import ml_dtypes  # Before a tensor is read: the library finds bfloat16 by it.
 import numpy as np
 import safetensors
@@ -43,7 +43,7 @@ class Reader:
     """
     self._files = {}
     self.shapes, self.dtypes = {}, {}
-    for path in _files(pathlib.Path(directory)):
+    for path in _files(epath.Path(directory)):
       file = _opened(path)
       for name in file.keys():
         if name in self._files:
@@ -69,8 +69,83 @@ class Reader:
     return array
 
 
-def _opened(path: pathlib.Path) -> Any:
+class Ranges:
+  """A file in a bucket, of which only the bytes of a tensor are read.
+
+  As far as `Reader` needs it, it is what `safetensors.safe_open` gives, which
+  reads from disks alone.
+  """
+
+  def __init__(self, path: epath.Path):
+    """Reads the header. Raises UserError where the file is not whole."""
+    self._path = path
+    size = int.from_bytes(self._read(0, 8), 'little')
+    there = path.stat().length
+    try:
+      if size > there:
+        raise ValueError(f'a header of {size} bytes')
+      self._entries = json.loads(self._read(8, size))
+      self._entries.pop('__metadata__', None)
+      end = max([0, *(x['data_offsets'][1] for x in self._entries.values())])
+    except (ValueError, KeyError, TypeError) as error:
+      raise UserError(
+          f'{path.name} is not a safetensors file ({error}); copy it anew'
+      ) from None
+    self._start = 8 + size
+    if self._start + end != there:
+      raise UserError(
+          f'{path.name} is truncated: {there} bytes, expected '
+          f'{self._start + end}; copy it anew')
+
+  def keys(self) -> list[str]:
+    """The tensors' names."""
+    return list(self._entries)
+
+  def get_slice(self, name: str) -> '_Range':
+    """A tensor that is not read yet."""
+    return _Range(self, self._entries[name])
+
+  def get_tensor(self, name: str) -> np.ndarray:
+    """A tensor, read whole."""
+    return self.get_slice(name)[()]
+
+  def bytes_at(self, start: int, size: int) -> bytes:
+    """Bytes behind the header."""
+    return self._read(self._start + start, size)
+
+  def _read(self, start: int, size: int) -> bytes:
+    with self._path.open('rb') as file:
+      file.seek(start)
+      return file.read(size)
+
+
+class _Range:
+  """A tensor of `Ranges`, or its part at a first index."""
+
+  def __init__(self, file: Ranges, entry: dict[str, Any]):
+    self._file, self._entry = file, entry
+
+  def get_dtype(self) -> str:
+    return self._entry['dtype']
+
+  def get_shape(self) -> list[int]:
+    return self._entry['shape']
+
+  def __getitem__(self, index: int | tuple[()]) -> np.ndarray:
+    shape, dtype = self._entry['shape'], np.dtype(_DTYPES[self.get_dtype()])
+    start, _ = self._entry['data_offsets']
+    if index != ():
+      shape = shape[1:]
+    size = int(np.prod(shape)) * dtype.itemsize
+    start += size * index if index != () else 0
+    return np.frombuffer(
+        self._file.bytes_at(start, size), dtype).reshape(shape)
+
+
+def _opened(path: epath.Path) -> Any:
   """A file of the library. Raises UserError where it is not whole."""
+  if '://' in str(path):
+    return Ranges(path)
   with open(path, 'rb') as file:
     if file.read(8) == b'version ':
       raise UserError(
@@ -134,7 +209,7 @@ def finite(array: np.ndarray) -> bool:
   return array.dtype.kind in 'iub' or bool(np.isfinite(array).all())
 
 
-def _files(directory: pathlib.Path) -> list[pathlib.Path]:
+def _files(directory: epath.Path) -> list[epath.Path]:
   """The files to read: the whole one before shards, as transformers does."""
   whole = directory / 'model.safetensors'
   if whole.exists():

@@ -44,14 +44,20 @@ class Source:
     dtypes: {tensor: numpy dtype} of those that have another.
   """
 
-  def __init__(self, directory: str | os.PathLike):
+  def __init__(
+      self, directory: str | os.PathLike, *,
+      weights: str | os.PathLike | None = None):
     """Reads headers and accounts for every tensor.
+
+    Args:
+      directory: of config.json.
+      weights: of the tensors, on disk or in a bucket; None is `directory`.
 
     Raises:
       UserError: whatever is missing, extra, misshapen or not implemented.
     """
     self.hf, self.cfg, self._family = read_config(directory)
-    self._reader = files.Reader(directory)
+    self._reader = files.Reader(weights or directory)
     # Saved without its head, a model lacks the prefix of all other names.
     whole = any(name.startswith(self._family.base)
                 for name in self._reader.shapes)
@@ -156,9 +162,12 @@ def read_config(
 
 
 def load_hf(
-    directory: str | os.PathLike
+    directory: str | os.PathLike, *, weights: str | os.PathLike | None = None
 ) -> tuple[config_lib.ModelConfig, dict]:
   """Loads a Hugging Face model directory.
+
+  Args:
+    directory, weights: as of `Source`.
 
   Returns:
     Its vanilla ModelConfig and variables, numpy in the dtypes on disk.
@@ -167,7 +176,7 @@ def load_hf(
     UserError: anything that is missing, extra, misshapen, not finite or not
       implemented, by name.
   """
-  source = Source(directory)
+  source = Source(directory, weights=weights)
   params, stacks = {}, {}
   for path, shape in model.flat_shapes(source.cfg).items():
     if path.startswith('block/'):

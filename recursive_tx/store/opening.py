@@ -3,7 +3,8 @@
 Three kinds: a Hugging Face directory; a saved one (`native`); and a run's
 workdir, which stands for its `model/`, or while the run has not ended for its
 latest checkpoint. `recursive_tx/demo` is the model that ships, wherever the
-program runs.
+program runs; another name that is no path is one on the Hugging Face hub, and
+`gs://...` is a directory in a bucket.
 
 Knows directories and configs. Does not know meshes, data or steps.
 """
@@ -22,7 +23,7 @@ from recursive_tx import demo, exits, model
 from recursive_tx.config import ModelConfig
 from recursive_tx.errors import UserError
 from recursive_tx.model import adapters
-from recursive_tx.store import checkpoint, hf, native
+from recursive_tx.store import bucket, checkpoint, hf, hub, native
 from recursive_tx.text import tokenizer as tokenizer_lib
 from recursive_tx.text.tokenizer import Tokenizer
 from recursive_tx.tying.relax import parts as relaxed_parts
@@ -74,7 +75,8 @@ def open(directory: str | os.PathLike) -> Opened:
 
   Args:
     directory: of Hugging Face, of `rtx.save` or `convert`, or the workdir of a
-      run.
+      run; or the name of a model on the hub, 'org/name' or
+      'org/name@revision'.
 
   Raises:
     UserError: none of them, or one with a fault, by name.
@@ -106,7 +108,7 @@ def source(directory: str | os.PathLike) -> Source:
   if native.is_saved(pathlib.Path(where)):
     cfg, reader = native.opened(pathlib.Path(where))
     return Source(where, cfg, reader.read, beside)
-  origin = hf.Source(where)
+  origin = hf.Source(where, weights=bucket.origin(where))
   return Source(where, origin.cfg, origin.read, beside)
 
 
@@ -117,7 +119,7 @@ def config(directory: str | os.PathLike) -> ModelConfig:
     UserError: the directory is of no kind that `open` opens, or a config that
       is not implemented.
   """
-  where = weights(directory)
+  where = _here(directory, whole=False)
   if checkpoint.is_workdir(where):
     return ModelConfig(**checkpoint.Latest(where).settings['model'])
   if native.is_saved(pathlib.Path(where)):
@@ -136,7 +138,8 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
 
 def companions(directory: str | os.PathLike) -> pathlib.Path:
   """Where the tokenizer and the other files that go with the weights lie."""
-  return _companions(*_found(directory))
+  where = _here(directory, whole=False)
+  return _companions(where, _run(where))
 
 
 def _found(
@@ -144,8 +147,11 @@ def _found(
 ) -> tuple[str, checkpoint.Latest | None]:
   """Where the weights lie, and the run that has not ended there, if any."""
   where = weights(directory)
-  is_run = checkpoint.is_workdir(where)
-  return where, checkpoint.Latest(where) if is_run else None
+  return where, _run(where)
+
+
+def _run(where: str) -> checkpoint.Latest | None:
+  return checkpoint.Latest(where) if checkpoint.is_workdir(where) else None
 
 
 def _loaded(
@@ -155,7 +161,7 @@ def _loaded(
     return ModelConfig(**run.settings['model']), {'params': run.params()}
   if native.is_saved(pathlib.Path(where)):
     return native.restore(where)
-  return hf.load_hf(where)
+  return hf.load_hf(where, weights=bucket.origin(where))
 
 
 def _companions(where: str, run: checkpoint.Latest | None) -> pathlib.Path:
@@ -167,10 +173,19 @@ def _companions(where: str, run: checkpoint.Latest | None) -> pathlib.Path:
 
 def weights(directory: str | os.PathLike) -> str:
   """Where a model's weights lie: a workdir's `model/` once there is one."""
+  return _here(directory, whole=True)
+
+
+def _here(directory: str | os.PathLike, *, whole: bool) -> str:
+  """As `weights`; unless `whole`, weights on the hub are not fetched."""
   directory = os.path.expanduser(directory)
   if os.path.normpath(directory) == demo.NAME and not os.path.exists(
       directory):
     return str(demo.DIRECTORY)
+  if hub.is_name(directory):
+    return hub.fetch(directory, weights=whole)
+  if bucket.is_bucket(directory):
+    return bucket.fetch(directory)
   if checkpoint.is_workdir(directory):
     ended = os.path.join(directory, 'model')
     if native.is_saved(pathlib.Path(ended)):

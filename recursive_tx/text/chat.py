@@ -1,4 +1,4 @@
-"""A conversation as the text and the tokens of one prompt.
+"""A conversation as text and tokens, of a prompt or to train on.
 
 A template is a program in Jinja that comes with the weights. It gets what
 transformers' `apply_chat_template` gives it, and runs in a sandbox in which it
@@ -7,6 +7,7 @@ can change nothing and reach nothing.
 
 from collections.abc import Mapping, Sequence
 import datetime
+import hashlib
 import json
 import os
 import pathlib
@@ -28,15 +29,19 @@ class Chat:
   'role: content', ended by 'assistant:'.
   """
 
-  def __init__(self, directory: str | os.PathLike, tokenizer: Tokenizer):
+  def __init__(
+      self, directory: str | os.PathLike, tokenizer: Tokenizer, *,
+      now: datetime.datetime | None = None):
     """Finds the template; it is read when it is first used.
 
     Args:
       directory: where the template is, if there is one.
       tokenizer: of the text.
+      now: the time that templates may write; None is that of the rendering.
     """
     self._directory, self._tokenizer = pathlib.Path(directory), tokenizer
     self._template, self._settings = None, Files(self._directory).settings
+    self._now = now
     self.has_template = any(
         (self._directory / name).exists()
         for name in ('chat_template.jinja', _NAMED)) or bool(
@@ -55,23 +60,85 @@ class Chat:
     Raises:
       UserError: the template cannot be read, or does not take these messages.
     """
+    return self._render(messages, add_generation_prompt)[0]
+
+  def render_spans(
+      self, messages: Sequence[Mapping[str, Any]]
+  ) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a conversation to train on, and what the assistant wrote.
+
+    That is what stands in the template's own {% generation %} tags, where it
+    has them. Otherwise it is what rendering an assistant's message adds to the
+    prompt for it, the end of the turn included, but for white space after that
+    end.
+
+    Returns:
+      The text, and the places in it, (start, end) in characters.
+
+    Raises:
+      UserError: as `render`; or a template without the tags writes earlier
+        messages in another way once there are later ones.
+    """
+    text, spans = self._render(messages, False)
+    if spans:
+      return text, spans
+    for i, message in enumerate(messages):
+      if message['role'] != 'assistant':
+        continue
+      before = self.render(messages[:i])
+      after = text
+      if i + 1 < len(messages):
+        after = self.render(messages[: i + 1], add_generation_prompt=False)
+      if not (after.startswith(before) and text.startswith(after)):
+        raise UserError(
+            f"the model's chat template writes the messages before message {i}"
+            ' in another way where more follow; mark what the assistant writes'
+            ' with {% generation %} and {% endgeneration %} in the template')
+      added = after[len(before):].rstrip()
+      if added.endswith(message['content'].rstrip()):
+        # Nothing but white space ends the turn.
+        added = after[len(before):]
+      spans.append((len(before), len(before) + len(added)))
+    return text, spans
+
+  def _render(
+      self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
+  ) -> tuple[str, list[tuple[int, int]]]:
+    """The text, and where in it the template has {% generation %}."""
     messages = [{key: value for key, value in message.items()
                  if value is not None} for message in messages]
     if not self.has_template:
       return ''.join(
           f'{message["role"]}: {message["content"]}\n' for message in messages
-      ) + ('assistant:' if add_generation_prompt else '')
+      ) + ('assistant:' if add_generation_prompt else ''), []
+    parts, spans = [], []
     try:
       if self._template is None:
-        self._template = _environment().from_string(self.source())
-      return self._template.render(
+        self._template = _environment(self._now).from_string(self.source())
+      self._template.environment.generation = (parts, spans)
+      for part in self._template.generate(
           messages=messages, tools=None, documents=None,
-          add_generation_prompt=add_generation_prompt, **self._tokenizer.names)
+          add_generation_prompt=add_generation_prompt,
+          **self._tokenizer.names):
+        parts.append(part)
     except Exception as error:  # Whatever the program does.
       reason = ' '.join(str(error).split())[:200] or type(error).__name__
       raise UserError(
           f"the model's chat template refuses the messages: {reason}"
       ) from None
+    return ''.join(parts), spans
+
+  @property
+  def digest(self) -> str:
+    """Hexadecimal digest of the template, '' without one.
+
+    Raises:
+      UserError: there are several, and no default.
+    """
+    if not self.has_template:
+      return ''
+    source = self.source().encode()
+    return hashlib.blake2b(source, digest_size=16).hexdigest()
 
   def encode(
       self, messages: Sequence[Mapping[str, Any]], *,
@@ -108,8 +175,12 @@ class Chat:
     return sources['default']
 
 
-def _environment():
-  """The Jinja of transformers' chat templates: its tags, filters, globals."""
+def _environment(now: datetime.datetime | None):
+  """The Jinja of transformers' chat templates: its tags, filters, globals.
+
+  Its attribute `generation` is the parts of the text rendered so far and a
+  list, to which the tag adds where it stands.
+  """
   import jinja2
   from jinja2 import ext, nodes
   from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -126,7 +197,11 @@ def _environment():
       return nodes.CallBlock(call, [], [], body).set_lineno(line)
 
     def _body(self, caller):
-      return caller()
+      body = caller()
+      parts, spans = self.environment.generation
+      start = sum(map(len, parts))
+      spans.append((start, start + len(body)))
+      return body
 
   def to_json(value, ensure_ascii=False, indent=None, separators=None,
               sort_keys=False):
@@ -142,5 +217,6 @@ def _environment():
   environment.filters['tojson'] = to_json
   environment.globals |= {
       'raise_exception': refuse,
-      'strftime_now': lambda form: datetime.datetime.now().strftime(form)}
+      'strftime_now': lambda form: (
+          now or datetime.datetime.now()).strftime(form)}
   return environment

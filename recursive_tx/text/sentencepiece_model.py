@@ -1,7 +1,8 @@
 """`tokenizer.model`, read by SentencePiece, with added tokens on top."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 import functools
+import itertools
 import pathlib
 import re
 
@@ -74,6 +75,22 @@ class SentencePieceModel:
     """Ids of a text in which special tokens stand for themselves."""
     return self._encode(text, self._special)
 
+  def encode_ends(
+      self, text: str, *, special: bool
+  ) -> tuple[list[int], list[int]]:
+    """Ids of a text, and the place, in characters, where each of them ends."""
+    ids, ends, start = [], [], 0
+    pattern = self._special if special else self._plain
+    for part, id, first, last in self._parts(text, pattern):
+      if id is not None:
+        found = [(id, len(part))]
+      else:
+        found = self._encode_part(part, first, last, self._pairs)
+      ids += [id for id, _ in found]
+      ends += [start + end for end in _ends([size for _, size in found])]
+      start += len(part)
+    return ids, ends
+
   def decode(self, ids: list[int]) -> str:
     """Text of known ids; control tokens of the model have none."""
     if not any(id in self._texts for id in ids):
@@ -115,26 +132,51 @@ class SentencePieceModel:
         if self.to_id(content) is not None)])
 
   def _encode(self, text: str, pattern: re.Pattern) -> list[int]:
-    parts, ids, end = [], [], 0
-    for match in pattern.finditer(text):
-      parts += [text[end:match.start()], self.to_id(match[match.lastgroup])]
-      end = match.end()
-    parts.append(text[end:])
-    for i, part in enumerate(parts):
-      if isinstance(part, int):
-        ids.append(part)
-      elif part:
-        ids += self._encode_part(part, i == 0, i == len(parts) - 1)
+    ids = []
+    for part, id, first, last in self._parts(text, pattern):
+      if id is not None:
+        ids.append(id)
+      else:
+        ids += self._encode_part(part, first, last, self._model.encode)
     return ids
 
-  def _encode_part(self, text: str, first: bool, last: bool) -> list[int]:
-    """Ids of the text between two added or special tokens."""
+  def _parts(
+      self, text: str, pattern: re.Pattern
+  ) -> Iterator[tuple[str, int | None, bool, bool]]:
+    """A text cut at added or special tokens.
+
+    Yields:
+      The text of a part; its id where it is such a token, else None; whether
+      it is the first; the last.
+    """
+    parts, end = [], 0
+    for match in pattern.finditer(text):
+      parts += [(text[end:match.start()], None),
+                (match[0], self.to_id(match[match.lastgroup]))]
+      end = match.end()
+    parts.append((text[end:], None))
+    for i, (part, id) in enumerate(parts):
+      if part:
+        yield part, id, i == 0, i == len(parts) - 1
+
+  def _encode_part(
+      self, text: str, first: bool, last: bool, encode: Callable[[str], list]
+  ) -> list:
+    """What `encode` makes of the text between two added or special tokens."""
     if self._files.settings.get('legacy') is True:
-      return self._model.encode(text)
+      return encode(text)
     before, after = self._around
-    ids = self._model.encode(
+    found = encode(
         ('' if first else _MIDDLE) + text + ('' if last else _MIDDLE))
-    return ids[0 if first else before:len(ids) - (0 if last else after)]
+    return found[0 if first else before:len(found) - (0 if last else after)]
+
+  def _pairs(self, text: str) -> list[tuple[int, int]]:
+    """Ids of a text, each with the characters of the text that it stands for.
+
+    Of a character in several bytes, the last has it.
+    """
+    pieces = self._model.encode_as_proto(text).pieces
+    return [(piece.id, len(piece.surface)) for piece in pieces]
 
   @functools.cached_property
   def _around(self) -> tuple[int, int]:
@@ -151,6 +193,15 @@ class SentencePieceModel:
     opening = self._model.encode('a')
     return self._model.decode(opening + ids)[
         len(self._model.decode(opening)):]
+
+
+def _ends(sizes: list[int]) -> list[int]:
+  """Where tokens of some sizes end; one without a size, where the next does."""
+  ends = list(itertools.accumulate(sizes))
+  for i in reversed(range(len(sizes) - 1)):
+    if not sizes[i]:
+      ends[i] = ends[i + 1]
+  return ends
 
 
 def _pattern(tokens: list[Added]) -> re.Pattern:

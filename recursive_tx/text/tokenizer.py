@@ -41,6 +41,7 @@ class Tokenizer:
     names: the text of special tokens by name: {'bos_token': '<s>', ...}.
     digest: hexadecimal digest of the tokenizer's file, and of added tokens
       that change the ids of plain text.
+    directory: where it was read, a chat template perhaps beside it.
   """
 
   model: SentencePieceModel | TokenizersFile
@@ -50,6 +51,7 @@ class Tokenizer:
   pad_id: int | None
   names: Mapping[str, str]
   digest: str
+  directory: pathlib.Path
 
   @property
   def vocab_size(self) -> int:
@@ -73,6 +75,15 @@ class Tokenizer:
     if special:
       return self.model.encode_special(text)
     return self.encode_batch([text])[0]
+
+  def encode_ends(
+      self, text: str, *, special: bool
+  ) -> tuple[list[int], list[int]]:
+    """As `encode`, and the place, in characters, where each id ends.
+
+    Ids that share a character, as its bytes do, end together.
+    """
+    return self.model.encode_ends(text, special=special)
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """The ids of each plain text; no special token is added."""
@@ -162,7 +173,7 @@ def _made(
       model, bos_id=bos_id, eos_id=eos_id,
       end_ids=files.end_ids(eos_id, model.to_id),
       pad_id=model.to_id(names.get('pad_token', '')), names=names,
-      digest=_digest(path, model.plain))
+      digest=_digest(path, model.plain), directory=files.directory)
 
 
 def _digest(path: pathlib.Path, added: Sequence[Added]) -> str:

@@ -75,6 +75,14 @@ class TokenizersFile:
     """Ids of a text in which special tokens stand for themselves."""
     return self._special.encode(text, add_special_tokens=False).ids
 
+  def encode_ends(
+      self, text: str, *, special: bool
+  ) -> tuple[list[int], list[int]]:
+    """Ids of a text, and the place, in characters, where each of them ends."""
+    model = self._special if special else self._plain
+    found = model.encode(text, add_special_tokens=False)
+    return found.ids, [end for _, end in found.offsets]
+
   def decode(self, ids: list[int]) -> str:
     """Text of known ids, with that of special tokens."""
     return self._special.decode(ids, skip_special_tokens=False)

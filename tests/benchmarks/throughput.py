@@ -108,7 +108,7 @@ def requests(tokenizer, args, seed: int = 0):
       Task('stories', **data.tasks.stories.to_dict()), 'heldout',
       fraction=data.heldout_fraction)
   stories = [text.decode() for number in range(documents.num_units)
-             for text in documents.unit(number)[0]]
+             for block in documents.blocks(number) for text in block.texts]
   rng = np.random.default_rng(seed)
   prompts = []
   while len(prompts) < args.requests:

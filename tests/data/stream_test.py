@@ -19,7 +19,7 @@ from tiny_tokenizers import sentencepiece_dir as sentencepiece_dir
 import tokenizers
 
 from recursive_tx import data
-from recursive_tx.data import documents, files, packing
+from recursive_tx.data import documents, files, packing, records
 from recursive_tx.errors import UserError
 from recursive_tx.text import tokenizer
 
@@ -113,6 +113,11 @@ def starts_of(batches, tok) -> collections.Counter:
   )
 
 
+def blocks_of(found: documents.Documents) -> list[documents.Block]:
+  return [block for number in range(found.num_units)
+          for block in found.blocks(number)]
+
+
 def bag(pieces) -> collections.Counter:
   return collections.Counter(tuple(int(i) for i in piece) for piece in pieces)
 
@@ -195,21 +200,21 @@ def test_blocks_cut_files_as_whole_files_are_cut(tmp_path):
     separate = re.split(r'(?m)^--\r?(?:\n|\Z)', text)
     separate = [re.sub(r'\r?\n\Z', '', part) for part in separate]
     separate = [part.encode() for part in separate if part.strip()]
-    records = [line.encode() + b'\n' for line in text.split('\n')]
+    lines = [line.encode() + b'\n' for line in text.split('\n')]
     for block in range(1, size + 2):
       found = [
           part
           for start, stop in blocks(size, block)
-          for part in documents._separated(
-              str(path), start, stop, size, b'--'
+          for part in records._separated(
+              records.Plain(str(path), size), start, stop, b'--'
           )
       ]
       assert found == separate, (trial, block)
       lines_found = [
-          documents._lines(str(path), start, stop)[1]
+          records.lines_of(records.Plain(str(path), size), start, stop)[1]
           for start, stop in blocks(size, block)
       ]
-      assert b''.join(lines_found) == b''.join(records)[:-1], (trial, block)
+      assert b''.join(lines_found) == b''.join(lines)[:-1], (trial, block)
 
 
 def test_epochs_are_different_permutations(tmp_path):
@@ -825,7 +830,7 @@ def test_a_task_that_is_all_faults_is_refused_with_the_first(
 def test_the_search_for_a_document_ends(tok, tmp_path, monkeypatch):
   """A large corpus of faults is refused before it is read through."""
   monkeypatch.setattr(documents, '_CHECKED_BYTES', 10)
-  monkeypatch.setattr(documents, '_CHECKED_UNITS', 3)
+  monkeypatch.setattr(documents, '_CHECKED_BLOCKS', 3)
   for i in range(9):
     (tmp_path / f'{i}.txt').write_bytes(b'\xff\xff\xff')
   config = config_of(data.Task('t', 'text', f'{tmp_path}/*.txt'))
@@ -869,8 +874,8 @@ def test_a_file_that_disappears_stops_the_run_in_one_line(tok, tmp_path):
         ({'weight': 0.0}, 'weight is 0.0, expected a finite number above 0'),
         ({'weight': float('nan')}, 'weight is nan, expected a finite'),
         ({'weight': '1'}, "weight is '1', expected a finite"),
-        ({'dataset': 'c4'}, "kind 'tfds' needs the dataset's name"),
-        ({'kind': 'tfds'}, "kind 'tfds' needs the dataset's name"),
+        ({'dataset': 'c4'}, "'tfds' and 'seqio' need the dataset's name"),
+        ({'kind': 'tfds'}, "'tfds' and 'seqio' need the dataset's name"),
         ({'kind': 'tfds', 'dataset': 'c4'}, 'one split to train on and one'),
     ],
 )
@@ -966,9 +971,9 @@ def test_lines_end_at_newlines_alone(tmp_path, monkeypatch, block):
                data.Task('t', 'text', f'{tmp_path}/a.txt',
                          document=SEPARATOR)):
     found = documents.Documents(task, 'train', fraction=0.0)
-    units = [found.unit(i) for i in range(found.num_units)]
-    assert not any(faults for _, faults in units)
-    read = [text.decode() for texts, _ in units for text in texts]
+    blocks = blocks_of(found)
+    assert not any(block.faults for block in blocks)
+    read = [text.decode() for block in blocks for text in block.texts]
     if task.kind == 'text':
       read = [f'{text}\r\n' for text in read]
     assert read == texts
@@ -991,10 +996,10 @@ def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch, block):
   def read(*args, **kwargs):
     found = documents.Documents(
         data.Task('t', *args, **kwargs), 'train', fraction=0.0)
-    units = [found.unit(i) for i in range(found.num_units)]
-    return ([text for texts, _ in units for text in texts],
+    blocks = blocks_of(found)
+    return ([text for block in blocks for text in block.texts],
             [str(fault).split(':')[1] if fault.offset else fault.kind
-             for _, faults in units for fault in faults])
+             for block in blocks for fault in block.faults])
 
   assert read('jsonl', f'{tmp_path}/a.jsonl') == (
       [b'a', mark + b'b'], ['3', '4'])
@@ -1023,10 +1028,12 @@ def test_compressed_files_are_named_as_such(tmp_path, kind):
   import gzip
   import lzma
 
-  for name, module in (('gzip', gzip), ('bzip2', bz2), ('xz', lzma)):
+  for name, module, way in (
+      ('gzip', gzip, 'name it .gz'), ('bzip2', bz2, 'unpack the file first'),
+      ('xz', lzma, 'unpack')):
     path = tmp_path / name
     path.write_bytes(module.compress(b'{"text": "a"}\n' * 9))
-    with pytest.raises(UserError, match=f'begins as {name} does; unpack'):
+    with pytest.raises(UserError, match=f'begins as {name} does; {way}'):
       documents.Documents(
           data.Task('t', kind, str(path)), 'train', fraction=0.0).check()
 
@@ -1043,6 +1050,6 @@ def test_a_record_may_hold_any_number_beside_its_text(tmp_path):
                   '{"text": 5}\n' % ('9' * 5000))
   found = documents.Documents(
       data.Task('t', 'jsonl', str(path)), 'train', fraction=0.0)
-  texts, faults = found.unit(0)
-  assert texts == [b'a', b'b']
-  assert [fault.kind for fault in faults] == ['no_text']
+  block, = blocks_of(found)
+  assert block.texts == [b'a', b'b']
+  assert [fault.kind for fault in block.faults] == ['no_text']

@@ -21,7 +21,7 @@ def test_a_row_is_what_the_module_describes():
   for name, row, rest in (('at', [1, 2, 3, 1, 4], 0),
                           ('target', [1, 2, 3, 4, 5], 0),
                           ('owner', [0, 0, 0, 1, 1], -1)):
-    found = getattr(arrays, f'{name}_M').tolist()
+    found = getattr(arrays, f'{name}_A').tolist()
     assert found == row + [rest] * 251, name
 
 
@@ -38,9 +38,9 @@ def test_every_request_is_in_one_place(pairs, max_length):
     assert len(batch.rows) <= batch.size
     assert batch.size * batch.length <= max(600, batch.length)
     arrays = shared_rows.arrays(batch)
-    place_M, owner_A = arrays.at_A[:arrays.count], arrays.owner_A[:arrays.count]
+    place_A, owner_A = arrays.at_A[:arrays.count], arrays.owner_A[:arrays.count]
     for at, target, owner in zip(
-        place_M, arrays.target_A[:arrays.count], owner_A, strict=True):
+        place_A, arrays.target_A[:arrays.count], owner_A, strict=True):
       b, t = divmod(at, batch.length)
       found.setdefault(int(owner), []).append((
           int(target), int(arrays.token_BT[b, t]),
