@@ -38,7 +38,31 @@ FAMILIES = {
         **_SIZES, K=4, H=4, norm='layer', act='gelu', gated=False,
         parallel=True, attention_bias=True, mlp_bias=True, rope_fraction=0.5,
         tied=False),
+    'qwen2': rtx.ModelConfig(
+        **_SIZES, K=2, H=6, qkv_bias=True, tied=False),
+    'qwen3': rtx.ModelConfig(**_SIZES, K=2, H=6, qk_norm='head', tied=False),
+    'olmo2': rtx.ModelConfig(
+        **_SIZES, K=2, H=4, norm_place='post', qk_norm='all', norm_eps=1e-5,
+        tied=False),
+    'granite': rtx.ModelConfig(
+        **_SIZES, K=2, H=6, embed_factor=3.0, residual_scale=0.4,
+        query_scale=0.2, logits_scale=0.5, tied=False),
+    'gemma2': rtx.ModelConfig(
+        **_SIZES, K=1, H=8, norm='rms+1', act='gelu_tanh', embed_scale=True,
+        norm_place='both', window=5, pattern='wg', attention_cap=2.0,
+        logits_cap=1.5, query_scale=0.25),
+    # No block of 2 or 3 layers fits the pattern.
+    'gemma3_text': rtx.ModelConfig(
+        **_SIZES, K=1, H=8, norm='rms+1', act='gelu_tanh', embed_scale=True,
+        norm_place='both', qk_norm='head', window=5, pattern='wwwg',
+        window_theta=100.0, rope_scaling=(2.5,), query_scale=0.25),
+    'smollm3': rtx.ModelConfig(**_SIZES, K=2, H=6, pattern='ggn'),
 }
+# Each; the later ones where it takes long, but for that with most of its own.
+EACH_FAMILY = [
+    pytest.param(name, marks=pytest.mark.slow)
+    if name in ('qwen2', 'qwen3', 'olmo2', 'granite', 'gemma2', 'smollm3')
+    else name for name in FAMILIES]
 # A looped model with a bit of everything.
 MIXED = rtx.ModelConfig(
     V=29, D=16, F=24, N=4, K=2, H=6, layers_per_loop=2, loops=2, prelude=1,
@@ -169,8 +193,7 @@ def make_hf(directory: pathlib.Path, name: str, dtype: str = 'float32'):
   torch.manual_seed(0)
   made = transformers.AutoModelForCausalLM.from_config(
       transformers.AutoConfig.for_model(
-          model_type, **{**_HF_SIZES, **arguments}),
-      attn_implementation='eager').eval()
+          model_type, **{**_HF_SIZES, **arguments})).eval()
   with torch.no_grad():
     for parameter in made.parameters():
       noise = torch.randn_like(parameter)
@@ -180,6 +203,16 @@ def make_hf(directory: pathlib.Path, name: str, dtype: str = 'float32'):
         parameter.copy_(noise / parameter.shape[-1] ** 0.5)
   made.to(getattr(torch, dtype)).save_pretrained(directory)
   # Read anew: casting rounded the rotary frequencies too.
+  return load_hf(directory)
+
+
+def load_hf(directory: pathlib.Path):
+  """What transformers makes of a directory, in fp32.
+
+  With its own attention: torch's has no cap of the scores.
+  """
+  import torch
+  import transformers
   return transformers.AutoModelForCausalLM.from_pretrained(
       directory, dtype=torch.float32, attn_implementation='eager')
 

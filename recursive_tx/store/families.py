@@ -340,7 +340,7 @@ def read_config(
       value that the family does not implement.
   """
   kind = hf.get('model_type')
-  if str(kind) not in FAMILIES:  # Gemma 2 is no misspelt Gemma.
+  if str(kind) not in FAMILIES:  # Gemma 4 is no misspelt Gemma.
     raise UserError(
         f'config.json: model_type {kind!r} is not implemented; expected one'
         f' of {", ".join(FAMILIES)}')

@@ -80,6 +80,11 @@ def _run(cfg, requests, **arguments):
     *(pytest.param(*row, marks=pytest.mark.slow) for row in (
         (MIXED, 'csb'), (MIXED, 'static'), (TIED, 'cdb'), (TIED, 'csb'),
         (tiny.FAMILIES['gpt_neox'], 'cdb'),
+        # Rows whose layers have windows or not, and other rotations.
+        (dataclasses.replace(tiny.FAMILIES['gemma3_text'], layers_per_loop=2,
+                             loops=3, rank='2'), 'cdb'),
+        (dataclasses.replace(tiny.FAMILIES['smollm3'], layers_per_loop=1,
+                             loops=3, loop_norms=False), 'cdb'),
         (tiny.FAMILIES['llama'], 'csb')))])
 def test_every_request_gets_what_it_would_get_alone(cfg, schedule):
   """More requests than slots and rows, of different lengths."""

@@ -66,7 +66,7 @@ def test_gradients_do_not_cross_documents():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', tiny.FAMILIES)
+@pytest.mark.parametrize('name', tiny.EACH_FAMILY)
 @pytest.mark.parametrize('loops', [1, 3])
 def test_causality_of_every_family(name, loops):
   cfg = dataclasses.replace(
@@ -257,16 +257,27 @@ FIELDS = {
     'loop_keys': (LOOPED, dict(loop_keys=False)),
     'norm': (LOOPED, dict(norm='rms+1')),
     'norm_eps': (LOOPED, dict(norm_eps=1e-2)),
+    'norm_place': (LOOPED, dict(norm_place='both')),
+    'qk_norm': (LOOPED, dict(qk_norm='head')),
     'act': (LOOPED, dict(act='gelu')),
     'gated': (LOOPED, dict(gated=False)),
     'parallel': (LOOPED, dict(parallel=True)),
     'attention_bias': (LOOPED, dict(attention_bias=True)),
     'mlp_bias': (LOOPED, dict(mlp_bias=True)),
+    'qkv_bias': (LOOPED, dict(qkv_bias=True)),
+    'query_scale': (LOOPED, dict(query_scale=0.1)),
+    'attention_cap': (LOOPED, dict(attention_cap=0.5)),
+    'logits_cap': (LOOPED, dict(logits_cap=0.5)),
+    'residual_scale': (LOOPED, dict(residual_scale=0.5)),
+    'logits_scale': (LOOPED, dict(logits_scale=0.5)),
     'rope_theta': (LOOPED, dict(rope_theta=100.0)),
     'rope_fraction': (LOOPED, dict(rope_fraction=0.5)),
     'rope_scaling': (LOOPED, dict(rope_scaling=(4.0,))),
     'window': (LOOPED, dict(window=6)),
+    'pattern': (LOOPED, dict(pattern='wg')),
+    'window_theta': (LOOPED, dict(window_theta=100.0)),
     'embed_scale': (LOOPED, dict(embed_scale=True)),
+    'embed_factor': (LOOPED, dict(embed_factor=2.0)),
     'tied': (LOOPED, dict(tied=True)),
     'exit_gate': (LOOPED, dict(exit_gate=3)),
 }
@@ -281,6 +292,9 @@ SETTINGS = [
         (), (4.0,), (8.0, 1.0, 4.0, 32.0), (4.0, 0.5, 4.0, 32.0),
         (4.0, 1.0, 8.0, 32.0), (4.0, 1.0, 4.0, 64.0))),
     (dataclasses.replace(LOOPED, act='gelu'), dict(act='gelu_tanh')),
+    (LOOPED, dict(norm_place='post')), (LOOPED, dict(qk_norm='all')),
+    (dataclasses.replace(LOOPED, pattern='wg'), dict(pattern='wn')),
+    (dataclasses.replace(LOOPED, pattern='wg'), dict(window_theta=100.0)),
 ]
 
 

@@ -42,8 +42,7 @@ def _tensors(directory):
 @pytest.mark.parametrize('name', tiny.HF)
 @pytest.mark.parametrize('dtype', ['float32', 'float16', 'bfloat16'])
 def test_a_round_trip_keeps_every_bit(name, dtype, checkpoint, tmp_path):
-  transformers = pytest.importorskip('transformers', reason=tiny.TORCH)
-  import torch
+  pytest.importorskip('transformers', reason=tiny.TORCH)
   directory, made = checkpoint(name, dtype)
   cfg, values = rtx.load_hf(directory)
   assert {str(v.dtype) for _, v in paths.items(values)} == {dtype}
@@ -52,8 +51,7 @@ def test_a_round_trip_keeps_every_bit(name, dtype, checkpoint, tmp_path):
     rtx.save_hf(out, cfg, values, hf=kept)
     assert _tensors(out) == _tensors(directory)
     assert rtx.load_hf(out)[0] == cfg
-    again = transformers.AutoModelForCausalLM.from_pretrained(
-        out, dtype=torch.float32)
+    again = tiny.load_hf(out)
     assert type(again) is type(made)
     token_BT = tiny.tokens(cfg, 1, 150)
     assert np.array_equal(tiny.torch_logits(again, token_BT),
@@ -106,7 +104,7 @@ def test_shards_are_read(name, checkpoint, tmp_path):
 
 
 def test_shards_are_written(checkpoint, tmp_path, monkeypatch):
-  transformers = pytest.importorskip('transformers', reason=tiny.TORCH)
+  pytest.importorskip('transformers', reason=tiny.TORCH)
   directory, made = checkpoint('llama_gqa')
   monkeypatch.setattr(hf, '_SHARD_BYTES', 20_000)
   out = tmp_path / 'out'
@@ -120,7 +118,7 @@ def test_shards_are_written(checkpoint, tmp_path, monkeypatch):
   assert set(index['weight_map'].values()) == set(names)
   assert index['metadata']['total_size'] == sum(
       len(raw) for _, _, raw in _tensors(out).values())
-  again = transformers.AutoModelForCausalLM.from_pretrained(out)
+  again = tiny.load_hf(out)
   token_BT = tiny.tokens(LLAMA, 1, 30)
   assert np.array_equal(tiny.torch_logits(again, token_BT),
                         tiny.torch_logits(made, token_BT))
@@ -140,7 +138,7 @@ def test_shards_are_written(checkpoint, tmp_path, monkeypatch):
 ])
 def test_an_exported_relaxed_model_opens_in_transformers(
     name, how, checkpoint, tmp_path):
-  transformers = pytest.importorskip('transformers', reason=tiny.TORCH)
+  pytest.importorskip('transformers', reason=tiny.TORCH)
   directory, _ = checkpoint(name)
   cfg, values = rtx.load_hf(directory)
   rcfg, rvars = rtx.relax(cfg, values, loops=3, **how)
@@ -149,7 +147,7 @@ def test_an_exported_relaxed_model_opens_in_transformers(
   expected_BTV = tiny.decoder(rcfg)(rvars, token_BT)
   for kept, out in ((None, tmp_path / 'new'), (stored, tmp_path / 'kept')):
     rtx.save_hf(out, rcfg, rvars, hf=kept)
-    made = transformers.AutoModelForCausalLM.from_pretrained(out)
+    made = tiny.load_hf(out)
     assert type(made).__name__ == stored['architectures'][0]
     assert tiny.distance(
         tiny.torch_logits(made, token_BT), expected_BTV) < 1e-5
@@ -237,7 +235,7 @@ def test_fused_rows_are_by_head(tmp_path):
 
 
 def test_a_whole_file_wins_over_shards(checkpoint, tmp_path, caplog):
-  transformers = pytest.importorskip('transformers', reason=tiny.TORCH)
+  pytest.importorskip('transformers', reason=tiny.TORCH)
   directory, made = checkpoint('llama_gqa')
   both = tmp_path / 'both'
   made.save_pretrained(both, max_shard_size='20KB')
@@ -248,7 +246,7 @@ def test_a_whole_file_wins_over_shards(checkpoint, tmp_path, caplog):
     cfg, values = rtx.load_hf(both)
   assert 'model.safetensors.index.json' in caplog.text
   assert len(caplog.text.strip().splitlines()) == 1
-  theirs = transformers.AutoModelForCausalLM.from_pretrained(both)
+  theirs = tiny.load_hf(both)
   token_BT = tiny.tokens(cfg, 1, 60)
   logits_BTV = tiny.decoder(cfg)(values, token_BT)
   assert tiny.distance(
@@ -267,7 +265,7 @@ def directory_of(both, tmp_path):
 
 @pytest.mark.parametrize('name', ['llama_gqa', 'gpt_neox_tied'])
 def test_a_model_without_its_head_has_no_prefix(name, checkpoint, tmp_path):
-  transformers = pytest.importorskip('transformers', reason=tiny.TORCH)
+  pytest.importorskip('transformers', reason=tiny.TORCH)
   base = tmp_path / 'base'
   if name == 'gpt_neox_tied':
     made = checkpoint('gpt_neox')[1]
@@ -279,7 +277,7 @@ def test_a_model_without_its_head_has_no_prefix(name, checkpoint, tmp_path):
   assert not any(key.startswith(('model.', 'gpt_neox.'))
                  for key in files.Reader(base).shapes)
   cfg, values = rtx.load_hf(base)
-  theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
+  theirs = tiny.load_hf(base)
   token_BT = tiny.tokens(cfg, 1, 60)
   logits_BTV = tiny.decoder(cfg)(values, token_BT)
   assert tiny.distance(

@@ -37,8 +37,9 @@ def leaves(cfg: config_lib.ModelConfig) -> list[str]:
 
 
 def read_layer(cfg: config_lib.ModelConfig, read: Read, layer: int) -> dict:
-  """'layers' (kernels) and 'vectors' of one layer, fp32."""
-  values = {}
+  """'layers' (kernels), 'vectors' and 'kind' of one layer, fp32."""
+  kinds = adapters.kinds(cfg, 0, 1, cfg.num_layers)
+  values = {'kind': None if kinds is None else kinds[0, layer]}
   for path in leaves(cfg):
     paths.put(values, path.removeprefix('block/'),
              read(path, layer).astype(np.float32))
@@ -147,7 +148,7 @@ def both_inputs(cfg, values, ours, x_BTD, y_BTD, name):
   Returns:
     The kernel's inputs in `values` and in `ours`, [tokens, rows]; and the
     residual stream that its output is added to, in `values` less in `ours`,
-    [tokens, D]; None for kernels that do not write to the stream.
+    [tokens, D]; None for kernels that do not write to the stream as they are.
   """
   inputs, attended = [], []
 
@@ -160,7 +161,8 @@ def both_inputs(cfg, values, ours, x_BTD, y_BTD, name):
 
   for z_BTD, layer in ((x_BTD, values), (y_BTD, ours)):
     _run(cfg, layer, z_BTD, watch)
-  if name not in ('o', 'down'):
+  if name not in ('o', 'down') or cfg.norm_place != 'pre' or (
+      cfg.residual_scale != 1):
     return *inputs, None
   more_BTD = x_BTD - y_BTD
   if name == 'down':
@@ -189,5 +191,6 @@ def _run(cfg, values, x_BTD, change):
   with nn.intercept_methods(watch):
     return model.Layer(cfg, config_lib.Run()).apply(
         {'params': values['layers']}, x_BTD,
-        adapters.layer_values(cfg, values['vectors']),
+        adapters.layer_values(
+            cfg, values['vectors'], kind=values['kind']),
         model.whole(cfg, x_BTD.shape[:2]))[0]

@@ -33,7 +33,7 @@ def _variables(cfg, read):
   return {'params': params}
 
 
-@pytest.mark.parametrize('name', tiny.FAMILIES)
+@pytest.mark.parametrize('name', tiny.EACH_FAMILY)
 def test_the_aligned_model_is_the_original(name):
   cfg = tiny.FAMILIES[name]
   values, token_BT = tiny.variables(cfg), tiny.tokens(cfg)

@@ -320,7 +320,7 @@ def test_what_the_last_kernel_lacks_is_all_the_layer_lacks(name):
   assert not pull(values, values, x_QTD, x_QTD).any()
 
 
-@pytest.mark.parametrize('name', tiny.FAMILIES)
+@pytest.mark.parametrize('name', tiny.EACH_FAMILY)
 def test_layer_by_layer_is_the_decoder(name):
   cfg = tiny.FAMILIES[name]
   values, other = tiny.variables(cfg), tiny.variables(cfg, seed=1)
