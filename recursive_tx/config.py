@@ -40,6 +40,11 @@ HEAD = 'head'
 NORMS = ('rms', 'rms+1', 'layer')
 PLACES = ('pre', 'post', 'both')
 QK_NORMS = ('none', 'head', 'all')
+# Fields that one or two families set, and that not every program has which
+# reads what is exported.
+RARE = ('norm_place', 'qk_norm', 'qkv_bias', 'query_scale', 'attention_cap',
+        'logits_cap', 'residual_scale', 'logits_scale', 'pattern',
+        'window_theta', 'embed_factor')
 # What a virtual layer attends to, one letter each; see ModelConfig.pattern.
 KINDS = {'g': 'global', 'w': 'window', 'n': 'no rotary positions'}
 ACTS = ('silu', 'gelu', 'gelu_tanh', 'relu')
@@ -226,6 +231,14 @@ class ModelConfig:
   def mixed_kinds(self) -> bool:
     """Whether layers differ in what they attend to."""
     return len(set(self.pattern)) > 1
+
+  @property
+  def rare(self) -> dict[str, object]:
+    """The fields of RARE that are set, and their values."""
+    return {
+        field.name: getattr(self, field.name)
+        for field in dataclasses.fields(self) if field.name in RARE
+        and getattr(self, field.name) != field.default}
 
   def kind(self, layer: int) -> str:
     """The letter of KINDS of a virtual layer."""

@@ -49,7 +49,8 @@ def save(
     progress: called with the bytes there are, and those just written.
 
   Raises:
-    UserError: loops that share keys, or a value that `dtype` cannot hold.
+    UserError: loops that share keys, a field that the modelling file does not
+      have, or a value that `dtype` cannot hold.
   """
   hf.check_shapes(cfg, variables)
   if cfg.loops > 1 and not cfg.loop_keys:
@@ -57,6 +58,11 @@ def save(
         'model.loop_keys=False: the attention of transformers and vLLM has a'
         ' cache for every layer; train it with config.model.loop_keys=True to'
         ' export it')
+  if cfg.rare:
+    raise UserError(
+        '--form=recursive: its modelling file does not have '
+        + ', '.join(f'model.{k}={v!r}' for k, v in cfg.rare.items())
+        + '; use --form=unrolled')
   params, dtype = variables['params'], np.dtype(dtype)
   leaves = tensors(cfg)
   layout = {name: (_shape(cfg, params, *row), dtype)

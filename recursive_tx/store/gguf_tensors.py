@@ -78,8 +78,8 @@ def architecture(cfg: config_lib.ModelConfig) -> Architecture:
       'no architecture of llama.cpp computes this model'
       f' (norm={cfg.norm}, act={cfg.act}, gated={cfg.gated},'
       f' tied={cfg.tied}, attention_bias={cfg.attention_bias},'
-      f' rope_scaling={cfg.rope_scaling}); use --form=recursive or'
-      ' --form=unrolled')
+      f' rope_scaling={cfg.rope_scaling}, and {cfg.rare}); use'
+      ' --form=recursive or --form=unrolled')
 
 
 def loops_fit(cfg: config_lib.ModelConfig) -> bool:
@@ -92,7 +92,7 @@ def _fits(architecture: Architecture, cfg) -> bool:
   rope = architecture.rope_factors or len(cfg.rope_scaling) != 4
   square = not architecture.fused or (
       cfg.K == cfg.N and cfg.N * cfg.H == cfg.D)
-  return rope and square and all(
+  return not cfg.rare and rope and square and all(
       getattr(cfg, field) in (value if isinstance(value, tuple) else (value,))
       for field, value in architecture.fixed.items())
 

@@ -21,7 +21,7 @@ from recursive_tx import config as config_lib
 from recursive_tx import files, model, tying
 from recursive_tx.errors import UserError
 from recursive_tx.files import paths
-from recursive_tx.store import families, sentencepiece_json
+from recursive_tx.store import config_json, families, sentencepiece_json
 
 _SHARD_BYTES = 5 << 30
 # What goes with the weights unchanged: tokenizer, templates, terms of use. In
@@ -157,7 +157,7 @@ def read_config(
         f'{directory} has no config.json; expected the directory of a model:'
         ' of Hugging Face, of convert, or the workdir of a run')
   found = files.read_json(path)
-  family, cfg = families.read_config(found)
+  family, cfg = config_json.read(found)
   return found, cfg, family
 
 
@@ -256,12 +256,12 @@ def save_hf(
 
 def _config_json(family, cfg, hf, dtype) -> dict[str, Any]:
   """config.json of a vanilla model; what is not computed is kept from `hf`."""
-  written = families.write_config(family, cfg)
-  if hf is not None and families.read_config(hf)[1] == cfg:
+  written = config_json.write(family, cfg)
+  if hf is not None and config_json.read(hf)[1] == cfg:
     written = {**hf, 'architectures': written['architectures']}
   elif hf is not None:
     # Neither dialect of what `written` says anew.
-    known = families.handled(families.FAMILIES[hf['model_type']])
+    known = config_json.handled(families.FAMILIES[hf['model_type']])
     written = {**{k: v for k, v in hf.items() if k not in known}, **written}
   return {**{k: v for k, v in written.items() if k != 'dtype'},
           'torch_dtype': str(dtype)}

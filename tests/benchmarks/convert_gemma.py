@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from recursive_tx import demo, files
-from recursive_tx.store import families
+from recursive_tx.store import config_json, families
 
 CONFIG = {
     'architectures': ['GemmaForCausalLM'], 'model_type': 'gemma',
@@ -68,7 +68,7 @@ def write(folder: pathlib.Path, layers: int) -> int:
   folder.mkdir()
   config = {**CONFIG, 'num_hidden_layers': layers}
   files.write_json(folder / 'config.json', config)
-  family, cfg = families.read_config(config)
+  family, cfg = config_json.read(config)
   rng = np.random.default_rng(0)
   shards, index, count = {}, {}, 0
   for name, _, pattern, layer in families.tensors(family, cfg):

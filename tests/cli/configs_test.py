@@ -19,7 +19,7 @@ from recursive_tx.cli.configs import typed
 from recursive_tx.configs import common
 from recursive_tx.data import DataConfig
 from recursive_tx.errors import UserError
-from recursive_tx.store import families
+from recursive_tx.store import config_json
 from recursive_tx.train import optim
 
 ROOT = tiny.ROOT
@@ -127,7 +127,7 @@ def test_parameter_counts_of_the_vanilla_models(name):
 @pytest.mark.parametrize('name', UPTRAINED)
 def test_fields_are_those_of_the_released_model(name):
   config = get_config(name, 'loops=1,rank=0')
-  _, cfg = families.read_config(HF[name])
+  _, cfg = config_json.read(HF[name])
   assert typed(config).model == cfg
 
 

@@ -69,7 +69,7 @@ def test_a_norm_starts_neutral(name):
   start = {leaf: np.asarray(init(None, (3,))) for leaf, (_, _, init)
            in adapters.norm_leaves(cfg).items()}
   # Gemma's scale is stored minus one.
-  assert (start.pop('scale') == (name != 'gemma')).all()
+  assert (start.pop('scale') == (cfg.norm != 'rms+1')).all()
   assert all((value == 0).all() for value in start.values())
 
 

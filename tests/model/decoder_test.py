@@ -69,9 +69,10 @@ def test_gradients_do_not_cross_documents():
 @pytest.mark.parametrize('name', tiny.EACH_FAMILY)
 @pytest.mark.parametrize('loops', [1, 3])
 def test_causality_of_every_family(name, loops):
+  base = tiny.FAMILIES[name]
   cfg = dataclasses.replace(
-      tiny.FAMILIES[name], layers_per_loop=1, loops=loops, prelude=1, rank=2,
-      window=0, tied=False)
+      base, layers_per_loop=1, loops=loops, prelude=1, rank=2, window=0,
+      pattern=base.pattern.replace('w', 'g'), tied=False)
   reach = _embedding_gradient(cfg, T)
   for t in range(T):
     assert reach(t) == list(range(t + 1))
@@ -198,11 +199,11 @@ LONG = 100  # Long enough for attention in blocks; a multiple of no size.
 
 
 @functools.cache
-def _loss_and_gradient(run):
-  """Loss, logits and gradients of RUN_CFG on two packed rows."""
-  values, token_BT = tiny.variables(RUN_CFG), tiny.tokens(RUN_CFG, B, LONG)
+def _loss_and_gradient(run, cfg=RUN_CFG):
+  """Loss, logits and gradients on two packed rows."""
+  values, token_BT = tiny.variables(cfg), tiny.tokens(cfg, B, LONG)
   segment_BT = 1 + (np.arange(LONG)[None] >= np.array([[70], [37]]))
-  module = rtx.Decoder(RUN_CFG, run=run)
+  module = rtx.Decoder(cfg, run=run)
 
   def loss(values):
     logits_BTV = module.apply(values, token_BT, segment_BT)
@@ -222,10 +223,21 @@ def test_every_way_to_run_has_a_row():
       config_lib.REMATS)
 
 
-@pytest.mark.parametrize('run', _EACH_RUN)
-def test_how_is_not_what(run):
-  (loss, logits_BTV), grads = _loss_and_gradient(run)
-  (loss_0, logits_0_BTV), grads_0 = _loss_and_gradient(rtx.Run())
+# Layers that differ in what they attend to, capped scores, all norms.
+KINDS_CFG = dataclasses.replace(
+    tiny.FAMILIES['gemma3_text'], layers_per_loop=2, loops=3, rank='2',
+    window=30, attention_cap=2.0)
+
+
+@pytest.mark.parametrize('cfg, run', [
+    *(pytest.param(RUN_CFG, *run.values, marks=run.marks)
+      if hasattr(run, 'marks') else (RUN_CFG, run) for run in _EACH_RUN),
+    (KINDS_CFG, rtx.Run(unroll=True, attention='blocks')),
+    *(pytest.param(KINDS_CFG, run, marks=pytest.mark.slow) for run in (
+        rtx.Run(attention='plain'), rtx.Run(remat='full')))])
+def test_how_is_not_what(cfg, run):
+  (loss, logits_BTV), grads = _loss_and_gradient(run, cfg)
+  (loss_0, logits_0_BTV), grads_0 = _loss_and_gradient(rtx.Run(), cfg)
   # bf16 has 8 bits, and its errors add up over layers.
   atol = ROUNDING if run.dtype == 'float32' else 5e-2
   assert abs(float(loss) - float(loss_0)) < atol

@@ -11,7 +11,7 @@ import tiny
 
 import recursive_tx as rtx
 from recursive_tx import model
-from recursive_tx.store import families
+from recursive_tx.store import config_json, families
 
 LONG = 600  # Past every window and every original length in tiny.HF.
 
@@ -108,10 +108,10 @@ def test_both_dialects_of_rope_are_read(name, checkpoint, tmp_path):
 
 def test_the_first_name_of_a_rope_type_is_read(checkpoint):
   hf = json.loads((checkpoint('llama_mqa')[0] / 'config.json').read_text())
-  cfg = families.read_config(hf)[1]
+  cfg = config_json.read(hf)[1]
   _old(hf)
   hf['rope_scaling']['type'] = hf['rope_scaling'].pop('rope_type')
-  assert families.read_config(hf)[1] == cfg
+  assert config_json.read(hf)[1] == cfg
 
 
 LLAMA_3 = dict(rope_type='llama3', factor=8.0, low_freq_factor=1.0,
@@ -128,7 +128,7 @@ LLAMA_3 = dict(rope_type='llama3', factor=8.0, low_freq_factor=1.0,
 ])
 def test_fields_that_mean_the_same_may_agree(name, both, checkpoint):
   hf = json.loads((checkpoint(name)[0] / 'config.json').read_text())
-  assert families.read_config({**hf, **both}) == families.read_config(hf)
+  assert config_json.read({**hf, **both}) == config_json.read(hf)
 
 
 @pytest.mark.parametrize('name, other, parts', [
@@ -151,7 +151,7 @@ def test_fields_that_contradict_each_other_are_refused(
     name, other, parts, checkpoint):
   hf = json.loads((checkpoint(name)[0] / 'config.json').read_text())
   with tiny.refused('config.json', 'contradict', *parts):
-    families.read_config({**hf, **other})
+    config_json.read({**hf, **other})
 
 
 @pytest.mark.parametrize('name, odd', [
@@ -165,7 +165,7 @@ def test_fields_that_contradict_each_other_are_refused(
 def test_values_without_a_meaning_are_refused(name, odd, checkpoint):
   hf = json.loads((checkpoint(name)[0] / 'config.json').read_text())
   with tiny.refused():
-    families.read_config({**hf, **odd})
+    config_json.read({**hf, **odd})
 
 
 def test_what_trainers_leave_behind_is_ignored(checkpoint):
@@ -173,9 +173,9 @@ def test_what_trainers_leave_behind_is_ignored(checkpoint):
   left = dict(unsloth_version='2025.3', unsloth_fixed=True, temperature=0.6,
               do_sample=True, use_flash_attention_2=True, pad_token_id=61,
               _attn_implementation_autoset=True, gradient_checkpointing=False)
-  assert families.read_config({**hf, **left}) == families.read_config(hf)
+  assert config_json.read({**hf, **left}) == config_json.read(hf)
   with tiny.refused('qk_norm=True', 'remove it from config.json'):
-    families.read_config({**hf, 'qk_norm': True})
+    config_json.read({**hf, 'qk_norm': True})
 
 
 def test_gemmas_first_releases_mean_the_tanh_form(checkpoint, tmp_path):
@@ -209,8 +209,8 @@ def test_an_absent_key_means_what_transformers_takes_it_for(name, checkpoint):
     kind = type(transformers.AutoConfig.for_model(hf['model_type']))
     filled = kind.from_dict(copy.deepcopy(absent)).to_dict()
     filled = {k: v for k, v in filled.items() if k in hf}
-    ours = families.read_config(absent)[1]
-    theirs = families.read_config(filled)[1]
+    ours = config_json.read(absent)[1]
+    theirs = config_json.read(filled)[1]
     for field in dataclasses.fields(ours):
       pair = getattr(ours, field.name), getattr(theirs, field.name)
       if pair[0] != pair[1]:
@@ -230,8 +230,8 @@ def test_what_is_written_is_read_back(name):
           cfg, rope_scaling=scaling, rope_theta=theta)
       family = families.of(variant)
       assert family.model_type == name
-      hf = json.loads(json.dumps(families.write_config(family, variant)))
-      assert families.read_config(hf) == (family, variant)
+      hf = json.loads(json.dumps(config_json.write(family, variant)))
+      assert config_json.read(hf) == (family, variant)
 
 
 @pytest.mark.parametrize('name', tiny.FAMILIES)
@@ -262,7 +262,7 @@ def test_a_model_of_no_family_cannot_be_exported(change):
 
 # Bad input.
 
-HF = {name: families.write_config(families.of(cfg), cfg)
+HF = {name: config_json.write(families.of(cfg), cfg)
       for name, cfg in tiny.FAMILIES.items()}
 
 
@@ -271,7 +271,7 @@ HF = {name: families.write_config(families.of(cfg), cfg)
 def test_an_unknown_model_type_lists_the_known(kind):
   with tiny.refused('model_type', repr(kind),
                     'llama, mistral, gemma, gpt_neox') as caught:
-    families.read_config({**HF['llama'], 'model_type': kind})
+    config_json.read({**HF['llama'], 'model_type': kind})
   # Gemma 4 is no misspelt Gemma.
   assert 'did you mean' not in str(caught.value)
 
@@ -285,10 +285,10 @@ def test_an_unknown_model_type_lists_the_known(kind):
     ('use_bidirectional_attention', True),
 ])
 def test_an_attribute_that_is_not_implemented_is_refused(name, key, value):
-  if key in families.handled(families.FAMILIES[name]):
+  if key in config_json.handled(families.FAMILIES[name]):
     return
   with tiny.refused(f'{key}={value!r}', name, 'remove it'):
-    families.read_config({**HF[name], key: value})
+    config_json.read({**HF[name], key: value})
 
 
 @pytest.mark.parametrize('name, key, value', [
@@ -303,7 +303,7 @@ def test_an_attribute_that_is_not_implemented_is_refused(name, key, value):
 ])
 def test_another_familys_attribute_is_refused(name, key, value):
   with tiny.refused(f'{key}={value!r}', name):
-    families.read_config({**HF[name], key: value})
+    config_json.read({**HF[name], key: value})
 
 
 @pytest.mark.parametrize('name', ['llama', 'mistral', 'gemma'])
@@ -318,10 +318,10 @@ def test_a_share_that_the_family_does_not_rotate_is_refused(name):
       hf = {k: v for k, v in HF[name].items() if not k.startswith('rope_')}
       hf.update(head_dim=8, **change)
       if share == 1:
-        assert families.read_config(hf)[1].rope_fraction == 1
+        assert config_json.read(hf)[1].rope_fraction == 1
       else:
         with tiny.refused('partial_rotary_factor', '0.5', name):
-          families.read_config(hf)
+          config_json.read(hf)
 
 
 @pytest.mark.parametrize('name', tiny.FAMILIES)
@@ -330,10 +330,10 @@ def test_attributes_at_their_neutral_value_are_accepted(name):
       quantization_config=None, sliding_window=None, attention_dropout=0.0,
       use_cache=True, transformers_version='9', bos_token_id=1,
       is_encoder_decoder=False)
-  if 'sliding_window' in families.handled(families.FAMILIES[name]):
+  if 'sliding_window' in config_json.handled(families.FAMILIES[name]):
     neutral.pop('sliding_window')
-  expected = families.read_config(HF[name])
-  assert families.read_config({**HF[name], **neutral}) == expected
+  expected = config_json.read(HF[name])
+  assert config_json.read({**HF[name], **neutral}) == expected
 
 
 @pytest.mark.parametrize('name', tiny.FAMILIES)
@@ -344,7 +344,7 @@ def test_a_missing_size_is_named(name, key):
   for hf in ({k: v for k, v in HF[name].items() if k != key},
              {**HF[name], key: None}):
     with tiny.refused(repr(key), name):
-      families.read_config(hf)
+      config_json.read(hf)
 
 
 @pytest.mark.parametrize('key', ['hidden_size', 'num_hidden_layers'])
@@ -352,7 +352,7 @@ def test_a_missing_size_is_named(name, key):
 def test_a_size_that_is_no_size_is_refused(key, value):
   hf = {**HF['gpt_neox'], key: value}
   with tiny.refused(str(value)):
-    families.read_config(hf)
+    config_json.read(hf)
 
 
 @pytest.mark.parametrize('rope, parts', [
@@ -367,7 +367,7 @@ def test_a_size_that_is_no_size_is_refused(key, value):
 def test_an_unknown_rope_is_refused(rope, parts, place):
   hf = {k: v for k, v in HF['llama'].items() if k != 'rope_scaling'}
   with tiny.refused(*parts):
-    families.read_config({**hf, place: rope})
+    config_json.read({**hf, place: rope})
 
 
 def test_a_known_buffer_is_ignored_and_nothing_else():
@@ -385,4 +385,4 @@ def test_a_known_buffer_is_ignored_and_nothing_else():
 
 def test_an_act_that_is_not_implemented_is_refused():
   with tiny.refused("'swiglu'", 'silu', 'hidden_act'):
-    families.read_config({**HF['llama'], 'hidden_act': 'swiglu'})
+    config_json.read({**HF['llama'], 'hidden_act': 'swiglu'})

@@ -95,7 +95,9 @@ def _refit(rcfg, layer, values, ours, store, output, sums_of):
   for stage in _STAGES:
     stage = [name for name in stage if name in rcfg.kernels]
     names = [name for name in stage if name in refitted(rcfg)]
-    norm = None if names or not fits_norms(rcfg) else _NORMS.get(stage[-1])
+    norm = _NORMS.get(stage[-1])
+    if names or not fits_norms(rcfg) or norm not in rcfg.norms:
+      norm = None
     biased = fits_bias(rcfg, stage[0])
     if not (names or norm or biased):
       continue
