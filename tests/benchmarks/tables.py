@@ -66,6 +66,12 @@ def gpu_train(rows):
       for row in rows if row.get('step') in (1, 30, 60, 120, 180, 240, 265)]
 
 
+def cpu_forms(found):
+  return [('what', 'plain, ms', 'as on CPU, ms', 'gain')] + [
+      (row['what'], f'{row["plain_ms"]:.2f}', f'{row["cpu_ms"]:.2f}',
+       f'{row["gain"]:.2f}') for row in found]
+
+
 def forms(rows):
   return [('model', 'form', 'program', 'file, MB', 'KL of the check, nats',
            'prompts with equal tokens')] + [

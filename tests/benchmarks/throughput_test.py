@@ -2,6 +2,7 @@
 
 from benchmarks import throughput
 import numpy as np
+import pytest
 import tiny
 
 import recursive_tx as rtx
@@ -9,6 +10,7 @@ from recursive_tx import exits
 from recursive_tx.text import tokenizer as tokenizer_lib
 
 
+@pytest.mark.slow
 def test_a_script_is_followed(sentencepiece_dir):
   cfg = tiny.MIXED
   rng = np.random.default_rng(0)

@@ -70,7 +70,8 @@ def test_output_that_nobody_reads_is_no_traceback():
 
 
 @pytest.mark.parametrize('number, status', [
-    (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+    (signal.SIGTERM, 143),
+    pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow)])
 def test_a_verb_that_is_stopped_removes_what_it_made(
     number, status, tmp_path):
   tiny.make_ours(tmp_path / 'source', tiny.FAMILIES['llama'])

@@ -80,7 +80,8 @@ def take(stream, steps):
 # The same as without.
 
 
-@pytest.mark.parametrize('changes', [{}, {'seq_len': 48, 'seed': 3}])
+@pytest.mark.parametrize('changes', [
+    pytest.param({}, marks=pytest.mark.slow), {'seq_len': 48, 'seed': 3}])
 def test_a_cached_stream_gives_the_same_batches(tok, made, changes):
   """Whatever seq_len and seed, faults and epochs included."""
   config = dataclasses.replace(made[0], **changes)

@@ -574,7 +574,9 @@ def test_a_document_is_cut_only_if_less_than_half_is_filled(tok, tmp_path):
   assert found(321) == (3, 321, 318, False)
 
 
-@pytest.mark.parametrize('kind', ['byte_level_dir', 'sentencepiece_dir'])
+@pytest.mark.parametrize('kind', [
+    pytest.param('byte_level_dir', marks=pytest.mark.slow),
+    'sentencepiece_dir'])
 def test_bytes_of_a_cut_document_are_those_of_its_tokens(
     kind, request, tmp_path
 ):

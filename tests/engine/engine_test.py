@@ -374,6 +374,7 @@ def test_long_prompts_are_read_in_chunks(monkeypatch):
 # Ends, and tokens that a tokenizer does not know.
 
 
+@pytest.mark.slow
 def test_any_of_several_ends_ends_a_request():
   prompt = _prompts(TIED, 1)[0]
   whole = _solo(TIED, prompt, 8)

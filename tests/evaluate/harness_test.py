@@ -129,8 +129,8 @@ TEXTS = ['Once upon a time', 'a', 'Tom saw a cat.\n\nIt ran.  ',
 
 
 @pytest.mark.parametrize(
-    'name', [None, 'stories260K', pytest.param(
-        'stories3M', marks=pytest.mark.slow)])
+    'name', [None, *(pytest.param(name, marks=pytest.mark.slow)
+                     for name in ('stories260K', 'stories3M'))])
 def test_agrees_with_the_hf_backend(name, relaxed, tmp_path):
   """Of the exported directory: to 1e-5, every choice and greedy flag."""
   if name is None:
@@ -211,6 +211,7 @@ def test_every_loop_has_a_column(relaxed, tasks):
   assert loops[0]['read'] != loops[1]['read']
 
 
+@pytest.mark.slow
 def test_generation_exits_after_the_loop(relaxed):
   model = ours(relaxed, exits=True)
   asked = instances('generate_until', [
@@ -278,6 +279,7 @@ def test_another_model_reads_no_answers_of_this_one(relaxed, tasks, tmp_path):
       relaxed, tasks, cache=tmp_path, control=0)['results']
 
 
+@pytest.mark.slow
 def test_limits_shots_and_the_control(relaxed, tasks):
   asked = []
   result = run(relaxed, tasks, limit=8, num_fewshot=2, control=5,

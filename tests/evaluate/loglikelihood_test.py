@@ -86,6 +86,7 @@ def test_every_loop_is_scored_by_its_own_output_and_head():
   assert abs(np.diff(scores.log_p_LQ, axis=0)).min(axis=1).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_real_model_to_1e_5():
   directory = tiny.REAL / 'stories260K'
   if not directory.is_dir():

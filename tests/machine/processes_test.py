@@ -187,6 +187,7 @@ def test_losses_do_not_depend_on_processes(two, one, alone):
   assert len(set(alone['losses'].values())) == LAST
 
 
+@pytest.mark.slow
 def test_parameters_are_placed_some_at_a_time(two, one, alone):
   for each in (*two, one, alone):
     assert each['placed'] > 9 and each['misplaced'] == []

@@ -52,7 +52,8 @@ def test_only_a_rank_that_names_the_head_adapts_it():
     dataclasses.replace(CFG, loops=1)
 
 
-@pytest.mark.parametrize('tied', [True, False])
+@pytest.mark.parametrize('tied', [
+    True, pytest.param(False, marks=pytest.mark.slow)])
 def test_it_is_added_to_the_head_of_each_exit(tied):
   cfg = dataclasses.replace(CFG, tied=tied)
   values, token_BT = tiny.variables(cfg), tiny.tokens(cfg, 2, 5)

@@ -140,10 +140,11 @@ def test_a_pass_over_rows_at_different_loops(cfg):
 
 
 @pytest.mark.parametrize('cfg', [
-    tiny.MIXED, dataclasses.replace(tiny.MIXED, loop_keys=False),
-    dataclasses.replace(tiny.FAMILIES['gpt_neox'], loops=3, layers_per_loop=1,
-                        rank='full'),
-    pytest.param(tiny.FAMILIES['llama'], marks=pytest.mark.slow)])
+    tiny.MIXED, *(pytest.param(cfg, marks=pytest.mark.slow) for cfg in (
+        dataclasses.replace(tiny.MIXED, loop_keys=False),
+        dataclasses.replace(tiny.FAMILIES['gpt_neox'], loops=3,
+                            layers_per_loop=1, rank='full'),
+        tiny.FAMILIES['llama']))])
 def test_kernels_side_by_side_compute_what_they_do_apart(cfg):
   """Prompts, rows at different loops, and the keys of loops left out."""
   apart, fused = (

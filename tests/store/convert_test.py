@@ -30,6 +30,7 @@ def test_streaming_equals_relax_in_memory(source, tmp_path):
   tiny.assert_same_tree(variables, values)
 
 
+@pytest.mark.slow
 def test_fitting_streams_too(source, tmp_path):
   arguments = dict(
       loops=2, rank='q3+mlp5', init='fit', prelude=1, coda=1,
@@ -76,6 +77,7 @@ def test_report_says_what_the_factors_keep(source, tmp_path):
   assert 'up' in convert.table(report)
 
 
+@pytest.mark.slow
 def test_check_finds_no_difference_at_full_rank_and_some_below(
     source, tmp_path):
   exact = convert.convert(

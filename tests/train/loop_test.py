@@ -93,7 +93,8 @@ def test_it_leaves_a_model_and_its_tokenizer(whole):
   assert (workdir / 'model' / 'tokenizer.json').exists()
 
 
-@pytest.mark.parametrize('stopped', [1, 4])
+@pytest.mark.parametrize('stopped', [
+    pytest.param(1, marks=pytest.mark.slow), 4])
 def test_resumed_equals_never_interrupted(whole, config, tmp_path, stopped):
   workdir, expected = whole
   shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)

@@ -376,6 +376,7 @@ def test_parameters_that_are_not_finite_are_not_saved(short, files, tmp_path):
   assert not (tmp_path / 'model').exists()
 
 
+@pytest.mark.slow
 def test_a_run_of_skipped_steps_only_is_an_error(files, tmp_path):
   # 3e38 times any loss is infinite.
   config = processes.config(

@@ -198,7 +198,8 @@ def test_rows_may_be_cut_in_another_way(config, ids, saved, tmp_path):
   assert_same(found, reader(saved, config, ids, 1, rows)(1, batch))
 
 
-@pytest.mark.parametrize('every, drawn', [(50, 4), (2, 2)])
+@pytest.mark.parametrize('every, drawn', [
+    pytest.param(50, 4, marks=pytest.mark.slow), (2, 2)])
 def test_interrupted_it_goes_on_where_it_was(
     config, ids, saved, tmp_path, monkeypatch, every, drawn):
   monkeypatch.setattr(teacher_cache, '_POSITION_EVERY', every)

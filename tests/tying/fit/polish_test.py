@@ -21,6 +21,7 @@ def _read(values):
       () if layer is None else layer]
 
 
+@pytest.mark.slow
 def test_it_comes_nearer_and_leaves_the_ends_alone():
   values, token_QT = tiny.variables(LLAMA), tiny.tokens(LLAMA, 16, 12)
   rcfg, rvars = rtx.relax(LLAMA, values, loops=2, rank=2, init='average')
@@ -102,6 +103,7 @@ def test_a_polished_candidate_has_the_parameters_it_got(name, how, tmp_path):
   assert tiny.distance(ours, theirs) < 1e-5
 
 
+@pytest.mark.slow
 def test_what_it_made_worse_is_not_kept(monkeypatch):
   monkeypatch.setattr(search, 'polish', lambda rcfg, params, *_, **how: (
       jax.tree.map(lambda x: x + 0.1, params)))

@@ -82,6 +82,7 @@ def test_no_start_of_the_paper_is_nearer_on_what_was_kept_apart(
     assert ours < theirs + 1e-5, init
 
 
+@pytest.mark.slow
 def test_the_papers_start_is_taken_where_it_is_nearer():
   """The layers above the first add nothing, unless they are the first."""
   values = tiny.variables(LLAMA)
@@ -112,6 +113,7 @@ def test_a_fit_is_far_nearer_where_inputs_lie_in_few_directions():
   assert ours < theirs / 4
 
 
+@pytest.mark.slow
 def test_it_is_a_function_of_its_arguments_in_whatever_batches():
   values, token_QT = tiny.variables(LLAMA), tiny.tokens(LLAMA, N, T)
   one, other, third = (
@@ -149,6 +151,7 @@ def test_without_calibration_the_tokens_are_sampled_from_the_model():
       for calibration in (None, token_QT)))
 
 
+@pytest.mark.slow
 def test_energy_is_of_the_residual_that_is_left():
   values, energy = tiny.variables(LLAMA), {}
   rcfg = target(LLAMA, loops=2, rank='attn3+mlp3', init='fit', lora='svd',
@@ -202,7 +205,9 @@ def test_factors_are_for_the_inputs_that_they_get(tmp_path):
   assert gap() < before / 4
 
 
-@pytest.mark.parametrize('name', ['llama', 'gemma', 'gpt_neox'])
+@pytest.mark.parametrize('name', [
+    'llama', *(pytest.param(name, marks=pytest.mark.slow)
+               for name in ('gemma', 'gpt_neox'))])
 def test_norms_do_what_kernels_without_factors_cannot(name, tmp_path):
   """Loops that differ by the scale of what kernels read become the same."""
   cfg, rng = tiny.FAMILIES[name], np.random.default_rng(0)
