@@ -74,12 +74,17 @@ def architecture(cfg: config_lib.ModelConfig) -> Architecture:
   for found in ARCHITECTURES:
     if (found is NANBEIGE) == (cfg.loops > 1) and _fits(found, cfg):
       return found
+  if cfg.rare:
+    raise UserError(
+        '--form=gguf: no architecture here has '
+        + ', '.join(f'model.{k}={v!r}' for k, v in cfg.rare.items())
+        + '; use --form=unrolled')
   raise UserError(
       'no architecture of llama.cpp computes this model'
       f' (norm={cfg.norm}, act={cfg.act}, gated={cfg.gated},'
       f' tied={cfg.tied}, attention_bias={cfg.attention_bias},'
-      f' rope_scaling={cfg.rope_scaling}, and {cfg.rare}); use'
-      ' --form=recursive or --form=unrolled')
+      f' rope_scaling={cfg.rope_scaling}); use --form=recursive or'
+      ' --form=unrolled')
 
 
 def loops_fit(cfg: config_lib.ModelConfig) -> bool:
