@@ -107,10 +107,12 @@ def _folded(
     return tying.merge(cfg, variables)
   if gguf_tensors.loops_fit(cfg):
     return looped.without_exits(cfg, variables)
+  merged = tying.merge(cfg, variables)
+  gguf_tensors.architecture(merged[0])  # Refused before anything is said.
   logging.warning(
       'Written unrolled, at the size of %d layers: llama.cpp holds a block'
       " once only of a Llama whose %s.", cfg.num_layers, looped.WANTED)
-  return tying.merge(cfg, variables)
+  return merged
 
 
 def _add_sizes(writer, architecture, cfg, hf_config) -> None:
