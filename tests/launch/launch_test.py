@@ -377,7 +377,7 @@ def test_interop_names_what_fails_and_exits_with_1(world, tmp_path):
   failed = [line for line in page.splitlines() if line.startswith('- FAIL')]
   assert failed == [
       '- FAIL: recursive_tx[tpu] resolves against constraints.txt']
-  assert page.count('- OK: ') == 12
+  assert page.count('- OK: ') == 14
   # Without that fault.
   installer.write_text('#!/bin/sh\n')
   assert world.run('interop.sh', str(interpreter)).returncode == 0
