@@ -210,7 +210,8 @@ def attended(segment_BT, implementation, q, k, v):
   return attention_lib.attend(
       q, k, v, mask_BTS=attention_lib.visible(
           place_1T, place_1T, window=0, segment_BT=segment_BT),
-      segment_BT=segment_BT, window=0, implementation=implementation)
+      segment_BT=segment_BT, window=0, scale=q.shape[-1]**-0.5,
+      implementation=implementation)
 
 
 def decode(bench: Bench):

@@ -8,8 +8,11 @@ import tiny
 
 from recursive_tx.model import attention
 
+SCALE = 0.3
+CAP = 0.7
 
-def _brute_force(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
+
+def _brute_force(q_BTNH, k_BSKH, v_BSKH, mask_BTS, cap=0):
   """One query, one head at a time, in fp64."""
   B, T, N, H = q_BTNH.shape
   out = np.zeros(q_BTNH.shape)
@@ -18,7 +21,9 @@ def _brute_force(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
       for n in range(N):
         key = n // (N // k_BSKH.shape[2])
         seen = np.flatnonzero(mask_BTS[b % len(mask_BTS), t])
-        score = k_BSKH[b, seen, key].astype(float) @ q_BTNH[b, t, n] / H**0.5
+        score = k_BSKH[b, seen, key].astype(float) @ q_BTNH[b, t, n] * SCALE
+        if cap:
+          score = cap * np.tanh(score / cap)
         weight = np.exp(score - score.max())
         out[b, t, n] = weight / weight.sum() @ v_BSKH[b, seen, key]
   return out
@@ -44,10 +49,11 @@ def _case(T, window, segments):
     [(7, 0, False), (64, 0, True), (150, 20, True), (150, 0, False)])
 def test_equals_brute_force(T, window, segments, implementation):
   q, k, v, mask, segment = _case(T, window, segments)
-  out = attention.attend(
-      q, k, v, mask_BTS=mask, segment_BT=segment, window=window,
-      implementation=implementation)
-  assert tiny.distance(out, _brute_force(q, k, v, mask)) < 1e-5
+  for cap in (0, CAP):
+    out = attention.attend(
+        q, k, v, mask_BTS=mask, segment_BT=segment, window=window,
+        scale=SCALE, cap=cap, implementation=implementation)
+    assert tiny.distance(out, _brute_force(q, k, v, mask, cap)) < 1e-5
 
 
 @pytest.mark.parametrize('implementation, window', [
@@ -60,14 +66,14 @@ def test_emulated_kernels_equal_brute_force(implementation, window):
       implementation, T=128, S=128, window=window) == implementation
   out = attention.attend(
       q, k, v, mask_BTS=mask, segment_BT=segment, window=window,
-      implementation=implementation)
+      scale=SCALE, implementation=implementation)
   assert tiny.distance(out, _brute_force(q, k, v, mask)) < 1e-5
 
 
 def test_kernels_are_chosen_where_they_cover_the_case():
-  def choose(platform, T, window=0, S=None, implementation='auto'):
+  def choose(platform, T, window=0, S=None, implementation='auto', cap=0):
     return attention.choose(implementation, T=T, S=S or T, window=window,
-                            platform=platform)
+                            cap=cap, platform=platform)
 
   assert choose('tpu', 256) == choose('tpu', 256, window=9) == 'splash'
   assert choose('gpu', 256) == 'pallas'
@@ -75,12 +81,15 @@ def test_kernels_are_chosen_where_they_cover_the_case():
   assert choose('tpu', 200) == 'blocks'
   assert choose('tpu', 1, S=256) == choose('cpu', 64) == 'plain'
   assert choose('cpu', 1, S=256, implementation='splash') == 'plain'
+  # No kernel has a cap.
+  assert choose('tpu', 256, cap=CAP) == choose(
+      'tpu', 256, implementation='splash', cap=CAP) == 'blocks'
 
 
-@pytest.mark.parametrize('implementation, T, window', [
-    ('blocks', 150, 20), ('blocks', 65, 0), ('splash', 128, 20),
-    ('pallas', 128, 0)])
-def test_gradients_equal_those_of_plain(implementation, T, window):
+@pytest.mark.parametrize('implementation, T, window, cap', [
+    ('blocks', 150, 20, 0), ('blocks', 65, 0, CAP), ('splash', 128, 20, 0),
+    ('pallas', 128, 0, 0)])
+def test_gradients_equal_those_of_plain(implementation, T, window, cap):
   q, k, v, mask, segment = _case(T, window, True)
   pull = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
 
@@ -88,7 +97,7 @@ def test_gradients_equal_those_of_plain(implementation, T, window):
     return tiny.jit(jax.grad(
         lambda *qkv: jnp.sum(pull * attention.attend(
             *qkv, mask_BTS=mask, segment_BT=segment, window=window,
-            implementation=implementation)),
+            scale=SCALE, cap=cap, implementation=implementation)),
         argnums=(0, 1, 2)))(q, k, v)
 
   for ours, plain in zip(
@@ -99,7 +108,8 @@ def test_gradients_equal_those_of_plain(implementation, T, window):
 def test_blocks_never_hold_all_scores():
   q, k, v, mask, _ = _case(512, 0, False)
   step = jax.grad(lambda q: attention.attend(
-      q, k, v, mask_BTS=mask, window=0, implementation='blocks').sum())
+      q, k, v, mask_BTS=mask, window=0, scale=SCALE,
+      implementation='blocks').sum())
   largest = max(
       np.prod(shape.aval.shape) for equation in _equations(
           jax.make_jaxpr(step)(q).jaxpr) for shape in equation.outvars)
@@ -109,7 +119,7 @@ def test_blocks_never_hold_all_scores():
 def test_a_query_that_sees_nothing_is_not_nan():
   q, k, v, mask, _ = _case(5, 0, False)
   out = attention.attend(
-      q, k, v, mask_BTS=np.zeros_like(mask), window=0,
+      q, k, v, mask_BTS=np.zeros_like(mask), window=0, scale=SCALE,
       implementation='plain')
   assert np.isfinite(out).all()
 
