@@ -367,10 +367,10 @@ def _check(cfg: ModelConfig) -> None:
     raise UserError(
         f'model.pattern={cfg.pattern!r}: expected letters of '
         f'{", ".join(map(repr, KINDS))}, one for each layer, repeated')
-  if 'w' in cfg.pattern and not cfg.window:
+  if cfg.pattern and ('w' in cfg.pattern) != bool(cfg.window):
     raise UserError(
-        f'model.pattern={cfg.pattern!r} has layers with a window, but'
-        ' model.window=0; give its size')
+        f'model.pattern={cfg.pattern!r} and model.window={cfg.window}: give a'
+        " window where the pattern has a 'w', and 0 where it has none")
   if cfg.N % cfg.K:
     raise UserError(
         f'model.N={cfg.N} heads do not share model.K={cfg.K} key heads '
