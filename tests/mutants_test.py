@@ -155,9 +155,20 @@ MUTANTS = {
         ('model/adapters_test.py::'
          'test_a_pair_of_factors_equals_its_product_in_the_kernel',)),
     'segments_forgotten': Mutant(
-        'model/layer.py', 'window=cfg.window, segment_BT=segment_BT)',
-        'window=cfg.window)',
+        'model/layer.py', 'else cfg.window,\n        segment_BT=segment_BT)',
+        'else cfg.window)',
         ('model/decoder_test.py::test_packed_documents_equal_separate_ones',)),
+    'windows_in_the_other_layers': Mutant(
+        'model/layer.py', 'kind == _WINDOW,', 'kind != _WINDOW,',
+        (f'{_PARITY}[gemma2]',)),
+    'kinds_of_the_physical_layer': Mutant(
+        'model/adapters.py', 'first + loop * layers + layer',
+        'first + layer', (
+            'tying/relax_test.py::test_full_rank_is_exact[gemma3_text]',)),
+    'a_cap_without_its_slope': Mutant(
+        'model/attention_blocks.py', 'jnp.square(jnp.clip(score / cap, -1, 1))',
+        '0.0', ('model/attention_test.py::'
+                'test_gradients_equal_those_of_plain[blocks-65-0-0.7]',)),
     'exit_skips_the_coda': Mutant(
         'model/decoder.py', 'self.finish(x_BTD, context)[0] for',
         'normalize(self.cfg, x_BTD, self.norm()) for', (_EXITS,)),
