@@ -45,8 +45,9 @@ QK_NORMS = ('none', 'head', 'all')
 RARE = ('norm_place', 'qk_norm', 'qkv_bias', 'query_scale', 'attention_cap',
         'logits_cap', 'residual_scale', 'logits_scale', 'pattern',
         'window_theta', 'embed_factor')
-# What a virtual layer attends to, one letter each; see ModelConfig.pattern.
-KINDS = {'g': 'global', 'w': 'window', 'n': 'no rotary positions'}
+# What a virtual layer attends to; see ModelConfig.pattern.
+KINDS = ('g', 'w', 'n')
+WINDOW = KINDS.index('w')
 ACTS = ('silu', 'gelu', 'gelu_tanh', 'relu')
 DTYPES = ('float32', 'bfloat16')
 REMATS = ('none', 'full', 'dots')
@@ -226,6 +227,11 @@ class ModelConfig:
     return {**(inputs if self.norm_place != 'post' else {}),
             **(outputs if self.norm_place != 'pre' else {}),
             **(heads if self.qk_norm != 'none' else {})}
+
+  @property
+  def score_scale(self) -> float:
+    """What a query's product with a key is multiplied by."""
+    return self.query_scale or self.H**-0.5
 
   @property
   def mixed_kinds(self) -> bool:

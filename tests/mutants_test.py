@@ -159,7 +159,8 @@ MUTANTS = {
         'else cfg.window)',
         ('model/decoder_test.py::test_packed_documents_equal_separate_ones',)),
     'windows_in_the_other_layers': Mutant(
-        'model/layer.py', 'kind == _WINDOW,', 'kind != _WINDOW,',
+        'model/layer.py', 'kind == config_lib.WINDOW,',
+        'kind != config_lib.WINDOW,',
         (f'{_PARITY}[gemma2]',)),
     'kinds_of_the_physical_layer': Mutant(
         'model/adapters.py', 'first + loop * layers + layer',

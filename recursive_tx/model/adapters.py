@@ -72,9 +72,8 @@ def kinds(
   """
   if not cfg.mixed_kinds:
     return None
-  order = ''.join(config_lib.KINDS)
   return np.array([
-      [order.index(cfg.kind(first + loop * layers + layer))
+      [config_lib.KINDS.index(cfg.kind(first + loop * layers + layer))
        for layer in range(layers)] for loop in range(loops)], np.int32)
 
 

@@ -117,7 +117,7 @@ def attend(
   """
   window = cfg.window
   if kind is not None:
-    is_window = jnp.asarray(kind == list(config_lib.KINDS).index('w'))
+    is_window = jnp.asarray(kind == config_lib.WINDOW)
     window = jnp.where(is_window, window, _FAR).reshape(-1, 1, 1)
   cache, place = keys
   rows, longest = cache.k.shape[1], cache.k.shape[3]
@@ -135,7 +135,7 @@ def attend(
           place.position_BT, jnp.arange(length)[None], window=window)
       return attention.attend_heads(
           q_BTNH, k_BKSH, v_BKSH, mask_BTS,
-          scale=cfg.query_scale or cfg.H**-0.5, cap=cfg.attention_cap)
+          scale=cfg.score_scale, cap=cfg.attention_cap)
     return mix
 
   reach = jnp.where(row_B < rows, place.position_BT.max(axis=1) + 1, 0).max()

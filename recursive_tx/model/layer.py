@@ -14,7 +14,6 @@ from recursive_tx.model import attention, kv_cache
 from recursive_tx.model.adapters import LayerValues
 from recursive_tx.model.linear import Linear, products
 
-_WINDOW = list(config_lib.KINDS).index('w')
 _ACTS = {
     'silu': jax.nn.silu,
     'gelu': functools.partial(jax.nn.gelu, approximate=False),
@@ -181,12 +180,13 @@ class Attention(nn.Module):
       return attention.attend(
           q_BTNH, k_BTKH, v_BTKH, mask_BTS=mask_BTS,
           segment_BT=context.segment_BT, window=window,
-          scale=self.cfg.query_scale or self.cfg.H**-0.5,
-          cap=self.cfg.attention_cap, implementation=self.run.attention)
+          scale=self.cfg.score_scale, cap=self.cfg.attention_cap,
+          implementation=self.run.attention)
     if kind is None:
       return attend(context.mask_BTS, self.cfg.window)
     return jax.lax.cond(
-        kind == _WINDOW, lambda: attend(context.window_BTS, self.cfg.window),
+        kind == config_lib.WINDOW,
+        lambda: attend(context.window_BTS, self.cfg.window),
         lambda: attend(context.mask_BTS, 0))
 
   def _heads(self, x_BTD, values, context, shared):

@@ -122,31 +122,30 @@ def _flat_rope(hf):
 
 def _pattern(hf, family: Family, layers: int) -> str:
   """`ModelConfig.pattern` from the lists that name every layer."""
-  default = (family.kinds * layers)[:layers]
+  letters = {name: letter for letter, name in _LAYER_TYPES.items()
+             if letter in family.kinds}
+  named = hf.get('layer_types')
+  for name in named or ():
+    one_of('config.json: layer_types', str(name), letters)
+  every = hf.get('sliding_window_pattern') or hf.get('_sliding_window_pattern')
   if 'n' in family.kinds:
     interval = hf.get('no_rope_layer_interval', 4)
     uses = hf.get('no_rope_layers') or [
         (i + 1) % interval != 0 for i in range(layers)]
-    default = ''.join('g' if rotated else 'n' for rotated in uses)
-  elif hf.get('sliding_window_pattern') or hf.get('_sliding_window_pattern'):
-    every = hf.get('sliding_window_pattern') or hf['_sliding_window_pattern']
-    default = ''.join(
-        'wg'[(i + 1) % every == 0] for i in range(layers))
-  named = hf.get('layer_types')
-  if named is not None:
-    letters = {name: letter for letter, name in _LAYER_TYPES.items()
-               if letter in family.kinds}
-    for name in named:
-      one_of('config.json: layer_types', str(name), letters)
+    found = ''.join('g' if rotated else 'n' for rotated in uses)
+  elif named is not None:
     found = ''.join(letters[name] for name in named)
-    default = default if 'n' in family.kinds else found
-  if len(default) != layers:
+  elif every:
+    found = ''.join('wg'[(i + 1) % every == 0] for i in range(layers))
+  else:
+    found = (family.kinds * layers)[:layers]
+  if len(found) != layers:
     raise UserError(
-        f'config.json: {len(default)} layers are named, and'
+        f'config.json: {len(found)} layers are named, and'
         f' num_hidden_layers={layers}; make them agree')
   short = next(n for n in range(1, layers + 1)
-               if (default[:n] * layers)[:layers] == default)
-  return default[:short]
+               if (found[:n] * layers)[:layers] == found)
+  return found[:short]
 
 
 def write(
@@ -173,8 +172,8 @@ def write(
     hf['layer_types'] = [_LAYER_TYPES[kind] for kind in kinds]
     if 'n' in family.kinds:
       hf['no_rope_layers'] = [int(kind != 'n') for kind in kinds]
-  if any(key == 'hidden_activation' for key, _ in family.overrides):
-    hf['hidden_activation'] = hf['hidden_act']
+  for key, place in family.overrides:
+    hf[key] = hf[place]
   return hf
 
 

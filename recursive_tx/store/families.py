@@ -154,7 +154,7 @@ _OLMO_RULES = tuple(
          '(N H) -> N H'),
         (('vectors/k_norm/scale',), _LAYER + 'self_attn.k_norm.weight',
          '(K H) -> K H'))
-# Qwen's models name a window that they do not use.
+# Models of Qwen and SmolLM 3 name a window that they do not use.
 _NO_WINDOW = dict(neutral={'use_sliding_window': (False,)},
                   unused=('sliding_window', 'max_window_layers'))
 _GEMMA_2 = (*_replaced(_GROUPED, ('num_key_value_heads', 'K', 4),
@@ -269,9 +269,8 @@ FAMILIES = {family.model_type: family for family in (
                 ('attention_bias', 'attention_bias', False),
                 ('mlp_bias', 'mlp_bias', False)),
         rules=_LLAMA_RULES, kinds='gggn', theta=2e6,
-        neutral={'use_sliding_window': (False,)},
-        unused=('sliding_window', 'max_window_layers',
-                'no_rope_layer_interval')))}
+        neutral=_NO_WINDOW['neutral'],
+        unused=(*_NO_WINDOW['unused'], 'no_rope_layer_interval')))}
 
 
 def of(

@@ -17,7 +17,7 @@ import numpy as np
 
 from recursive_tx import config as config_lib
 from recursive_tx import files, model, tying
-from recursive_tx.errors import UserError
+from recursive_tx.errors import optional
 from recursive_tx.files import paths
 from recursive_tx.store import gguf_tensors, gguf_tokenizer, hf, looped
 
@@ -90,13 +90,7 @@ def save(
 
 def package() -> Any:
   """The package `gguf`. Raises UserError where it is not installed."""
-  try:
-    import gguf
-  except ImportError:
-    raise UserError(
-        '--form=gguf needs the package gguf; pip install'
-        " 'recursive_tx[gguf]'") from None
-  return gguf
+  return optional('gguf', extra='gguf', what='--form=gguf')
 
 
 def _folded(
