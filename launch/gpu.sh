@@ -9,7 +9,8 @@
 #                     weights in 4 bits. Wheels in wheels/ are installed there.
 #   --output=DIR      for the figures, a JSON file of each step (runs/gpu)
 #   --steps='A B'     which steps, of those of tests/benchmarks/gpu.py and
-#                     `tests`, which comes first (all of them)
+#                     `tests`, which comes first, and `starts`, which makes the
+#                     starting points on the CPUs meanwhile (all of them)
 #   --limit=SECONDS   that the tests may take (150)
 #   --python=PYTHON   that has the packages (python3)
 #   --dry-run         print the commands, do nothing
@@ -19,7 +20,7 @@ cd "$(dirname "$0")/.."
 source launch/common.bash
 
 data=runs/gpu/data output=runs/gpu
-steps='tests peak attention speed tokens fit train score decode'
+steps='tests starts peak attention speed profile tokens rows train score decode'
 limit=150 python=python3
 read_options 'data output steps limit python' '' "$@"
 whole_numbers limit
@@ -51,12 +52,27 @@ tests() {
     tee "$log" | tail -n 60 || say "tests: status $?"
 }
 
-rest=()
+starts() {
+  JAX_PLATFORMS=cpu run "$python" tests/benchmarks/worth.py \
+    --source="$data/model" --calibration="$data/corpus.jsonl.xz" \
+    --texts "$data"/texts/*.txt --loops=2 --rank=58 \
+    --output="$output/starts.json" --save="$data/made"
+}
+
+rest=() making=
 for step in $steps; do
-  if [ "$step" = tests ]; then tests; else rest+=("$step"); fi
+  case $step in
+    tests) tests ;;
+    starts) making=1 ;;
+    *) rest+=("$step") ;;
+  esac
 done
+[ -d "$data/model" ] || [ ! "$making${rest[*]}" ] || make_model
+if [ "$making" ]; then
+  if [ "$dry_run" ]; then starts; else starts >"$output/starts.txt" 2>&1 & fi
+fi
 if [ ${#rest[@]} -gt 0 ]; then
-  [ -d "$data/model" ] || make_model
   run "$python" tests/benchmarks/gpu.py "${rest[@]}" --data="$data" \
     --output="$output" --models="$data/made" "${train[@]}"
 fi
+wait

@@ -1,4 +1,4 @@
-"""What the library does on one GPU: kernels, decoding, a fit, uptraining.
+"""What the library does on one GPU: kernels, uptraining, scores, decoding.
 
   python tests/benchmarks/gpu.py STEP ... --data=DIR --output=DIR
 
@@ -6,27 +6,35 @@ Steps, in this order:
   peak       bf16 matrix products and copies: the ceilings of this card
   attention  the fused attention against the plain one, forward and backward
   speed      tokens/s and MFU of training steps
+  profile    which kernels their time goes to
   tokens     the corpus, tokenised
-  fit        the original's layers as loops, initialised from data
-  train      uptraining of the fit with the original as its teacher
+  rows       500,000 tokens of uptraining of every model of worth.py --save,
+             with the original as its teacher
+  train      the same of the fit alone, with --million tokens
   score      perplexity, divergence and tasks of all models that are there
   decode     tokens/s of the engine at several numbers of slots
 
 DIR of --data holds model/ (a Hugging Face directory), corpus.jsonl.xz (one
-{"text": ...} a line), texts/*.txt and eval/*.jsonl; `launch/gpu.sh` makes it.
-Every step writes DIR/STEP.json of --output as soon as it has a figure. Needs
-neither TensorFlow nor a network. `--small` is a rehearsal on a CPU.
+{"text": ...} a line), texts/*.txt and eval/*.jsonl; `launch/gpu.sh` makes it,
+and the starting points in --models, which `rows` waits for. Every step writes
+DIR/STEP.json of --output as soon as it has a figure; `rows` and `score` skip
+what is there. Needs neither TensorFlow nor a network. `--small` is a rehearsal
+on a CPU.
 """
 
 import argparse
+import collections
 import dataclasses
 import functools
+import gzip
 import itertools
 import json
 import lzma
 import math
 import pathlib
+import re
 import statistics
+import tempfile
 import time
 from typing import Any
 
@@ -35,7 +43,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import quality
-from training import Trainer, random_batch, random_variables
+from training import TABLE, Trainer, random_batch, random_variables
 
 import recursive_tx as rtx
 from recursive_tx import engine, files
@@ -43,11 +51,15 @@ from recursive_tx.data import packing
 from recursive_tx.evaluate.loglikelihood import Scorer
 from recursive_tx.machine import chips
 from recursive_tx.model import attention as attention_lib
-from recursive_tx.store import convert as convert_lib
 from recursive_tx.store import native
 
-LOOPS, RANK = 2, 96
+LOOPS, RANK = 2, 58  # Two thirds of the parameters outside of the embedding.
 TAUGHT = 'relaxed, with its teacher'
+# Of `rows`: (model, rate, seeds), the first ones first.
+RUNS = (('reduced', 1e-3, 1), ('fit', 1e-3, 3), ('average', 1e-3, 3),
+        ('low-rank', 1e-3, 1), ('recursive', 1e-3, 1),
+        *((start, rate, 1) for rate in (3e-3, 3e-4) for start in (
+            'fit', 'average', 'low-rank', 'reduced', 'recursive')))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +69,8 @@ class Sizes:
   seq_len: int = 1024
   slots: tuple[int, ...] = (1, 32, 256)
   new: int = 128
-  calibration: int = 65_536
   rank: int = RANK
+  row: tuple[int, int, int] = (244, 4, 512)  # Steps, batch, length of `rows`.
   scored: int = 30_000  # Tokens of each text that perplexity is taken on.
   documents: int = 1 << 30  # Of each task.
   timed: int = 10
@@ -66,8 +78,8 @@ class Sizes:
   lengths: tuple[int, ...] = (1024, 2048, 4096)
 
 
-SMALL = Sizes(batch=4, seq_len=128, slots=(1, 4), new=8, calibration=4096,
-              rank=8, scored=2_000, documents=20, timed=2, square=256,
+SMALL = Sizes(batch=4, seq_len=128, slots=(1, 4), new=8, rank=8,
+              row=(4, 2, 128), scored=2_000, documents=20, timed=2, square=256,
               lengths=(128,))
 
 
@@ -98,8 +110,8 @@ class Bench:
     self.output.mkdir(parents=True, exist_ok=True)
     self.models.mkdir(parents=True, exist_ok=True)
     self.sizes = SMALL if args.small else Sizes()
-    self.minutes, self.lr = args.minutes, args.lr
-    self.attention = args.attention
+    self.million, self.lr = args.million, args.lr
+    self.minutes, self.attention = args.minutes, args.attention
 
   def report(self, name):
     return Report(self.output / f'{name}.json')
@@ -112,7 +124,7 @@ class Bench:
   @functools.cached_property
   def documents(self) -> list[np.ndarray]:
     """Ids of each document of the corpus; tokenised once, and kept."""
-    path = self.models / 'tokens.npz'
+    path = self.data / 'tokens.npz'
     if not path.exists():
       begin = time.perf_counter()
       tokenizer = self.original.tokenizer
@@ -128,23 +140,30 @@ class Bench:
     held = np.load(path)
     return np.split(held['ids'], held['ends'][:-1])
 
-  @functools.cached_property
-  def batches(self) -> list[dict[str, np.ndarray]]:
-    """The corpus, shuffled and packed, as a training run reads it."""
-    packer = packing.Packer(self.sizes.seq_len)
-    for i in np.random.default_rng(0).permutation(len(self.documents)):
-      for piece in packing.split(self.documents[i], self.sizes.seq_len):
+  def batches(self, batch: int, seq_len: int, steps: int, seed: int = 0):
+    """So many batches of the corpus, shuffled and packed as in a run."""
+    packer = packing.Packer(seq_len)
+    for i in np.random.default_rng(seed).permutation(len(self.documents)):
+      for piece in packing.split(self.documents[i], seq_len):
         packer.add(piece)
-    rows, B = list(packer.ready), self.sizes.batch
-    return [packing.batch(rows[i:i + B], self.sizes.seq_len)
-            for i in range(0, len(rows) - B + 1, B)]
+      if len(packer.ready) >= batch * steps:
+        break
+    rows = list(packer.ready)
+    return [packing.batch(rows[i:i + batch], seq_len)
+            for i in range(0, len(rows) - batch + 1, batch)][:steps]
 
-  def trainer(self, cfg, with_teacher, attention, *, steps) -> Trainer:
-    """Of a model, in bf16, perhaps with the original as its teacher."""
+  def trainer(self, cfg, with_teacher, attention, *, steps, lr, batch=0,
+              seq_len=0, fixed='') -> Trainer:
+    """Of a model, in bf16, perhaps with the original as its teacher.
+
+    Parameters that match `fixed` stay as they are.
+    """
+    table = ((fixed, 0.0, 0.0), *TABLE) if fixed else TABLE
     return Trainer(
         cfg, rtx.Run(dtype='bfloat16', attention=attention, logits_mib=2048),
-        batch=self.sizes.batch, seq_len=self.sizes.seq_len, steps=steps,
-        lr=self.lr, teacher=self.original[:2] if with_teacher else None)
+        batch=batch or self.sizes.batch, seq_len=seq_len or self.sizes.seq_len,
+        steps=steps, lr=lr, table=table,
+        teacher=self.original[:2] if with_teacher else None)
 
   def models_there(self) -> dict[str, Any]:
     """(cfg, variables) of every model to score, opened when it is its turn."""
@@ -154,11 +173,11 @@ class Bench:
     def random():
       return self.original.config, random_variables(self.original.config)
 
-    found = {'original': opened(self.data / 'model'), 'random': random}
-    for name in ('average', 'fit', 'uptrained'):
-      if (self.models / name).is_dir():
-        found[name] = opened(self.models / name)
-    return found
+    made = sorted((path for path in self.models.iterdir()
+                   if (path / 'config.json').exists()),
+                  key=lambda path: path.stat().st_mtime)
+    return {'original': opened(self.data / 'model'), 'random': random} | {
+        path.name: opened(path) for path in made}
 
 
 def peak(bench: Bench):
@@ -219,7 +238,7 @@ def decode(bench: Bench):
   report = bench.report('decode')
   there = bench.models_there()
   for slots, name in itertools.product(
-      sorted(bench.sizes.slots, reverse=True), ('uptrained', 'original')):
+      sorted(bench.sizes.slots, reverse=True), ('fit', 'original')):
     if name in there:
       cfg, variables = there[name]()
       run = rtx.Run(dtype='bfloat16')
@@ -250,11 +269,7 @@ def decode(bench: Bench):
 
 def speed(bench: Bench):
   """Training steps: what a token costs, and which part of the peak it is."""
-  report = bench.report('speed')
-  cfg = bench.original.config
-  relaxed = dataclasses.replace(
-      cfg, loops=LOOPS, layers_per_loop=cfg.layers_per_loop // LOOPS,
-      rank=str(bench.sizes.rank))
+  report, cfg, relaxed = bench.report('speed'), *both(bench)
   batch = random_batch(cfg.V, bench.sizes.batch, bench.sizes.seq_len)
   for name, student, with_teacher, way in (
       (TAUGHT, relaxed, True, bench.attention),
@@ -262,7 +277,8 @@ def speed(bench: Bench):
       ('vanilla', cfg, False, bench.attention),
       (TAUGHT, relaxed, True, 'blocks')):
     try:
-      trainer = bench.trainer(student, with_teacher, way, steps=1000)
+      trainer = bench.trainer(
+          student, with_teacher, way, steps=1000, lr=bench.lr)
       trainer.start(random_variables(student))
       seconds = trainer.timed(batch, bench.sizes.timed)
       report.add(step=name, attention=way, batch=bench.sizes.batch,
@@ -276,44 +292,105 @@ def speed(bench: Bench):
                  failed=str(error).split('\n')[0][:300])
 
 
+def profile(bench: Bench):
+  """Milliseconds of a training step by kind of kernel."""
+  report, cfg, relaxed = bench.report('profile'), *both(bench)
+  batch = random_batch(cfg.V, bench.sizes.batch, bench.sizes.seq_len)
+  for name, student in (('relaxed', relaxed), ('vanilla', cfg)):
+    trainer = bench.trainer(
+        student, False, bench.attention, steps=1000, lr=bench.lr)
+    trainer.start(random_variables(student))
+    trainer.timed(batch, 1)
+    with tempfile.TemporaryDirectory() as folder:
+      with jax.profiler.trace(folder, create_perfetto_trace=True):
+        jax.block_until_ready(trainer.update(batch))
+      path, = pathlib.Path(folder).rglob('perfetto_trace.json.gz')
+      events = json.loads(gzip.decompress(path.read_bytes()))
+    for kind, ms in kernels(events.get('traceEvents', [])):
+      report.add(step=name, kernel=kind, ms=ms)
+
+
+def kernels(events: list[dict]) -> list[tuple[str, float]]:
+  """(name without numbers, milliseconds), the longest first."""
+  processes = {event['pid'] for event in events
+               if event.get('name') == 'process_name'
+               and '/device:' in event['args']['name']}
+  threads = {(event['pid'], event['tid']) for event in events
+             if event.get('name') == 'thread_name' and event[
+                 'pid'] in processes and 'Stream' in event['args']['name']}
+  sums = collections.Counter()
+  for event in events:
+    if event.get('ph') == 'X' and (event['pid'], event['tid']) in threads:
+      sums[re.sub(r'[._]?\d+', '', event['name'])[:60]] += event['dur'] / 1e3
+  return sums.most_common(25)
+
+
+def both(bench: Bench):
+  """The vanilla model's config, and the relaxed one's."""
+  cfg = bench.original.config
+  return cfg, dataclasses.replace(
+      cfg, loops=LOOPS, layers_per_loop=cfg.layers_per_loop // LOOPS,
+      rank=str(bench.sizes.rank))
+
+
 def tokens(bench: Bench):
   """Tokenises the corpus, which the next steps then read."""
   bench.report('tokens').add(
       documents=len(bench.documents), tokens=sum(map(len, bench.documents)))
 
 
-def fit(bench: Bench):
-  """The starting points: average + SVD, and the fit to the corpus."""
-  report = bench.report('fit')
-  wanted = bench.sizes.calibration
-  ids = np.concatenate(bench.documents[:wanted // 50])[:wanted]
-  token_QT = ids[:len(ids) // 256 * 256].reshape(-1, 256)
-  for init, calibration in (('average', None), ('fit', token_QT)):
-    begin, cpu = time.perf_counter(), time.process_time()
-    made = convert_lib.convert(
-        bench.data / 'model', bench.models / init, loops=LOOPS,
-        rank=bench.sizes.rank, init=init, calibration=calibration,
-        overwrite=True)
-    report.add(init=init, kept=made['kept'], rank=made['rank'],
-               tokens=0 if calibration is None else token_QT.size,
-               seconds=time.perf_counter() - begin,
-               cpu_seconds=time.process_time() - cpu)
+def rows(bench: Bench):
+  """Uptrains each starting point for a while; none begins after --minutes."""
+  report, (steps, batch, seq_len) = bench.report('rows'), bench.sizes.row
+  done = {row['model'] for row in report.rows}
+  end = time.perf_counter() + 60 * bench.minutes
+  waiting = list(RUNS)
+  while waiting and time.perf_counter() < end:
+    there = [run for run in waiting if (
+        bench.models / run[0] / 'config.json').exists()]
+    if not there:
+      time.sleep(1)
+      continue
+    waiting.remove(there[0])
+    start, lr, seeds = there[0]
+    names = {f'{start}-{lr:g}-{seed}': seed for seed in range(seeds)}
+    if done.issuperset(names):
+      continue
+    cfg, variables = rtx.open(bench.models / start)[:2]
+    trainer = bench.trainer(
+        cfg, True, bench.attention, steps=steps, lr=lr, batch=batch,
+        seq_len=seq_len,
+        # The adapters of zeros are the model.
+        fixed='block/.*/kernel' if start == 'low-rank' else '')
+    for name, seed in names.items():
+      trainer.start(variables)
+      begin, losses = time.perf_counter(), []
+      for arrays in bench.batches(batch, seq_len, steps, seed):
+        losses.append(trainer.update(arrays)['loss'])
+      losses = [float(f'{loss:.4g}') for loss in losses]
+      seconds = time.perf_counter() - begin
+      keep(bench, name, cfg, trainer)
+      report.add(model=name, start=start, lr=lr, seed=seed, steps=steps,
+                 tokens=steps * trainer.tokens, seconds=seconds, losses=losses)
 
 
 def train(bench: Bench):
-  """Uptrains the fit for some minutes, at most one pass of the corpus."""
+  """Uptrains the fit, at most one pass of the corpus; keeps it on the way."""
   report = bench.report('train')
   cfg, variables = rtx.open(bench.models / 'fit')[:2]
-  # What `speed` saw of such a step.
-  seconds = min(row['ms'] for row in bench.report('speed').rows
-                if row['step'] == TAUGHT and 'ms' in row) / 1e3
-  steps = min(len(bench.batches), int(bench.minutes * 60 / seconds))
-  trainer = bench.trainer(cfg, True, bench.attention, steps=steps)
-  report.add(steps=steps, batches=len(bench.batches), lr=bench.lr,
-             tokens=steps * trainer.tokens)
+  tokens = bench.sizes.batch * bench.sizes.seq_len
+  batches = bench.batches(bench.sizes.batch, bench.sizes.seq_len,
+                          int(bench.million * 1e6) // tokens)
+  steps = len(batches)
+  trainer = bench.trainer(
+      cfg, True, bench.attention, steps=steps, lr=bench.lr)
+  report.add(steps=steps, lr=bench.lr, tokens=steps * tokens)
   trainer.start(variables)
+  kept = {max(1, round(million * 1e6 / tokens)): f'long-{million:g}'
+          for million in (0.1, 0.25, 0.5, 1, 2, 4, 8, 16)}
+  kept[steps] = 'uptrained'
   begin, weights = time.perf_counter(), 0.0
-  for i, batch in enumerate(bench.batches[:steps], 1):
+  for i, batch in enumerate(batches, 1):
     metrics = trainer.update(batch)
     weights += float(batch['weight_BT'].sum())
     if i % max(1, steps // 40) == 0 or i in (1, steps):
@@ -321,15 +398,23 @@ def train(bench: Bench):
       elapsed = time.perf_counter() - begin
       report.add(step=i, seconds=elapsed, predicted_tokens=weights,
                  tokens_per_second=i * trainer.tokens / elapsed, **found)
-  native.save(
-      bench.models / 'uptrained', cfg,
-      {'params': jax.tree.map(np.asarray, trainer.state.params)},
-      companions=bench.models / 'fit', overwrite=True)
+    if i in kept:
+      keep(bench, kept[i], cfg, trainer)
 
 
-@jax.default_matmul_precision('highest')  # A GPU's default is TF32.
+def keep(bench: Bench, name: str, cfg, trainer: Trainer):
+  """Saves a trainer's model."""
+  native.save(bench.models / name, cfg,
+              {'params': jax.tree.map(np.asarray, trainer.state.params)},
+              companions=bench.data / 'model', overwrite=True)
+
+
 def score(bench: Bench):
-  """Perplexity, divergence from the original, and tasks, of every model."""
+  """Perplexity, divergence from the original, and tasks, of every model.
+
+  All are scored as the original's program: loops unrolled, adapters merged,
+  layers that a model lacks of zeros, which add nothing.
+  """
   report, sizes = bench.report('score'), bench.sizes
   cfg, exact, tokenizer = bench.original[:3]
   texts = {path.stem: quality.Compared(cfg, exact, quality.pieces(
@@ -337,21 +422,45 @@ def score(bench: Bench):
       for path in sorted((bench.data / 'texts').glob('*.txt'))}
   tasks = {path.stem: quality.requests(tokenizer, path, sizes.documents)
            for path in sorted((bench.data / 'eval').glob('*.jsonl'))}
+  done = {row['model'] for row in report.rows}
   for name, opened in bench.models_there().items():
+    if name in done:
+      continue
     begin = time.perf_counter()
     mine, variables = opened()
-    row = {'model': name, 'loops': mine.loops, 'parameters': sum(
-        x.size for x in jax.tree.leaves(variables))}
-    for text, compared in texts.items():
-      row |= {f'{text} {metric}': value for metric, value in compared(
-          mine, variables).items()}
-    scorer = Scorer(mine, variables)
-    for task, (requests, questions) in tasks.items():
-      found = scorer(requests)
-      row |= {f'{task} {metric}': value for metric, value in quality.accuracies(
-          zip(found.log_p_LQ[0], found.greedy_LQ[0], strict=True),
-          questions).items()}
-    report.add(**row, seconds=time.perf_counter() - begin)
+    row = {'model': name, 'loops': mine.loops, 'rank': mine.rank}
+    variables = unlooped(mine, variables, cfg)
+    # A GPU's default is TF32, which is enough for tasks: the original's are
+    # scored in both.
+    for precision in ('highest', 'default'):
+      with jax.default_matmul_precision(precision):
+        if precision == 'highest':
+          for text, compared in texts.items():
+            row |= {f'{text} {metric}': value for metric, value in compared(
+                cfg, variables).items()}
+        if name == 'original' or precision == 'default':
+          scorer = Scorer(cfg, variables)
+          for task, (requests, questions) in tasks.items():
+            found = scorer(requests)
+            row |= {f'{task} {metric}': value
+                    for metric, value in quality.accuracies(
+                        zip(found.log_p_LQ[0], found.greedy_LQ[0],
+                            strict=True), questions).items()}
+          report.add(**row, precision=precision,
+                     seconds=time.perf_counter() - begin)
+
+
+def unlooped(mine, variables, cfg):
+  """A model's variables as one of `cfg`, a vanilla one of as many layers or
+  more."""
+  made, variables = (mine, variables) if mine.loops == 1 else rtx.merge(
+      mine, variables)
+  missing = cfg.layers_per_loop - made.layers_per_loop
+  params = jax.tree.map(lambda x: np.asarray(x, np.float32),
+                        variables['params'])
+  params['block'] = jax.tree.map(lambda x: np.concatenate(
+      [x, np.zeros((missing, *x.shape[1:]), x.dtype)]), params['block'])
+  return {'params': params}
 
 
 def chip_flops() -> float:
@@ -372,7 +481,7 @@ def timed(call, *args, repeats: int = 10) -> float:
 
 
 STEPS = {f.__name__: f for f in (
-    peak, attention, speed, tokens, fit, train, score, decode)}
+    peak, attention, speed, profile, tokens, rows, train, score, decode)}
 
 
 def main() -> None:
@@ -382,7 +491,9 @@ def main() -> None:
   parser.add_argument('--data', required=True)
   parser.add_argument('--output', required=True, help='for the figures')
   parser.add_argument('--models', help='for models and tokens (--output)')
-  parser.add_argument('--minutes', type=float, default=5, help='of training')
+  parser.add_argument('--million', type=float, default=20,
+                      help='tokens of `train`')
+  parser.add_argument('--minutes', type=float, default=4, help='of `rows`')
   parser.add_argument('--lr', type=float, default=1e-3, help='the peak')
   parser.add_argument('--attention', default='auto', help='of training')
   parser.add_argument('--small', action='store_true')

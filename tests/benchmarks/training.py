@@ -37,6 +37,7 @@ class Trainer:
   def __init__(
       self, cfg: rtx.ModelConfig, run: rtx.Run, *, batch: int, seq_len: int,
       steps: int, lr: float, teacher: tuple[rtx.ModelConfig, Any] | None = None,
+      table: tuple[tuple[str, float, float], ...] = TABLE,
   ):
     """`teacher`: (cfg, variables) of a model to distil from as well."""
     config = Config(
@@ -46,7 +47,7 @@ class Trainer:
             seq_len=seq_len, batch=batch, shards=1),
         optim=optim.OptimConfig(
             steps=steps, lr=lr, warmup=-(-steps // 20), min_ratio=0.05,
-            table=TABLE),
+            table=table),
         losses=losses.LossConfig(distill=(1.0,) if teacher else ()), run=run)
     teacher_cfg, variables = teacher or (None, None)
     self._mesh = machine.make_mesh(

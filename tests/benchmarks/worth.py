@@ -11,20 +11,23 @@ unique parameters outside of embedding and head as a relaxed model at --rank:
   influence  the same number, without those that change their input least
              (ShortGPT; Men et al., 2024)
   low-rank   every kernel of every layer as a product of two, by its input's
-             second moment (SVD-LLM; Wang et al., 2024)
+             second moment (SVD-LLM; Wang et al., 2024): adapters of zeros
   recursive  tied layers without adapters, fitted (fewer parameters)
   average    relaxed, the averaged block, factors by SVD (the paper's)
   fit        relaxed, fitted to the calibration tokens
 
 Perplexity and KL(original || model), in nats a token, are of each text's first
 30,000 tokens in pieces of 1,024; none may be part of --calibration, a text file
-or JSON lines with a `text`. A row is written to --output when it is done, and
-those that are there are not run again.
+or JSON lines with a `text` (.jsonl, .jsonl.xz). A row is written to --output
+when it is done, and those that are there are not run again. With --save, each
+model is a saved directory there, ROW, for tests/benchmarks/gpu.py to train.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
+import lzma
 import pathlib
 import tempfile
 import time
@@ -36,6 +39,7 @@ import scipy.linalg
 
 import recursive_tx as rtx
 from recursive_tx.files import paths
+from recursive_tx.store import native
 from recursive_tx.tying import fit, kernels
 from recursive_tx.tying.fit import layers
 
@@ -56,6 +60,7 @@ def main() -> None:
   parser.add_argument('--rank', default='96')
   parser.add_argument('--rows', nargs='+', choices=ROWS, default=ROWS)
   parser.add_argument('--output', required=True, type=pathlib.Path)
+  parser.add_argument('--save', type=pathlib.Path, help='where models go')
   args = parser.parse_args()
   if args.calibration in args.texts:
     parser.error('--calibration is one of --texts')
@@ -73,6 +78,9 @@ def main() -> None:
       continue
     begin, cpu = time.perf_counter(), time.process_time()
     cfg, variables, parameters = maker(name)
+    if args.save and name != 'original':
+      native.save(args.save / name, cfg, variables, companions=args.source,
+                  overwrite=True)
     row = {'row': name, 'loops': args.loops, 'rank': args.rank,
            'parameters': parameters,
            'seconds': round(time.perf_counter() - begin, 1),
@@ -88,9 +96,10 @@ def main() -> None:
 def calibration(tokenizer, path: pathlib.Path, tokens: int) -> np.ndarray:
   """The first tokens of a file's documents, [N, 256] int32."""
   ids = []
-  with path.open(encoding='utf-8') as lines:
+  opened = lzma.open if path.suffix == '.xz' else open
+  with opened(path, 'rt', encoding='utf-8') as lines:
     texts = (json.loads(line)['text'] for line in lines) if (
-        path.suffix == '.jsonl') else [lines.read()]
+        '.jsonl' in path.suffixes) else [lines.read()]
     for text in texts:
       ids += [*tokenizer.encode(text), tokenizer.eos_id]
       if len(ids) >= tokens:
@@ -153,34 +162,46 @@ class Maker:
     share = (self.budget - rest) / (cfg.layers_per_loop * dense)
     ranks = {name: int(share * rows * columns / (rows + columns))
              for name, (rows, columns) in sizes.items()}
-    params = jax.tree.map(np.array, self.variables['params'])
+    # As many loops as layers, of nothing but what each adds to zeros.
+    depth = cfg.layers_per_loop
+    made, variables = rtx.relax(cfg, self.variables, loops=depth)
+    made = dataclasses.replace(
+        made, rank='+'.join(f'{name}{rank}' for name, rank in ranks.items()))
+    shapes = rtx.model.flat_shapes(made)
+    params = variables['params']
+    for path, leaf in paths.items(params):
+      if path.endswith('/kernel'):
+        paths.put(params, path, np.zeros_like(leaf))
+    for name, factor in itertools.product(ranks, 'ab'):
+      path = f'adapters/{name}/{factor}'
+      paths.put(params, path, np.zeros(shapes[path], np.float32))
     with tempfile.TemporaryDirectory() as folder:
       moments = fit.measure(
           cfg, self._read, self.token_QT, pathlib.Path(folder), seed=0)
-      for layer in range(cfg.layers_per_loop):
+      for layer in range(depth):
         for name, rank in ranks.items():
-          kernel = kernels.matrix(cfg, self._read, name, layer)
-          leaf = paths.get(params, kernels.path(name))
-          leaf[layer] = truncated(
-              kernel, moments.input(name, layer), rank
-          ).reshape(leaf[layer].shape)
-    count = rest + cfg.layers_per_loop * sum(
-        rank * sum(sizes[name]) for name, rank in ranks.items())
-    return cfg, {'params': params}, count
+          for factor, value in zip('ab', truncated(
+              kernels.matrix(cfg, self._read, name, layer),
+              moments.input(name, layer), rank), strict=True):
+            leaf = params['adapters'][name][factor]
+            leaf[layer] = value.reshape(leaf[layer].shape)
+    return made, variables, _parameters(made) - dense
 
   def _read(self, path, layer):
     leaf = paths.get(self.variables['params'], path)
     return np.asarray(leaf if layer is None else leaf[layer])
 
 
-def truncated(kernel, moment, rank) -> np.ndarray:
-  """The product of two factors with the least error of the kernel's output."""
+def truncated(kernel, moment, rank) -> tuple[np.ndarray, np.ndarray]:
+  """The two factors whose product has the least error of the kernel's output,
+  in equal parts."""
   moment = moment.astype(np.float64)
   moment += _DAMPING * np.trace(moment) / len(moment) * np.eye(len(moment))
   root = np.linalg.cholesky(moment)
   U, S, Vt = scipy.linalg.svd(root.T @ kernel, full_matrices=False)
-  return scipy.linalg.solve_triangular(
-      root.T, (U[:, :rank] * S[:rank]) @ Vt[:rank])
+  half = np.sqrt(S[:rank])
+  return (scipy.linalg.solve_triangular(root.T, U[:, :rank] * half),
+          half[:, None] * Vt[:rank])
 
 
 def _parameters(cfg) -> int:
