@@ -46,10 +46,11 @@ tests() {
   # Each process takes of the card's memory what it needs; TF32 is no fp32.
   XLA_PYTHON_CLIENT_PREALLOCATE=false JAX_DEFAULT_MATMUL_PRECISION=highest \
     RECURSIVE_TX_TEST_PLATFORM=cuda,cpu run timeout -s INT -k 20 "$limit" \
-    "$python" -m pytest -q -n 8 --dist loadfile -p no:cacheprovider \
-    -m 'not slow' --durations=5 -rfE tests/model tests/losses tests/engine \
+    "$python" -m pytest -v -n 8 --dist loadfile -p no:cacheprovider \
+    -m 'not slow' --tb=short tests/model tests/losses tests/engine \
     tests/train/optim_test.py tests/train/early_test.py 2>&1 |
-    tee "$log" | tail -n 60 || say "tests: status $?"
+    tee "$log" | grep -E 'FAILED|ERROR|passed|failed' ||
+    say "tests: status $?"
 }
 
 starts() {

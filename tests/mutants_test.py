@@ -317,7 +317,7 @@ def _run(directory: pathlib.Path, killers) -> subprocess.CompletedProcess:
   return subprocess.run(
       [sys.executable, '-m', 'pytest', '-x', '-q', '-m', 'not slow',
        '-p', 'no:cacheprovider', *nodes],
-      cwd=directory, capture_output=True, text=True, timeout=900,
+      cwd=directory, capture_output=True, text=True, timeout=3600,
       env={**os.environ, 'PYTHONPATH': str(directory)})
 
 
