@@ -63,7 +63,25 @@ def gpu_train(rows):
            'next-token loss, nats')] + [
       (f'{row["predicted_tokens"] / 1e6:.2f}', f'{row["seconds"]:.0f}',
        f'{row["distill/loop2"]:.2f}', f'{row["next_token/loop2"]:.2f}')
-      for row in rows if row.get('step') in (1, 30, 60, 120, 180, 240, 265)]
+      for row in rows
+      if row.get('step') in (1, 15, 30, 60, 120, 240, 360, 480, 600)]
+
+
+def gpu_profile(rows):
+  found = {step: {row['kernel']: row['ms'] for row in rows
+                  if row['step'] == step} for step in ('vanilla', 'relaxed')}
+  return [('kernel', *(f'{step}, ms' for step in found))] + [
+      (f'`{kernel}`', *(f'{times.get(kernel, 0.0):.1f}'
+                        for times in found.values()))
+      for kernel in list(found['relaxed'])[:6]]
+
+
+def gpu_rows(rows):
+  return [('start', 'peak rate', 'loss of the first step',
+           'mean loss of the last 40')] + [
+      (f'{row["start"]}, seed {row["seed"]}', f'{row["lr"]:g}',
+       f'{row["losses"][0]:.2f}', f'{sum(row["losses"][-40:]) / 40:.2f}')
+      for row in rows]
 
 
 def cpu_forms(found):
