@@ -44,7 +44,7 @@ QK_NORMS = ('none', 'head', 'all')
 # reads what is exported.
 RARE = ('norm_place', 'qk_norm', 'qkv_bias', 'query_scale', 'attention_cap',
         'logits_cap', 'residual_scale', 'logits_scale', 'pattern',
-        'window_theta', 'embed_factor')
+        'window_theta', 'embed_factor', 'long_rope')
 # What a virtual layer attends to; see ModelConfig.pattern.
 KINDS = ('g', 'w', 'n')
 WINDOW = KINDS.index('w')
@@ -99,6 +99,13 @@ class ModelConfig:
     rope_fraction: share of H that is rotated, from its start, in (0, 1].
     rope_scaling: () none; (factor,) linear; (factor, low_freq_factor,
       high_freq_factor, original_length) Llama 3's; each in (0, inf).
+    long_rope: () none; or (original length, factor of cosine and sine, of
+      each rotated pair what divides its frequency in contexts up to that
+      length, and then what does in longer ones), each in (0, inf): LongRoPE
+      as Phi 3 has it.
+    context: tokens that the model is opened for, in [0, inf), which long_rope
+      asks; never the present length, or a token's keys would change with what
+      follows it. 0 is the original length.
     window: keys a query sees, itself included, in [0, inf); 0 is all.
     pattern: what each virtual layer attends to, one letter each, repeated: 'g'
       all keys before it, 'w' those of the window, 'n' all, without rotary
@@ -143,6 +150,8 @@ class ModelConfig:
   rope_theta: float = 10_000.0
   rope_fraction: float = 1.0
   rope_scaling: tuple[float, ...] = ()
+  long_rope: tuple[float, ...] = ()
+  context: int = 0
   window: int = 0
   pattern: str = ''
   window_theta: float = 0.0
@@ -156,7 +165,9 @@ class ModelConfig:
                      'loops'), '[1, inf)'),
       prelude='[0, inf)', coda='[0, inf)', norm_eps='[0, inf)',
       rope_theta='(0, inf)', rope_fraction='(0, 1]', rope_scaling='(0, inf)',
-      window='[0, inf)', exit_gate='[0, inf)', window_theta='[0, inf)',
+      long_rope='(0, inf)',
+      **dict.fromkeys(('context', 'window', 'exit_gate', 'window_theta'),
+                      '[0, inf)'),
       **dict.fromkeys(('query_scale', 'attention_cap', 'logits_cap'),
                       '[0, inf)'),
       **dict.fromkeys(('residual_scale', 'logits_scale', 'embed_factor'),
@@ -164,8 +175,9 @@ class ModelConfig:
 
   def __post_init__(self):
     object.__setattr__(self, 'rank', str(self.rank))
-    if isinstance(self.rope_scaling, list):  # As JSON reads it back.
-      object.__setattr__(self, 'rope_scaling', tuple(self.rope_scaling))
+    for name in ('rope_scaling', 'long_rope'):
+      if isinstance(getattr(self, name), list):  # As JSON reads it back.
+        object.__setattr__(self, name, tuple(getattr(self, name)))
     _check(self)
     wanted = parse_rank(self.rank)  # Raises where the specification is bad.
     if wanted.get(HEAD) and self.loops == 1:
@@ -237,6 +249,12 @@ class ModelConfig:
   def mixed_kinds(self) -> bool:
     """Whether layers differ in what they attend to."""
     return len(set(self.pattern)) > 1
+
+  def opened_for(self, context: int) -> 'ModelConfig':
+    """The model with `context`, where that changes what it computes."""
+    if not self.long_rope:
+      return self
+    return dataclasses.replace(self, context=context)
 
   @property
   def rare(self) -> dict[str, object]:
@@ -385,6 +403,15 @@ def _check(cfg: ModelConfig) -> None:
     raise UserError(
         f'model.rope_fraction={cfg.rope_fraction} of H={cfg.H} must be an '
         f'even number of dimensions')
+  pairs = int(cfg.H * cfg.rope_fraction) // 2
+  if len(cfg.long_rope) not in (0, 2 + 2 * pairs):
+    raise UserError(
+        f'model.long_rope has {len(cfg.long_rope)} numbers; expected'
+        f' {2 + 2 * pairs}: two, and two of each of {pairs} rotated pairs')
+  if cfg.long_rope and cfg.rope_scaling:
+    raise UserError(
+        f'model.rope_scaling={cfg.rope_scaling} and model.long_rope are both'
+        ' given; empty one')
   if len(cfg.rope_scaling) not in (0, 1, 4):
     raise UserError(
         f'model.rope_scaling={cfg.rope_scaling} must have 0, 1 (linear) or '

@@ -92,6 +92,7 @@ def test_sizes_are_positive_integers(field, value):
     (dict(rope_fraction=1.5), ('model.rope_fraction is 1.5', 'at most')),
     (dict(rope_fraction=0.5), ('model.rope_fraction=0.5', 'even')),
     (dict(rope_scaling=(1.0, 2.0)), ('(1.0, 2.0)', 'linear', 'Llama 3')),
+    (dict(long_rope=(8.0, 1.0)), ('2 numbers', 'expected')),
     (dict(norm='rmsnorm'), ("'rmsnorm'", "'rms'", 'layer')),
     (dict(act='gelu_tan'), ("'gelu_tan'", "'gelu_tanh'", 'silu')),
     (dict(exit_gate=4), ('model.exit_gate=4', 'loops=1')),

@@ -56,12 +56,16 @@ FAMILIES = {
         **_SIZES, K=1, H=8, norm='rms+1', act='gelu_tanh', embed_scale=True,
         norm_place='both', qk_norm='head', window=5, pattern='wwwg',
         window_theta=100.0, rope_scaling=(2.5,), query_scale=0.25),
+    'phi3': rtx.ModelConfig(
+        **_SIZES, K=2, H=4, rope_fraction=0.5, norm_eps=1e-5, tied=False,
+        long_rope=(4.0, 1.2, 1.5, 3.0)),
     'smollm3': rtx.ModelConfig(**_SIZES, K=2, H=6, pattern='ggn'),
 }
 # Each; the later ones where it takes long, but for that with most of its own.
 EACH_FAMILY = [
     pytest.param(name, marks=pytest.mark.slow)
-    if name in ('qwen2', 'qwen3', 'olmo2', 'granite', 'gemma2', 'smollm3')
+    if name in ('qwen2', 'qwen3', 'olmo2', 'granite', 'gemma2', 'phi3',
+                'smollm3')
     else name for name in FAMILIES]
 # A looped model with a bit of everything.
 MIXED = rtx.ModelConfig(
@@ -105,6 +109,15 @@ HF = {
         rope_parameters=dict(
             full_attention=dict(rope_type='linear', rope_theta=1e4, factor=2.5),
             sliding_attention=dict(rope_type='default', rope_theta=100.0)))),
+    'phi3': ('phi3', dict(
+        num_key_value_heads=2, sliding_window=100, pad_token_id=0)),
+    # 4 of 8 dimensions are rotated, with factors for two lengths.
+    'phi3_long': ('phi3', dict(
+        num_key_value_heads=2, pad_token_id=0, max_position_embeddings=1024,
+        original_max_position_embeddings=64, partial_rotary_factor=0.5,
+        rope_parameters=dict(
+            rope_type='longrope', rope_theta=1e3, short_factor=[1.25, 1.5],
+            long_factor=[2.0, 7.0]))),
     'smollm3': ('smollm3', dict(
         num_key_value_heads=2, no_rope_layer_interval=2, pad_token_id=0)),
     'gpt_neox': ('gpt_neox', dict(rope_parameters=dict(

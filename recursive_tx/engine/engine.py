@@ -114,6 +114,7 @@ class Engine:
     one_of('fill', fill, step.FILLS)
     one_of('schedule', schedule, step.SCHEDULES)
     exit.check(cfg)
+    cfg = cfg.opened_for(max_len)
     self.cfg, self.max_len, self.slots = cfg, max_len, slots
     self._ends = _ends(eos_id)
     known_V = _known(known_V, cfg.V)

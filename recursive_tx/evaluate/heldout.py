@@ -171,9 +171,9 @@ def _nats_fn(cfg: ModelConfig, run: Run, mesh: Mesh | None):
 
   Kept between calls, so that a model is compiled for evaluation once.
   """
-  decoder = Decoder(cfg, run=run)
-
   def nats(variables, batch):
+    decoder = Decoder(
+        cfg.opened_for(batch['token_BT'].shape[1]), run=run)
     h_LBTD = decoder.apply(
         variables, batch['token_BT'], batch['segment_BT'],
         batch['position_BT'], method='hidden',

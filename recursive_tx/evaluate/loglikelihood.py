@@ -79,7 +79,7 @@ class Scorer:
     self.max_length = max_length
     self._tokens = tokens or _batch_tokens(cfg)
     self._variables = jax.device_put(variables)
-    self._score = _score_fn(cfg, run, exits)
+    self._score = _score_fn(cfg.opened_for(max_length), run, exits)
 
   def __call__(
       self, requests: Sequence[Request], *,

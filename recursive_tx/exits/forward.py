@@ -57,16 +57,16 @@ def forward(cfg: ModelConfig, run: Run, rule: str, *, every: bool = False):
         f'rule {rule!r} reads logits, and this model has a coda'
         f' (model.coda={cfg.coda}), which can only be run token by token;'
         " take rule 'gate'")
-  decoder = model.Decoder(cfg, run)
-  best_of = functools.partial(_best, decoder, run)
-
   def passed(
       variables: Any, batch: Mapping[str, jax.Array],
       thresholds_E: jax.Array
   ) -> Passed:
+    opened = cfg.opened_for(batch['token_BT'].shape[1])
+    decoder = model.Decoder(opened, run)
+    best_of = functools.partial(_best, decoder, run)
     bound = decoder.bind(variables)
     context = model.whole(
-        cfg, batch['token_BT'].shape, batch['segment_BT'],
+        opened, batch['token_BT'].shape, batch['segment_BT'],
         batch['position_BT'])
     x_BTD, _ = bound.enter(batch['token_BT'], context)
     keys = kv_cache.of_first_loop(cfg, x_BTD, cfg.layers_per_loop, cfg.loops)

@@ -107,7 +107,9 @@ def rope_tables(
     frequency = jnp.stack(
         [_frequencies(cfg, letter) for letter in config_lib.KINDS])[kind]
   angle = position_BT[..., None].astype(jnp.float32) * frequency
-  return jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
+  cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
+  scale = cfg.long_rope[1] if cfg.long_rope else 1.0
+  return (cos, sin) if scale == 1 else (cos * scale, sin * scale)
 
 
 def _frequencies(cfg, kind: str):
@@ -119,6 +121,10 @@ def _frequencies(cfg, kind: str):
   if kind == 'w' and cfg.window_theta:
     return cfg.window_theta ** exponent
   frequency = cfg.rope_theta ** exponent
+  if cfg.long_rope:
+    original, divisors = cfg.long_rope[0], cfg.long_rope[2:]
+    long = cfg.context > original
+    frequency /= jnp.asarray(divisors[pairs:] if long else divisors[:pairs])
   if len(cfg.rope_scaling) == 1:
     frequency /= cfg.rope_scaling[0]
   if len(cfg.rope_scaling) == 4:

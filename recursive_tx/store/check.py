@@ -48,7 +48,8 @@ def difference(
 
 def logits(cfg: config_lib.ModelConfig, variables: dict) -> Logits:
   """Those that this library computes."""
-  apply = jax.jit(model.Decoder(cfg).apply)
+  apply = jax.jit(lambda variables, token_BT: model.Decoder(
+      cfg.opened_for(token_BT.shape[1])).apply(variables, token_BT))
   return lambda token_BT: apply(variables, jnp.asarray(token_BT, jnp.int32))
 
 

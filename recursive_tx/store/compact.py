@@ -97,7 +97,7 @@ def config_json(
     dtype: of the tensors.
   """
   rope = {'rope_type': 'default', **(
-      fields.write_scaling(cfg.rope_scaling) or {}),
+      fields.write_scaling(cfg) or {}),
       'rope_theta': cfg.rope_theta}
   if cfg.rope_fraction != 1:
     rope['partial_rotary_factor'] = cfg.rope_fraction

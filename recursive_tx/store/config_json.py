@@ -166,7 +166,7 @@ def write(
   hf[theta] = cfg.rope_theta
   if share:
     hf[share] = cfg.rope_fraction
-  hf['rope_scaling'] = fields_lib.write_scaling(cfg.rope_scaling)
+  hf['rope_scaling'] = fields_lib.write_scaling(cfg)
   if family.kinds:
     kinds = [cfg.kind(layer) for layer in range(cfg.num_layers)]
     hf['layer_types'] = [_LAYER_TYPES[kind] for kind in kinds]
@@ -199,6 +199,7 @@ def handled(family: Family) -> set[str]:
   """The keys of config.json that a ModelConfig of the family comes from."""
   return {key for key, _, _ in family.fields} | {
       'rope_theta', 'rope_scaling', 'rope_parameters',
+      'original_max_position_embeddings',
       'partial_rotary_factor'} | {k for k in family.rope[:2] if k} | {
           key for key, _ in family.overrides} | (
               {'layer_types', 'no_rope_layers'} if family.kinds else set())

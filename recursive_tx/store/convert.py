@@ -122,7 +122,7 @@ def difference(
   for directory, size in zip((source, output), sizes, strict=True):
     cfg, variables = opening.load(directory)
     token_BT = np.random.default_rng(0).integers(0, cfg.V, (1, length))
-    apply = jax.jit(model.Decoder(cfg).apply)
+    apply = jax.jit(model.Decoder(cfg.opened_for(length)).apply)
     both.append(apply(variables, jnp.asarray(token_BT, jnp.int32)))
     del variables
     progress(sum(sizes), size)

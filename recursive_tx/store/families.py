@@ -14,6 +14,9 @@ from recursive_tx import config as config_lib
 from recursive_tx.errors import UserError
 
 
+Pattern = str | tuple[str, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
   """One lineage of decoders.
@@ -27,7 +30,8 @@ class Family:
     rope: config.json's keys of rope_theta and of the rotated share (None
       where all of H is rotated), and the default share.
     rules: (our leaf or leaves, tensor's name, einops pattern from disk to
-      ours); '{i}' is the layer.
+      ours); '{i}' is the layer. Several leaves are one array's first
+      dimension, or with a pattern each they lie one after the other.
     base: what the names of all tensors but the head's begin with; a model
       that was saved without its head lacks it.
     buffers: regex of tensors on disk that are not parameters.
@@ -45,7 +49,7 @@ class Family:
   architecture: str
   fixed: dict[str, Any]
   fields: tuple[tuple[str, str, Any], ...]
-  rules: tuple[tuple[tuple[str, ...], str, str], ...]
+  rules: tuple[tuple[tuple[str, ...], str, Pattern], ...]
   rope: tuple[str, str | None, float] = ('rope_theta', None, 1.0)
   base: str = 'model.'
   buffers: str = r'.*\.rotary_emb\.inv_freq'
@@ -154,6 +158,14 @@ _OLMO_RULES = tuple(
          '(N H) -> N H'),
         (('vectors/k_norm/scale',), _LAYER + 'self_attn.k_norm.weight',
          '(K H) -> K H'))
+_FUSED = ('q', 'k', 'v', 'gate', 'up')
+_PHI_RULES = tuple(
+    row for row in _LLAMA_RULES
+    if row[0][0].split('/')[-2] not in _FUSED) + (
+        (_QKV, _LAYER + 'self_attn.qkv_proj.weight',
+         ('(N H) D -> D N H', '(K H) D -> D K H', '(K H) D -> D K H')),
+        (('layers/mlp/gate/kernel', 'layers/mlp/up/kernel'),
+         _LAYER + 'mlp.gate_up_proj.weight', ('F D -> D F', 'F D -> D F')))
 # Models of Qwen and SmolLM 3 name a window that they do not use.
 _NO_WINDOW = dict(neutral={'use_sliding_window': (False,)},
                   unused=('sliding_window', 'max_window_layers'))
@@ -166,8 +178,8 @@ _GEMMA_2 = (*_replaced(_GROUPED, ('num_key_value_heads', 'K', 4),
             ('query_pre_attn_scalar', 'query_scale', 256))
 
 # Fields of which each family has its own, or the default.
-_OWN = (*config_lib.RARE, 'attention_bias', 'mlp_bias', 'window',
-        'embed_scale', 'parallel')
+_OWN = (*(set(config_lib.RARE) - {'long_rope'}), 'attention_bias', 'mlp_bias',
+        'window', 'embed_scale', 'parallel')
 
 FAMILIES = {family.model_type: family for family in (
     Family(
@@ -262,6 +274,14 @@ FAMILIES = {family.model_type: family for family in (
         overrides=(('hidden_activation', 'hidden_act'),),
         unused=('sliding_window_pattern', '_sliding_window_pattern')),
     Family(
+        model_type='phi3', architecture='Phi3ForCausalLM',
+        fixed=dict(_PLAIN, norm='rms'),
+        fields=(*_replaced(_GROUPED, ('rms_norm_eps', 'norm_eps', 1e-5)),
+                ('tie_word_embeddings', 'tied', False),
+                ('sliding_window', 'window', 0)),
+        rules=_PHI_RULES, rope=('rope_theta', 'partial_rotary_factor', 1.0),
+        neutral={'resid_pdrop': (0,), 'embd_pdrop': (0,)}),
+    Family(
         model_type='smollm3', architecture='SmolLM3ForCausalLM',
         fixed=dict(_PLAIN, norm='rms'),
         fields=(*_replaced(_GROUPED, ('num_key_value_heads', 'K', 4)),
@@ -307,7 +327,7 @@ def _unread(family: Family) -> dict[str, Any]:
 
 def tensors(
     family: Family, cfg: config_lib.ModelConfig
-) -> list[tuple[str, tuple[str, ...], str, int | None]]:
+) -> list[tuple[str, tuple[str, ...], Pattern, int | None]]:
   """(name on disk, our leaves, pattern, layer) of every tensor of `cfg`."""
   rows = []
   for leaves, name, pattern in family.rules:

@@ -7,13 +7,17 @@ rope_parameters what stood beside rope_scaling before.
 import math
 from typing import Any
 
+from recursive_tx.config import ModelConfig
 from recursive_tx.errors import UserError, one_of
 
 # Types of rope that are implemented, and the numbers that each needs.
 _ROPE_KINDS = {
     'default': (), 'linear': ('factor',),
     'llama3': ('factor', 'low_freq_factor', 'high_freq_factor',
-               'original_max_position_embeddings')}
+               'original_max_position_embeddings'),
+    'longrope': ('original_max_position_embeddings', 'attention_factor',
+                 'short_factor', 'long_factor')}
+_ORIGINAL = 'original_max_position_embeddings'
 
 
 def read_rope(
@@ -49,22 +53,47 @@ def read_rope(
         f'{hf["model_type"]}, which rotates whole heads; remove it')
   rope = agreed(objects) or {}
   wanted = _ROPE_KINDS[kind or 'default']
-  length = 'original_max_position_embeddings'
-  if length in wanted and length not in rope:
-    rope[length] = hf.get('max_position_embeddings')
+  if kind == 'longrope':
+    _complete_long(hf, rope)
+  if _ORIGINAL in wanted and _ORIGINAL not in rope:
+    rope[_ORIGINAL] = hf.get('max_position_embeddings')
   extra = set(rope) - set(wanted)
   missing = set(wanted) - set(rope)
   if extra or missing:
     raise UserError(
         f'config.json: rope of type {kind!r} needs {list(wanted)}; '
         f'missing {sorted(missing)}, not implemented {sorted(extra)}')
-  for key, number in {'rope_theta': theta, 'partial_rotary_factor': given,
-                      **rope}.items():
-    if not is_number(number, int, float) or not math.isfinite(number):
-      raise UserError(f'config.json: {key}={number!r} is not a finite number')
+  numbers = {key: value if isinstance(value, list) and key.endswith('_factor')
+             else [value] for key, value in rope.items()}
+  for key, values in {'rope_theta': [theta], 'partial_rotary_factor': [given],
+                      **numbers}.items():
+    for number in values:
+      if not is_number(number, int, float) or not math.isfinite(number):
+        raise UserError(
+            f'config.json: {key}={number!r} is not a finite number')
+  scaling = tuple(float(number) for key in wanted for number in numbers[key])
   return dict(
       rope_theta=float(theta), rope_fraction=float(given),
-      rope_scaling=tuple(float(rope[key]) for key in wanted))
+      **{'long_rope' if kind == 'longrope' else 'rope_scaling': scaling})
+
+
+def _complete_long(hf, rope) -> None:
+  """Adds what LongRoPE has beside rope_scaling, or by default."""
+  longest, key = hf.get('max_position_embeddings'), _ORIGINAL
+  original = agreed({key: hf.get(key), f'rope_scaling.{key}': rope.get(key)})
+  original = longest if original is None else original
+  factor = rope.pop('factor', None)
+  if not is_number(original, int) or original < 2 or (
+      None is factor is rope.get('attention_factor')
+      and not is_number(longest, int)):
+    raise UserError(
+        f'config.json: {key}={original!r} and max_position_embeddings='
+        f"{longest!r}; rope of type 'longrope' needs numbers of tokens")
+  rope[key] = original
+  if rope.get('attention_factor') is None:
+    factor = factor or longest / original
+    rope['attention_factor'] = 1.0 if factor <= 1 else math.sqrt(
+        1 + math.log(factor) / math.log(original))
 
 
 def _rope_object(hf, key) -> dict[str, Any]:
@@ -75,6 +104,7 @@ def _rope_object(hf, key) -> dict[str, Any]:
   rope = dict(rope)
   kind = agreed({f'{key}.{name}': rope.pop(name, None)
                   for name in ('rope_type', 'type')}) or 'default'
+  kind = 'longrope' if kind == 'su' else kind  # The first releases of Phi 3.
   one_of('config.json: rope type', str(kind), _ROPE_KINDS)
   return {**rope, 'rope_type': kind}
 
@@ -94,8 +124,15 @@ def agreed(values: dict[str, Any]) -> Any:
   return first
 
 
-def write_scaling(scaling: tuple[float, ...]) -> dict[str, Any] | None:
+def write_scaling(cfg: ModelConfig) -> dict[str, Any] | None:
   """What `read_rope` reads from rope_scaling."""
+  scaling = cfg.rope_scaling
+  if cfg.long_rope:
+    original, scale, *divisors = cfg.long_rope
+    pairs = len(divisors) // 2
+    return {'rope_type': 'longrope', _ORIGINAL: int(original),
+            'attention_factor': scale, 'short_factor': divisors[:pairs],
+            'long_factor': divisors[pairs:]}
   if not scaling:
     return None
   if len(scaling) == 1:

@@ -66,7 +66,7 @@ class Source:
     for name, leaves, pattern, layer in families.tensors(
         self._family, self.cfg):
       for part, leaf in enumerate(leaves):
-        self._rules[leaf, layer] = (name, len(leaves), pattern, part)
+        self._rules[leaf, layer] = (name, leaves, pattern, part)
     self._fused = (None, None)
     self._account()
     claimed = {rule[0] for rule in self._rules.values()}
@@ -87,16 +87,14 @@ class Source:
       path: such as 'block/layers/attn/q/kernel' or 'embed/embedding'.
       layer: which, for leaves of the block.
     """
-    name, parts, pattern, part = self._rules[path.removeprefix('block/'),
-                                             layer]
-    if self._fused[0] == name:  # q, k and v of one fused tensor in turn.
-      return self._fused[1][part]
-    array = _rearrange(
-        self._reader.read(self._on_disk(name)), pattern, self.cfg)
-    if parts == 1:
-      return array
-    self._fused = (name, array)
-    return array[part]
+    name, leaves, pattern, part = self._rules[path.removeprefix('block/'),
+                                              layer]
+    if self._fused[0] != name:  # q, k and v of one fused tensor in turn.
+      array = self._reader.read(self._on_disk(name))
+      if len(leaves) == 1:
+        return _rearrange(array, pattern, self.cfg)
+      self._fused = (name, _apart(array, leaves, pattern, self.cfg))
+    return self._fused[1][part]
 
   def _on_disk(self, name: str) -> str:
     return name.removeprefix(self._prefix)
@@ -230,10 +228,9 @@ def save_hf(
 
   def tensor(name):
     leaves, pattern, _ = rows[name]
-    values = [np.asarray(leaf_of(name, leaf)) for leaf in leaves]
-    value = values[0] if len(values) == 1 else np.stack(values)
-    return _rearrange(
-        cast(name, value, dtype_of(name)), _reverse(pattern), cfg)
+    values = [cast(name, np.asarray(leaf_of(name, leaf)), dtype_of(name))
+              for leaf in leaves]
+    return _together(values, pattern, cfg)
 
   def dtype_of(name):
     wanted = (dtypes or {}).get(name, dtype)
@@ -331,6 +328,10 @@ def write_shards(new: pathlib.Path, layout, tensor, progress) -> None:
 
 def _shape_on_disk(cfg, leaves, pattern) -> tuple[int, ...]:
   """A tensor's shape on disk, from those of the leaves of one layer in it."""
+  if not isinstance(pattern, str):
+    parts = [_shape_on_disk(cfg, (leaf,), own)
+             for leaf, own in zip(leaves, pattern, strict=True)]
+    return (sum(part[0] for part in parts), *parts[0][1:])
   shapes = model.flat_shapes(cfg)
   leaf = leaves[0]
   shape = shapes[leaf] if leaf in shapes else shapes[f'block/{leaf}'][1:]
@@ -344,6 +345,27 @@ def _shape_on_disk(cfg, leaves, pattern) -> tuple[int, ...]:
 
 def _num_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
   return math.prod(shape) * dtype.itemsize
+
+
+def _apart(array, leaves, pattern, cfg):
+  """One tensor's leaves, in order."""
+  if isinstance(pattern, str):
+    return _rearrange(array, pattern, cfg)
+  sizes = [_shape_on_disk(cfg, (leaf,), own)[0]
+           for leaf, own in zip(leaves, pattern, strict=True)]
+  parts = np.split(array, np.cumsum(sizes)[:-1])
+  return [_rearrange(part, own, cfg)
+          for part, own in zip(parts, pattern, strict=True)]
+
+
+def _together(values, pattern, cfg) -> np.ndarray:
+  """The tensor that `_apart` takes apart, or of one leaf."""
+  if not isinstance(pattern, str):
+    return np.concatenate([
+        _rearrange(value, _reverse(own), cfg)
+        for value, own in zip(values, pattern, strict=True)])
+  value = values[0] if len(values) == 1 else np.stack(values)
+  return _rearrange(value, _reverse(pattern), cfg)
 
 
 def _reverse(pattern: str) -> str:

@@ -189,7 +189,8 @@ def forward(
   With `gates`, its exit gates too; with `early`, tokens exit after the number
   of loops in a batch's `depth_BT`, if it has one.
   """
-  decoder = model.Decoder(cfg, run=config.run)
+  decoder = model.Decoder(
+      cfg.opened_for(config.data.seq_len), run=config.run)
   letters = rules(config, cfg, mesh)
 
   def hidden(variables, batch):

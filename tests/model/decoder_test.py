@@ -253,6 +253,7 @@ def test_how_is_not_what(cfg, run):
 # variables serve both.
 LOOPED = dataclasses.replace(
     tiny.FAMILIES['mistral'], layers_per_loop=2, loops=2, loop_norms=False)
+_LONG = (32.0, 1.0, 1.0, 2.0, 1.0, 4.0)  # Of both pairs, short and long.
 FIELDS = {
     'V': (LOOPED, dict(V=30)),
     'D': (LOOPED, dict(D=18)),
@@ -285,6 +286,9 @@ FIELDS = {
     'rope_theta': (LOOPED, dict(rope_theta=100.0)),
     'rope_fraction': (LOOPED, dict(rope_fraction=0.5)),
     'rope_scaling': (LOOPED, dict(rope_scaling=(4.0,))),
+    'long_rope': (LOOPED, dict(long_rope=_LONG)),
+    'context': (dataclasses.replace(LOOPED, long_rope=_LONG),
+                dict(context=33)),
     'window': (LOOPED, dict(window=6)),
     'pattern': (LOOPED, dict(pattern='wg')),
     'window_theta': (LOOPED, dict(window_theta=100.0)),
@@ -304,6 +308,11 @@ SETTINGS = [
         (), (4.0,), (8.0, 1.0, 4.0, 32.0), (4.0, 0.5, 4.0, 32.0),
         (4.0, 1.0, 8.0, 32.0), (4.0, 1.0, 4.0, 64.0))),
     (dataclasses.replace(LOOPED, act='gelu'), dict(act='gelu_tanh')),
+    *((dataclasses.replace(LOOPED, long_rope=_LONG, context=context),
+       dict(long_rope=other))
+      for context, other in (
+          (32, (32, 1.5, 1.0, 2.0, 1.0, 4.0)),
+          (32, (32, 1.0, 1.0, 3.0, 1.0, 4.0)), (33, (33, *_LONG[1:])))),
     (LOOPED, dict(norm_place='post')), (LOOPED, dict(qk_norm='all')),
     (dataclasses.replace(LOOPED, pattern='wg'), dict(pattern='wn')),
     (dataclasses.replace(LOOPED, pattern='wg'), dict(window_theta=100.0)),

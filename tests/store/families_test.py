@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 import shutil
 
 import numpy as np
@@ -22,9 +23,22 @@ def test_logits_equal_those_of_transformers(name, checkpoint):
   cfg, values = rtx.load_hf(directory)
   token_BT = tiny.tokens(cfg, 1, LONG)
   expected_BTV = tiny.torch_logits(made, token_BT)
-  logits_BTV = tiny.decoder(cfg)(values, token_BT)
+  logits_BTV = tiny.decoder(cfg.opened_for(LONG))(values, token_BT)
   assert tiny.distance(logits_BTV, expected_BTV) < 1e-5
   assert expected_BTV.std() > 0.1
+
+
+def test_long_rope_has_other_factors_in_short_contexts(checkpoint):
+  directory, made = checkpoint('phi3_long')
+  cfg, values = rtx.load_hf(directory)
+  original = int(cfg.long_rope[0])
+  token_BT = tiny.tokens(cfg, 1, original)
+  expected_BTV = tiny.torch_logits(made, token_BT)
+  for context in (0, original):
+    logits_BTV = tiny.decoder(cfg.opened_for(context))(values, token_BT)
+    assert tiny.distance(logits_BTV, expected_BTV) < 1e-5
+  logits_BTV = tiny.decoder(cfg.opened_for(original + 1))(values, token_BT)
+  assert tiny.distance(logits_BTV, expected_BTV) > 1e-2
 
 
 def test_every_family_has_a_row():
@@ -55,10 +69,13 @@ def test_the_flags_of_each_row_are_read(checkpoint):
       'gpt_neox': (4, 4, 8), 'gpt_neox_serial': (4, 4, 8),
       'qwen2': (4, 2, 8), 'qwen3': (4, 2, 16), 'olmo2': (4, 2, 8),
       'granite': (4, 2, 8), 'gemma2': (4, 2, 16), 'gemma3': (4, 2, 16),
-      'smollm3': (4, 2, 8)}
+      'phi3': (4, 2, 8), 'phi3_long': (4, 2, 8), 'smollm3': (4, 2, 8)}
   assert [cfgs[name].pattern for name in ('gemma2', 'gemma3', 'smollm3')] == [
       'wg', 'wg', 'gn']
   assert cfgs['gemma3'].window_theta == 100
+  assert cfgs['phi3'].window == 100 and not cfgs['phi3'].long_rope
+  assert cfgs['phi3_long'].long_rope == (
+      64, (1 + math.log(16) / math.log(64)) ** 0.5, 1.25, 1.5, 2, 7)
   assert cfgs['gemma3'].rope_scaling == (2.5,)
   assert cfgs['granite'].logits_scale == 0.5
   assert cfgs['llama_gqa'].tied and cfgs['gemma'].tied
@@ -227,7 +244,8 @@ def test_what_is_written_is_read_back(name):
   for scaling in ((), (3.0,), (8.0, 1.0, 4.0, 64.0)):
     for theta in (1e4, 12345.0):
       variant = dataclasses.replace(
-          cfg, rope_scaling=scaling, rope_theta=theta)
+          cfg, rope_scaling=() if cfg.long_rope else scaling,
+          rope_theta=theta)
       family = families.of(variant)
       assert family.model_type == name
       hf = json.loads(json.dumps(config_json.write(family, variant)))
@@ -254,7 +272,7 @@ def test_a_tensors_rows_cover_the_tree_once(name):
 
 @pytest.mark.parametrize('change', [
     dict(gated=False), dict(parallel=True), dict(norm='layer'),
-    dict(rope_fraction=0.5, H=8)])
+    dict(residual_scale=0.5)])
 def test_a_model_of_no_family_cannot_be_exported(change):
   with tiny.refused('no family', 'llama', 'gpt_neox', 'saved'):
     families.of(dataclasses.replace(tiny.FAMILIES['mistral'], **change))
