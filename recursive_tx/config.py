@@ -44,7 +44,8 @@ QK_NORMS = ('none', 'head', 'all')
 # reads what is exported.
 RARE = ('norm_place', 'qk_norm', 'qkv_bias', 'query_scale', 'attention_cap',
         'logits_cap', 'residual_scale', 'logits_scale', 'pattern',
-        'window_theta', 'embed_factor', 'long_rope')
+        'window_theta', 'embed_factor', 'long_rope',
+        'positions')
 # What a virtual layer attends to; see ModelConfig.pattern.
 KINDS = ('g', 'w', 'n')
 WINDOW = KINDS.index('w')
@@ -114,6 +115,8 @@ class ModelConfig:
       that of the others, and their scaling.
     embed_scale: embeddings are multiplied by sqrt(D).
     embed_factor: embeddings are multiplied by this, in (0, inf).
+    positions: learned vectors of so many positions are added to the
+      embeddings, in [0, inf); 0 is none.
     tied: the head is the embedding.
     exit_gate: hidden width, in [0, inf), of the MLP that decides after every
       loop but the final one whether a token may exit; 0 is none. It changes
@@ -157,6 +160,7 @@ class ModelConfig:
   window_theta: float = 0.0
   embed_scale: bool = False
   embed_factor: float = 1.0
+  positions: int = 0
   tied: bool = True
   exit_gate: int = 0
 
@@ -166,8 +170,8 @@ class ModelConfig:
       prelude='[0, inf)', coda='[0, inf)', norm_eps='[0, inf)',
       rope_theta='(0, inf)', rope_fraction='(0, 1]', rope_scaling='(0, inf)',
       long_rope='(0, inf)',
-      **dict.fromkeys(('context', 'window', 'exit_gate', 'window_theta'),
-                      '[0, inf)'),
+      **dict.fromkeys(('context', 'window', 'exit_gate', 'window_theta',
+                       'positions'), '[0, inf)'),
       **dict.fromkeys(('query_scale', 'attention_cap', 'logits_cap'),
                       '[0, inf)'),
       **dict.fromkeys(('residual_scale', 'logits_scale', 'embed_factor'),
@@ -251,7 +255,15 @@ class ModelConfig:
     return len(set(self.pattern)) > 1
 
   def opened_for(self, context: int) -> 'ModelConfig':
-    """The model with `context`, where that changes what it computes."""
+    """The model with `context`, where that changes what it computes.
+
+    Raises:
+      UserError: it has no so many positions.
+    """
+    if self.positions and context > self.positions:
+      raise UserError(
+          f'{context} tokens are more than the {self.positions} positions'
+          ' that this model has learned; ask for fewer')
     if not self.long_rope:
       return self
     return dataclasses.replace(self, context=context)

@@ -38,6 +38,10 @@ FAMILIES = {
         **_SIZES, K=4, H=4, norm='layer', act='gelu', gated=False,
         parallel=True, attention_bias=True, mlp_bias=True, rope_fraction=0.5,
         tied=False),
+    'gpt2': rtx.ModelConfig(
+        **_SIZES, K=4, H=4, norm='layer', act='gelu_tanh', gated=False,
+        attention_bias=True, mlp_bias=True, norm_eps=1e-5, positions=64,
+        pattern='n'),
     'qwen2': rtx.ModelConfig(
         **_SIZES, K=2, H=6, qkv_bias=True, tied=False),
     'qwen3': rtx.ModelConfig(**_SIZES, K=2, H=6, qk_norm='head', tied=False),
@@ -64,7 +68,7 @@ FAMILIES = {
 # Each; the later ones where it takes long, but for that with most of its own.
 EACH_FAMILY = [
     pytest.param(name, marks=pytest.mark.slow)
-    if name in ('qwen2', 'qwen3', 'olmo2', 'granite', 'gemma2', 'phi3',
+    if name in ('gpt2', 'qwen2', 'qwen3', 'olmo2', 'granite', 'gemma2', 'phi3',
                 'smollm3')
     else name for name in FAMILIES]
 # A looped model with a bit of everything.
@@ -120,6 +124,10 @@ HF = {
             long_factor=[2.0, 7.0]))),
     'smollm3': ('smollm3', dict(
         num_key_value_heads=2, no_rope_layer_interval=2, pad_token_id=0)),
+    'gpt2': ('gpt2', dict(
+        n_embd=32, n_layer=3, n_head=4, n_positions=700,
+        **dict.fromkeys(('hidden_size', 'intermediate_size',
+                         'num_hidden_layers', 'num_attention_heads')))),
     'gpt_neox': ('gpt_neox', dict(rope_parameters=dict(
         rope_type='default', rope_theta=1e4, partial_rotary_factor=0.5))),
     'gpt_neox_serial': ('gpt_neox', dict(
@@ -204,9 +212,10 @@ def make_hf(directory: pathlib.Path, name: str, dtype: str = 'float32'):
   transformers = pytest.importorskip('transformers', reason=TORCH)
   model_type, arguments = HF[name]
   torch.manual_seed(0)
+  arguments = {key: value for key, value in {
+      **_HF_SIZES, **arguments}.items() if value is not None}
   made = transformers.AutoModelForCausalLM.from_config(
-      transformers.AutoConfig.for_model(
-          model_type, **{**_HF_SIZES, **arguments})).eval()
+      transformers.AutoConfig.for_model(model_type, **arguments)).eval()
   with torch.no_grad():
     for parameter in made.parameters():
       noise = torch.randn_like(parameter)

@@ -35,7 +35,7 @@ class Decoder(nn.Module):
     cfg = self.cfg
     init = nn.with_logical_partitioning(
         initializers.normal(cfg.D**-0.5), ('V', 'D'))
-    self.embed = Table(cfg, 'embedding', init)
+    self.embed = Table(cfg, 'embedding', init, cfg.positions)
     self.head = None if cfg.tied else Table(cfg, 'kernel', init)
     self.norm = adapters.Leaves(cfg, adapters.norm_leaves(cfg))
     self.adapters = adapters.Adapters(cfg)
@@ -195,6 +195,11 @@ class Decoder(nn.Module):
     """
     chex.assert_rank(token_BT, 2)
     x_BTD = embedding.lookup(self.embed(), token_BT, self.run.dtype)
+    if self.cfg.positions:
+      held = context if keys is None else keys.place
+      # Past the table a take gives NaN, and not the last row.
+      x_BTD += jnp.take(self.embed.positions, held.position_BT, axis=0).astype(
+          x_BTD.dtype)
     x_BTD = nn.with_logical_constraint(x_BTD, ('B', 'T', 'D'))
     if self.cfg.embed_scale:
       x_BTD *= jnp.asarray(math.sqrt(self.cfg.D), x_BTD.dtype)
@@ -280,14 +285,22 @@ def _step(cfg, keys: kv_cache.Cached) -> Context:
 
 
 class Table(nn.Module):
-  """One [V, D] parameter."""
+  """One [V, D] parameter, and perhaps one of learned positions."""
   cfg: config_lib.ModelConfig
   leaf: str
   init: nn.initializers.Initializer
+  rows: int = 0
 
-  @nn.compact
+  def setup(self):
+    self.table = self.param(self.leaf, self.init, self.cfg.shape('VD'))
+    if self.rows:
+      self.positions = self.param(
+          'positions', nn.with_logical_partitioning(
+              initializers.normal(self.cfg.D**-0.5), (None, 'D')),
+          (self.rows, self.cfg.D))
+
   def __call__(self):
-    return self.param(self.leaf, self.init, self.cfg.shape('VD'))
+    return self.table
 
 
 @functools.cache

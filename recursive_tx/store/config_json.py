@@ -48,7 +48,7 @@ _REQUIRED = {
     'tie_encoder_decoder': (False,), 'torchscript': (False,),
     'use_bfloat16': (False,)}
 # Keys whose null means something else than their absence.
-_NULL = {'sliding_window': 0, 'num_key_value_heads': '=num_attention_heads',
+_NULL = {'sliding_window': 0, 'n_inner': '4*n_embd', 'num_key_value_heads': '=num_attention_heads',
          'attn_logit_softcapping': 0.0, 'final_logit_softcapping': 0.0}
 # Fields that are sizes, which must be positive integers.
 _SIZED = ('V', 'D', 'F', 'N', 'K', 'H', 'layers')
@@ -93,7 +93,7 @@ def read(
     fields[field] = derive(fields)
   act = str(fields['act'])
   act = family.loose.get(act, act)
-  one_of('config.json: hidden_act', act, _ACTS)
+  one_of(f'config.json: {_key(family, "act")}', act, _ACTS)
   layers = fields.pop('layers')
   fields.update(act=_ACTS[act], window=fields.get('window') or 0,
                 layers_per_loop=layers)
@@ -101,7 +101,8 @@ def read(
     fields['pattern'] = _pattern(hf, family, layers)
     if 'w' not in fields['pattern']:
       fields.update(window=0)
-  fields.update(fields_lib.read_rope(hf, *family.rope, family.theta))
+  if family.rope:
+    fields.update(fields_lib.read_rope(hf, *family.rope, family.theta))
   return family, config_lib.ModelConfig(**fields)
 
 
@@ -159,14 +160,16 @@ def write(
   for key, field, _ in family.fields:
     value = cfg.num_layers if field == 'layers' else getattr(cfg, field)
     hf[key] = _FORMS[key][1](value) if key in _FORMS else value
-  hf['hidden_act'] = next(k for k, v in _ACTS.items() if v == cfg.act)
+  act = _key(family, 'act')
+  hf[act] = next(k for k, v in _ACTS.items() if v == cfg.act)
   if 'sliding_window' in hf:
     hf['sliding_window'] = cfg.window or None
-  theta, share, _ = family.rope
-  hf[theta] = cfg.rope_theta
-  if share:
-    hf[share] = cfg.rope_fraction
-  hf['rope_scaling'] = fields_lib.write_scaling(cfg)
+  if family.rope:
+    theta, share, _ = family.rope
+    hf[theta] = cfg.rope_theta
+    if share:
+      hf[share] = cfg.rope_fraction
+    hf['rope_scaling'] = fields_lib.write_scaling(cfg)
   if family.kinds:
     kinds = [cfg.kind(layer) for layer in range(cfg.num_layers)]
     hf['layer_types'] = [_LAYER_TYPES[kind] for kind in kinds]
@@ -187,6 +190,8 @@ def _value(hf, key, field, default):
                      f'{hf["model_type"]} model needs')
   if value == 'hidden_size/num_attention_heads':
     return hf['hidden_size'] // hf['num_attention_heads']
+  if value == '4*n_embd':
+    return 4 * hf['n_embd']
   if isinstance(value, str) and value.startswith('='):
     return hf[value[1:]]
   if field in _SIZED and (not fields_lib.is_number(value, int) or value < 1):
@@ -195,14 +200,19 @@ def _value(hf, key, field, default):
   return value
 
 
+def _key(family: Family, field: str) -> str:
+  """The key of config.json that a field of a family's comes from."""
+  return next(key for key, own, _ in family.fields if own == field)
+
+
 def handled(family: Family) -> set[str]:
   """The keys of config.json that a ModelConfig of the family comes from."""
-  return {key for key, _, _ in family.fields} | {
-      'rope_theta', 'rope_scaling', 'rope_parameters',
-      'original_max_position_embeddings',
-      'partial_rotary_factor'} | {k for k in family.rope[:2] if k} | {
-          key for key, _ in family.overrides} | (
-              {'layer_types', 'no_rope_layers'} if family.kinds else set())
+  rope = {'rope_theta', 'rope_scaling', 'rope_parameters',
+          'original_max_position_embeddings', 'partial_rotary_factor',
+          *family.rope[:2]} if family.rope else set()
+  return rope | {key for key, _, _ in family.fields} | {
+      key for key, _ in family.overrides} | (
+          {'layer_types', 'no_rope_layers'} if family.kinds else set())
 
 
 def _account(hf, family) -> None:

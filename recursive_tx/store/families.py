@@ -28,7 +28,7 @@ class Family:
     fields: (config.json's key, ModelConfig's field, default or None where
       the key must be there); a default may name another key by '=key'.
     rope: config.json's keys of rope_theta and of the rotated share (None
-      where all of H is rotated), and the default share.
+      where all of H is rotated), and the default share; () without rope.
     rules: (our leaf or leaves, tensor's name, einops pattern from disk to
       ours); '{i}' is the layer. Several leaves are one array's first
       dimension, or with a pattern each they lie one after the other.
@@ -50,7 +50,7 @@ class Family:
   fixed: dict[str, Any]
   fields: tuple[tuple[str, str, Any], ...]
   rules: tuple[tuple[tuple[str, ...], str, Pattern], ...]
-  rope: tuple[str, str | None, float] = ('rope_theta', None, 1.0)
+  rope: tuple[str, str | None, float] | tuple[()] = ('rope_theta', None, 1.0)
   base: str = 'model.'
   buffers: str = r'.*\.rotary_emb\.inv_freq'
   derived: dict[str, Callable[[dict], int]] = dataclasses.field(
@@ -138,6 +138,26 @@ _NEOX_RULES = (
     (('layers/mlp/down/kernel',), _NEOX + 'mlp.dense_4h_to_h.weight',
      'D F -> F D'),
     (('vectors/down/bias',), _NEOX + 'mlp.dense_4h_to_h.bias', 'D -> D'))
+_H = 'transformer.h.{i}.'
+_GPT_RULES = (
+    (('embed/embedding',), 'transformer.wte.weight', 'V D -> V D'),
+    (('embed/positions',), 'transformer.wpe.weight', 'T D -> T D'),
+    (('head/kernel',), 'lm_head.weight', 'V D -> V D'),
+    *(((f'norm/{leaf}',), f'transformer.ln_f.{name}', 'D -> D')
+      for leaf, name in (('scale', 'weight'), ('bias', 'bias'))),
+    *(((f'vectors/{norm}/{leaf}',), f'{_H}{ln}.{name}', 'D -> D')
+      for norm, ln in (('attn_norm', 'ln_1'), ('mlp_norm', 'ln_2'))
+      for leaf, name in (('scale', 'weight'), ('bias', 'bias'))),
+    # Kernels lie as they are applied, rows first.
+    (_QKV, _H + 'attn.c_attn.weight', 'D (qkv N H) -> qkv D N H'),
+    (_QKV_BIAS, _H + 'attn.c_attn.bias', '(qkv N H) -> qkv N H'),
+    (('layers/attn/o/kernel',), _H + 'attn.c_proj.weight',
+     '(N H) D -> N H D'),
+    (('vectors/o/bias',), _H + 'attn.c_proj.bias', 'D -> D'),
+    (('layers/mlp/up/kernel',), _H + 'mlp.c_fc.weight', 'D F -> D F'),
+    (('vectors/up/bias',), _H + 'mlp.c_fc.bias', 'F -> F'),
+    (('layers/mlp/down/kernel',), _H + 'mlp.c_proj.weight', 'F D -> F D'),
+    (('vectors/down/bias',), _H + 'mlp.c_proj.bias', 'D -> D'))
 _PLAIN = dict(gated=True, parallel=False)
 _QK = tuple(
     ((f'vectors/{name}_norm/scale',), f'{_LAYER}self_attn.{name}_norm.weight',
@@ -225,6 +245,26 @@ FAMILIES = {family.model_type: family for family in (
         buffers=r'gpt_neox\.layers\.\d+\.attention\.'
                 r'(bias|masked_bias|rotary_emb\.inv_freq)'),
     Family(
+        model_type='gpt2', architecture='GPT2LMHeadModel',
+        fixed=dict(gated=False, parallel=False, norm='layer', pattern='n',
+                   attention_bias=True, mlp_bias=True),
+        fields=(('vocab_size', 'V', 50257), ('n_embd', 'D', 768),
+                ('n_inner', 'F', '4*n_embd'), ('n_layer', 'layers', 12),
+                ('n_head', 'N', 12), ('n_positions', 'positions', 1024),
+                ('activation_function', 'act', 'gelu_new'),
+                ('layer_norm_epsilon', 'norm_eps', 1e-5),
+                ('tie_word_embeddings', 'tied', True)),
+        derived={'K': lambda f: f['N'], 'H': lambda f: f['D'] // f['N']},
+        rules=_GPT_RULES, rope=(), base='transformer.',
+        buffers=r'transformer\.h\.\d+\.attn\.(bias|masked_bias)',
+        neutral={'scale_attn_weights': (True,),
+                 'scale_attn_by_inverse_layer_idx': (False,)},
+        # Dropout is not part of what it computes; scores are in fp32.
+        unused=('n_ctx', 'attn_pdrop', 'embd_pdrop', 'resid_pdrop',
+                'reorder_and_upcast_attn', 'summary_activation',
+                'summary_first_dropout', 'summary_proj_to_labels',
+                'summary_type', 'summary_use_proj', '_num_labels')),
+    Family(
         model_type='qwen2', architecture='Qwen2ForCausalLM',
         fixed=dict(_PLAIN, norm='rms', qkv_bias=True),
         fields=(*_replaced(_GROUPED, ('num_key_value_heads', 'K', 32)),
@@ -302,8 +342,9 @@ def of(
   for family in families:
     fits = all(getattr(cfg, k) == v for k, v in {
         **_unread(family), **family.fixed}.items()) and set(
-            cfg.pattern) <= set(family.kinds)
-    share = family.rope[1] is not None or cfg.rope_fraction == 1.0
+            cfg.pattern) <= set(family.fixed.get('pattern', family.kinds))
+    share = not family.rope or family.rope[1] is not None or (
+        cfg.rope_fraction == 1.0)
     heads = any(f == 'K' for _, f, _ in family.fields) or (
         cfg.K == cfg.N and cfg.N * cfg.H == cfg.D)
     if fits and share and heads:

@@ -66,7 +66,8 @@ def test_the_flags_of_each_row_are_read(checkpoint):
   assert heads == {
       'llama_mha': (4, 4, 8), 'llama_gqa': (4, 2, 8), 'llama_mqa': (4, 1, 12),
       'llama_3': (4, 2, 16), 'mistral': (4, 2, 8), 'gemma': (4, 1, 16),
-      'gpt_neox': (4, 4, 8), 'gpt_neox_serial': (4, 4, 8),
+      'gpt2': (4, 4, 8), 'gpt_neox': (4, 4, 8),
+      'gpt_neox_serial': (4, 4, 8),
       'qwen2': (4, 2, 8), 'qwen3': (4, 2, 16), 'olmo2': (4, 2, 8),
       'granite': (4, 2, 8), 'gemma2': (4, 2, 16), 'gemma3': (4, 2, 16),
       'phi3': (4, 2, 8), 'phi3_long': (4, 2, 8), 'smollm3': (4, 2, 8)}
@@ -108,7 +109,7 @@ def _old(hf):
     hf['torch_dtype'] = hf.pop('dtype')
 
 
-@pytest.mark.parametrize('name', tiny.HF)
+@pytest.mark.parametrize('name', [name for name in tiny.HF if name != 'gpt2'])
 def test_both_dialects_of_rope_are_read(name, checkpoint, tmp_path):
   pytest.importorskip('transformers', reason=tiny.TORCH)
   directory, made = checkpoint(name)

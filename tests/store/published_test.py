@@ -79,6 +79,40 @@ PUBLISHED = {
         model_type='gemma', vocab_size=256000, hidden_size=2048,
         intermediate_size=16384, num_hidden_layers=18, num_attention_heads=8,
         num_key_value_heads=1, head_dim=256)),
+    'microsoft/Phi-3-mini-4k-instruct': (3_821_079_552, dict(
+        model_type='phi3', vocab_size=32064, hidden_size=3072,
+        intermediate_size=8192, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=32, sliding_window=2047, resid_pdrop=0.0)),
+    'microsoft/Phi-3-mini-128k-instruct': (3_821_079_552, dict(
+        model_type='phi3', vocab_size=32064, hidden_size=3072,
+        intermediate_size=8192, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=32, sliding_window=262144,
+        max_position_embeddings=131072, original_max_position_embeddings=4096,
+        rope_scaling=dict(type='longrope', short_factor=48 * [1.05],
+                          long_factor=48 * [2.0]))),
+    'microsoft/Phi-3-medium-4k-instruct': (13_960_238_080, dict(
+        model_type='phi3', vocab_size=32064, hidden_size=5120,
+        intermediate_size=17920, num_hidden_layers=40, num_attention_heads=40,
+        num_key_value_heads=10, sliding_window=2047)),
+    'microsoft/Phi-4-mini-instruct': (3_836_021_760, dict(
+        model_type='phi3', vocab_size=200064, hidden_size=3072,
+        intermediate_size=8192, num_hidden_layers=32, num_attention_heads=24,
+        num_key_value_heads=8, partial_rotary_factor=0.75,
+        tie_word_embeddings=True, sliding_window=262144,
+        max_position_embeddings=131072, original_max_position_embeddings=4096,
+        rope_scaling=dict(type='longrope', short_factor=48 * [1.0],
+                          long_factor=48 * [2.0]))),
+    'microsoft/phi-4': (14_659_507_200, dict(
+        model_type='phi3', vocab_size=100352, hidden_size=5120,
+        intermediate_size=17920, num_hidden_layers=40, num_attention_heads=40,
+        num_key_value_heads=10, rope_theta=250000)),
+    'openai-community/gpt2': (124_439_808, dict(
+        model_type='gpt2', n_embd=768, n_layer=12, n_head=12, n_ctx=1024,
+        n_positions=1024, vocab_size=50257, attn_pdrop=0.1,
+        summary_type='cls_index')),
+    'openai-community/gpt2-xl': (1_557_611_200, dict(
+        model_type='gpt2', n_embd=1600, n_layer=48, n_head=25, n_inner=None,
+        n_positions=1024, vocab_size=50257)),
     'EleutherAI/pythia-410m': (405_334_016, dict(
         model_type='gpt_neox', vocab_size=50304, hidden_size=1024,
         intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)),

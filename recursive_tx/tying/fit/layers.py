@@ -75,7 +75,9 @@ def embed(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _enter(cfg, variables, token_BT):
-  return model.Decoder(cfg).apply(variables, token_BT, method='enter')[0]
+  return model.Decoder(cfg).apply(
+      variables, token_BT, model.whole(cfg, token_BT.shape),
+      method='enter')[0]
 
 
 def stream(
