@@ -107,6 +107,16 @@ MUTANTS = {
         'store/hf.py',
         'return self._fused[1][part]', 'return self._fused[1][0]',
         ('store/hf_test.py::test_leaves_may_be_read_in_any_order',)),
+    'parts_of_one_size': Mutant(
+        'store/hf.py', 'np.split(array, np.cumsum(sizes)[:-1])',
+        'np.split(array, np.arange(1, len(sizes)) * sizes[0] )',
+        ('store/families_test.py::test_logits_equal_those_of_transformers'
+         '[phi3]',)),
+    'long_rope_a_token_early': Mutant(
+        'model/layer.py', 'long = cfg.context > original',
+        'long = cfg.context >= original',
+        ('store/families_test.py::'
+         'test_long_rope_has_other_factors_in_short_contexts',)),
     'sizes_not_compared': Mutant(
         'store/hf.py', 'if found[name] != shape:',
         'if len(found[name]) != len(shape):',

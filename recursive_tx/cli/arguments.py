@@ -69,7 +69,7 @@ def at_least(least: int, *several: flags.FlagHolder) -> None:
 def context(model: opening.Opened) -> int | None:
   """Positions that a model's source was trained with, None if unknown."""
   source = native.source_config(model.companions)
-  found = source.get('max_position_embeddings')
+  found = model.config.positions or source.get('max_position_embeddings')
   return found if type(found) is int and found > 0 else None
 
 

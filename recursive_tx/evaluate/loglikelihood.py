@@ -79,7 +79,8 @@ class Scorer:
     self.max_length = max_length
     self._tokens = tokens or _batch_tokens(cfg)
     self._variables = jax.device_put(variables)
-    self._score = _score_fn(cfg.opened_for(max_length), run, exits)
+    self._score_fn = lambda longest: _score_fn(
+        cfg.opened_for(longest), run, exits)
 
   def __call__(
       self, requests: Sequence[Request], *,
@@ -117,10 +118,13 @@ class Scorer:
     """
     # Arrays are made, and results summed, while the device works on a batch.
     before = None
+    score = self._score_fn(min(self.max_length, max(
+        (len(request.context) + len(request.continuation) - 1
+         for request in requests), default=1)))
     for batch in progress(shared_rows.batches(
         requests, max_length=self.max_length, tokens=self._tokens)):
       arrays = shared_rows.arrays(batch)
-      results = self._score(self._variables, arrays._replace(owner_A=None))
+      results = score(self._variables, arrays._replace(owner_A=None))
       if before is not None:
         yield _summed(*before)
       before = arrays, results
