@@ -13,7 +13,6 @@ from typing import Any
 from recursive_tx import config as config_lib
 from recursive_tx.errors import UserError
 
-
 Pattern = str | tuple[str, ...]
 
 
@@ -248,9 +247,9 @@ FAMILIES = {family.model_type: family for family in (
         model_type='gpt2', architecture='GPT2LMHeadModel',
         fixed=dict(gated=False, parallel=False, norm='layer', pattern='n',
                    attention_bias=True, mlp_bias=True),
-        fields=(('vocab_size', 'V', 50257), ('n_embd', 'D', 768),
-                ('n_inner', 'F', '4*n_embd'), ('n_layer', 'layers', 12),
-                ('n_head', 'N', 12), ('n_positions', 'positions', 1024),
+        fields=(('vocab_size', 'V', None), ('n_embd', 'D', None),
+                ('n_inner', 'F', '4*n_embd'), ('n_layer', 'layers', None),
+                ('n_head', 'N', None), ('n_positions', 'positions', None),
                 ('activation_function', 'act', 'gelu_new'),
                 ('layer_norm_epsilon', 'norm_eps', 1e-5),
                 ('tie_word_embeddings', 'tied', True)),
