@@ -29,11 +29,13 @@ class Mutant:
     module: file of the package.
     old, new: text that occurs once, and what takes its place.
     killers: tests of which one at least must fail.
+    slow: they are marked so.
   """
   module: str
   old: str
   new: str
   killers: tuple[str, ...]
+  slow: bool = False
 
 
 _SOURCES = ('tying/arithmetic_test.py::'
@@ -250,7 +252,8 @@ MUTANTS = {
          'test_directions_hold_what_the_leading_singular_vectors_do',)),
     'distilled_whatever_comes_of_it': Mutant(
         'tying/fit/search.py', 'if nats_of(made, store) < nats:', 'if True:',
-        ('tying/fit/polish_test.py::test_what_it_made_worse_is_not_kept',)),
+        ('tying/fit/polish_test.py::test_what_it_made_worse_is_not_kept',),
+        slow=True),
     'distilled_from_the_normalised': Mutant(
         'tying/fit/polish.py',
         "logits(None, model.normalize(rcfg, x_BTD, fixed['norm']))",
@@ -283,7 +286,7 @@ MUTANTS = {
         'tying/fit/refit.py',
         '(base + value) * factor - base', 'value * factor',
         ('tying/fit/search_test.py::'
-         'test_norms_do_what_kernels_without_factors_cannot',)),
+         'test_norms_do_what_kernels_without_factors_cannot',), slow=True),
     'biases_of_what_should_come_in': Mutant(
         'tying/fit/refit.py', '(sums.mean + sums.shift) @', 'sums.mean @',
         ('tying/fit/search_test.py::test_a_loops_biases_keep_the_means',)),
@@ -291,7 +294,8 @@ MUTANTS = {
         'tying/fit/search.py',
         'key=lambda row: row[0]', 'key=lambda row: -row[0]',
         ('tying/fit/search_test.py::'
-         'test_no_start_of_the_paper_is_nearer_on_what_was_kept_apart',)),
+         'test_no_start_of_the_paper_is_nearer_on_what_was_kept_apart',),
+        slow=True),
     'keys_of_a_layer_of_the_block': Mutant(
         'store/compact/modeling_recursive.py.txt',
         'RecursiveAttention(config, layer_idx)',
@@ -322,11 +326,13 @@ def _copy(directory: pathlib.Path) -> None:
   shutil.copy(TESTS.parent / 'pyproject.toml', directory)
 
 
-def _run(directory: pathlib.Path, killers) -> subprocess.CompletedProcess:
+def _run(
+    directory: pathlib.Path, killers, slow: bool
+) -> subprocess.CompletedProcess:
   nodes = [f'tests/{killer}' for killer in sorted(set(killers))]
   return subprocess.run(
-      [sys.executable, '-m', 'pytest', '-x', '-q', '-m', 'not slow',
-       '-p', 'no:cacheprovider', *nodes],
+      [sys.executable, '-m', 'pytest', '-x', '-q', '-m',
+       'slow' if slow else 'not slow', '-p', 'no:cacheprovider', *nodes],
       cwd=directory, capture_output=True, text=True, timeout=3600,
       env={**os.environ, 'PYTHONPATH': str(directory)})
 
@@ -339,16 +345,19 @@ def _assert_killed(directory: pathlib.Path, name: str) -> None:
   assert mutant.killers and mutant.old != mutant.new
   assert text.count(mutant.old) == 1, 'the mutant has drifted from the code'
   path.write_text(text.replace(mutant.old, mutant.new))
-  done = _run(directory, mutant.killers)
+  done = _run(directory, mutant.killers, mutant.slow)
   # 1 is failed tests; a mutant that cannot be imported or collected is not
   # a bug that only a test finds.
   assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-1000:]
   assert 'failed' in done.stdout.splitlines()[-1]
 
 
-def test_the_killers_pass_without_a_mutant(tmp_path):
+@pytest.mark.parametrize('slow', [False, True])
+def test_the_killers_pass_without_a_mutant(slow, tmp_path):
   _copy(tmp_path)
-  done = _run(tmp_path, [k for m in MUTANTS.values() for k in m.killers])
+  done = _run(tmp_path, [killer for mutant in MUTANTS.values()
+                         if mutant.slow == slow
+                         for killer in mutant.killers], slow)
   assert done.returncode == 0, done.stdout[-3000:]
 
 
