@@ -114,7 +114,9 @@ HF = {
             full_attention=dict(rope_type='linear', rope_theta=1e4, factor=2.5),
             sliding_attention=dict(rope_type='default', rope_theta=100.0)))),
     'phi3': ('phi3', dict(
-        num_key_value_heads=2, sliding_window=100, pad_token_id=0)),
+        num_key_value_heads=2, sliding_window=100, pad_token_id=0,
+        rope_parameters=dict(rope_type='default', rope_theta=1e4,
+                             partial_rotary_factor=0.75))),
     # 4 of 8 dimensions are rotated, with factors for two lengths.
     'phi3_long': ('phi3', dict(
         num_key_value_heads=2, pad_token_id=0, max_position_embeddings=1024,

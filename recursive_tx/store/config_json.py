@@ -94,7 +94,8 @@ def read(
     fields[field] = derive(fields)
   act = str(fields['act'])
   act = family.loose.get(act, act)
-  one_of(f'config.json: {_key(family, "act")}', act, _ACTS)
+  key = next(key for key, field, _ in family.fields if field == 'act')
+  one_of(f'config.json: {key}', act, _ACTS)
   layers = fields.pop('layers')
   fields.update(act=_ACTS[act], window=fields.get('window') or 0,
                 layers_per_loop=layers)
@@ -161,8 +162,9 @@ def write(
   for key, field, _ in family.fields:
     value = cfg.num_layers if field == 'layers' else getattr(cfg, field)
     hf[key] = _FORMS[key][1](value) if key in _FORMS else value
-  act = _key(family, 'act')
-  hf[act] = next(k for k, v in _ACTS.items() if v == cfg.act)
+  # Names of one function differ in transformers by rounding.
+  act, usual = next(row[::2] for row in family.fields if row[1] == 'act')
+  hf[act] = next(name for name in (usual, *_ACTS) if _ACTS[name] == cfg.act)
   if 'sliding_window' in hf:
     hf['sliding_window'] = cfg.window or None
   if family.rope:
@@ -171,6 +173,8 @@ def write(
     if share:
       hf[share] = cfg.rope_fraction
     hf['rope_scaling'] = fields_lib.write_scaling(cfg)
+    if cfg.long_rope:  # Where Phi 3 has it.
+      hf['original_max_position_embeddings'] = int(cfg.long_rope[0])
   if family.kinds:
     kinds = [cfg.kind(layer) for layer in range(cfg.num_layers)]
     hf['layer_types'] = [_LAYER_TYPES[kind] for kind in kinds]
@@ -199,11 +203,6 @@ def _value(hf, key, field, default):
     raise UserError(f'config.json: {key}={value!r}; expected a size, an '
                      f'integer of at least 1')
   return value
-
-
-def _key(family: Family, field: str) -> str:
-  """The key of config.json that a field of a family's comes from."""
-  return next(key for key, own, _ in family.fields if own == field)
 
 
 def handled(family: Family) -> set[str]:

@@ -294,6 +294,7 @@ FIELDS = {
     'window_theta': (LOOPED, dict(window_theta=100.0)),
     'embed_scale': (LOOPED, dict(embed_scale=True)),
     'embed_factor': (LOOPED, dict(embed_factor=2.0)),
+    'positions': (LOOPED, dict(positions=64)),
     'tied': (LOOPED, dict(tied=True)),
     'exit_gate': (LOOPED, dict(exit_gate=3)),
 }

@@ -102,7 +102,7 @@ def _old(hf):
   if hf['model_type'] == 'gpt_neox':
     hf.update(rotary_emb_base=theta, rotary_pct=share)
   else:
-    hf['rope_theta'] = theta
+    hf.update(rope_theta=theta, partial_rotary_factor=share)
   if rope['rope_type'] != 'default':
     hf['rope_scaling'] = rope
   if 'dtype' in hf:
