@@ -71,6 +71,13 @@ EACH_FAMILY = [
     if name in ('gpt2', 'qwen2', 'qwen3', 'olmo2', 'granite', 'gemma2', 'phi3',
                 'smollm3')
     else name for name in FAMILIES]
+# What llama.cpp does whatever a file says, where a family may do otherwise.
+LLAMA_CPP = {
+    'qwen2': dict(H=4),
+    'gemma2': dict(query_scale=0.0),
+    'gemma3_text': dict(
+        query_scale=0.0, pattern='wwwwwg', window_theta=10_000.0),
+    'smollm3': dict(pattern='gggn')}
 # A looped model with a bit of everything.
 MIXED = rtx.ModelConfig(
     V=29, D=16, F=24, N=4, K=2, H=6, layers_per_loop=2, loops=2, prelude=1,

@@ -111,12 +111,15 @@ def _folded(
 
 def _add_sizes(writer, architecture, cfg, hf_config) -> None:
   """What llama.cpp reads of the model's sizes."""
-  length = hf_config.get('max_position_embeddings') or 2048
-  if cfg.window:
+  length = cfg.positions or hf_config.get('max_position_embeddings') or 2048
+  if cfg.pattern and cfg.window:
+    writer.add_sliding_window(cfg.window)
+  elif cfg.window:
     logging.warning(
         'llama.cpp has no sliding window here: the context length is set to'
         ' the window, %d, up to which both are equal.', cfg.window)
-  writer.add_context_length(min(length, cfg.window or length))
+    length = min(length, cfg.window)
+  writer.add_context_length(length)
   writer.add_vocab_size(cfg.V)
   writer.add_embedding_length(cfg.D)
   writer.add_block_count(cfg.layers_per_loop)
@@ -125,13 +128,27 @@ def _add_sizes(writer, architecture, cfg, hf_config) -> None:
   writer.add_head_count_kv(cfg.K)
   writer.add_key_length(cfg.H)
   writer.add_value_length(cfg.H)
-  writer.add_rope_dimension_count(int(cfg.H * cfg.rope_fraction))
-  writer.add_rope_freq_base(cfg.rope_theta)
+  if not cfg.positions:
+    writer.add_rope_dimension_count(int(cfg.H * cfg.rope_fraction))
+    writer.add_rope_freq_base(cfg.rope_theta)
   if cfg.norm == 'layer':
     writer.add_layer_norm_eps(cfg.norm_eps)
-    writer.add_parallel_residual(cfg.parallel)
   else:
     writer.add_layer_norm_rms_eps(cfg.norm_eps)
+  if architecture.name == 'gptneox':
+    writer.add_parallel_residual(cfg.parallel)
+  if architecture.name == 'granite':
+    writer.add_attention_scale(cfg.score_scale)
+    writer.add_embedding_scale(cfg.embed_factor)
+    writer.add_residual_scale(cfg.residual_scale)
+    writer.add_logit_scale(1 / cfg.logits_scale)
+  if cfg.attention_cap:
+    writer.add_attn_logit_softcapping(cfg.attention_cap)
+  if cfg.logits_cap:
+    writer.add_final_logit_softcapping(cfg.logits_cap)
+  if cfg.long_rope:
+    writer.add_rope_scaling_orig_ctx_len(int(cfg.long_rope[0]))
+    writer.add_rope_scaling_attn_factors(cfg.long_rope[1])
   if len(cfg.rope_scaling) == 1:
     writer.add_string(f'{architecture.name}.rope.scaling.type', 'linear')
     writer.add_rope_scaling_factor(cfg.rope_scaling[0])

@@ -20,11 +20,18 @@ from recursive_tx.errors import UserError
 from recursive_tx.files import paths
 from recursive_tx.store import looped
 
-_NAMES = {'attn_norm': 'attn_norm', 'mlp_norm': 'ffn_norm', 'q': 'attn_q',
-          'k': 'attn_k', 'v': 'attn_v', 'o': 'attn_output',
-          'gate': 'ffn_gate', 'up': 'ffn_up', 'down': 'ffn_down'}
+_NAMES = {'attn_norm': 'attn_norm', 'mlp_norm': 'ffn_norm',
+          'attn_post_norm': 'post_attention_norm',
+          'mlp_post_norm': 'post_ffw_norm', 'q_norm': 'attn_q_norm',
+          'k_norm': 'attn_k_norm', 'q': 'attn_q', 'k': 'attn_k',
+          'v': 'attn_v', 'o': 'attn_output', 'gate': 'ffn_gate',
+          'up': 'ffn_up', 'down': 'ffn_down'}
+_QKV, _GATE_UP = ('q', 'k', 'v'), ('gate', 'up')
+_FUSED_NAMES = {_QKV: 'attn_qkv', _GATE_UP: 'ffn_up'}
 _LLAMA = dict(norm='rms', gated=True, parallel=False, embed_scale=False,
               act='silu', rope_fraction=1.0)
+_BARE = dict(_LLAMA, loops=1, attention_bias=False, mlp_bias=False, window=0)
+_GEMMA = dict(_BARE, norm='rms+1', embed_scale=True, act='gelu_tanh', tied=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,19 +41,27 @@ class Architecture:
   Attributes:
     name: general.architecture.
     fixed: values, or tuples of them, that fields of ModelConfig must have.
+    rare: fields of config.RARE that it has; the others must be neutral.
     permuted: dimensions i and i + H / 2 of q and k, which rotate together,
       lie side by side.
-    fused: q, k and v are one tensor, attn_qkv.
+    square: its heads together are as wide as the model.
+    fused: kernels that are one tensor, one after the other.
     complete: the head and the biases of attention must be there: a tied head
       is written as a copy, a bias that the model lacks as zeros.
     rope_factors: it reads a divisor for each rotary frequency.
   """
   name: str
   fixed: dict[str, Any]
+  rare: tuple[str, ...] = ()
   permuted: bool = False
-  fused: bool = False
+  square: bool = False
+  fused: tuple[tuple[str, ...], ...] = ()
   complete: bool = False
   rope_factors: bool = False
+
+
+def _without(fixed: dict[str, Any], *free: str) -> dict[str, Any]:
+  return {key: value for key, value in fixed.items() if key not in free}
 
 
 NANBEIGE = Architecture(
@@ -56,13 +71,38 @@ ARCHITECTURES = (
     NANBEIGE,
     Architecture('llama', dict(_LLAMA, loops=1), permuted=True,
                  rope_factors=True),
-    Architecture('gemma', dict(
-        _LLAMA, loops=1, norm='rms+1', embed_scale=True, act='gelu_tanh',
-        tied=True, attention_bias=False, mlp_bias=False)),
+    Architecture('qwen2', dict(_BARE, qkv_bias=True), ('qkv_bias',),
+                 square=True),
+    Architecture('qwen3', dict(_BARE, qk_norm='head'), ('qk_norm',)),
+    Architecture('olmo2', dict(_BARE, norm_place='post', qk_norm='all'),
+                 ('norm_place', 'qk_norm'), square=True),
+    Architecture('granite', _BARE, (
+        'query_scale', 'residual_scale', 'logits_scale', 'embed_factor'),
+                 permuted=True),
+    # Every fourth layer is without rotary positions, whatever the file says.
+    Architecture('smollm3', dict(_BARE, pattern='gggn'), ('pattern',),
+                 permuted=True),
+    Architecture('phi3', _without(_BARE, 'window', 'rope_fraction'),
+                 ('long_rope',), square=True, fused=(_QKV, _GATE_UP)),
+    Architecture('gemma', _without(_GEMMA, 'window')),
+    # Windows in every other layer, or five in six, with a theta of 10,000;
+    # queries are scaled by H ** -0.5.
+    Architecture('gemma2', dict(
+        _without(_GEMMA, 'window'), norm_place='both', pattern='wg'), (
+            'norm_place', 'pattern', 'attention_cap', 'logits_cap')),
+    Architecture('gemma3', dict(
+        _without(_GEMMA, 'window'), norm_place='both', pattern='wwwwwg',
+        qk_norm='head', window_theta=10_000.0), (
+            'norm_place', 'pattern', 'qk_norm', 'window_theta')),
+    Architecture('gpt2', dict(
+        loops=1, norm='layer', gated=False, parallel=False, embed_scale=False,
+        act='gelu_tanh', attention_bias=True, mlp_bias=True, pattern='n'), (
+            'pattern', 'positions'), square=True, fused=(_QKV,)),
     # It computes the tanh form of GELU for both.
     Architecture('gptneox', dict(
         loops=1, norm='layer', gated=False, embed_scale=False, mlp_bias=True,
-        act=('gelu', 'gelu_tanh'), window=0), fused=True, complete=True))
+        act=('gelu', 'gelu_tanh'), window=0), square=True,
+                 fused=(_QKV,), complete=True))
 
 
 def architecture(cfg: config_lib.ModelConfig) -> Architecture:
@@ -76,7 +116,7 @@ def architecture(cfg: config_lib.ModelConfig) -> Architecture:
       return found
   if cfg.rare:
     raise UserError(
-        '--form=gguf: no architecture here has '
+        '--form=gguf: no architecture of llama.cpp has all of '
         + ', '.join(f'model.{k}={v!r}' for k, v in cfg.rare.items())
         + '; use --form=unrolled')
   raise UserError(
@@ -95,9 +135,13 @@ def loops_fit(cfg: config_lib.ModelConfig) -> bool:
 
 def _fits(architecture: Architecture, cfg) -> bool:
   rope = architecture.rope_factors or len(cfg.rope_scaling) != 4
-  square = not architecture.fused or (
-      cfg.K == cfg.N and cfg.N * cfg.H == cfg.D)
-  return not cfg.rare and rope and square and all(
+  square = not architecture.square or cfg.N * cfg.H == cfg.D
+  square &= cfg.norm != 'layer' or cfg.K == cfg.N
+  # A scale of the queries that says what it would be without it is neutral.
+  rare = set(cfg.rare) - set(architecture.rare)
+  if math.isclose(cfg.score_scale, cfg.H**-0.5):
+    rare -= {'query_scale'}
+  return not rare and rope and square and all(
       getattr(cfg, field) in (value if isinstance(value, tuple) else (value,))
       for field, value in architecture.fixed.items())
 
@@ -185,8 +229,10 @@ def tensors(
 ) -> list[Row]:
   """Every tensor of the file, in its order."""
   offset = float(cfg.norm == 'rms+1')
-  rows = [Row('token_embd.weight', ('embed/embedding',), None),
-          *_norm_rows(cfg, 'output_norm', 'norm', None, offset)]
+  rows = [Row('token_embd.weight', ('embed/embedding',), None)]
+  if cfg.positions:
+    rows.append(Row('position_embd.weight', ('embed/positions',), None))
+  rows += _norm_rows(cfg, 'output_norm', 'norm', None, offset)
   if not cfg.tied:
     rows.append(Row('output.weight', ('head/kernel',), None))
   elif architecture.complete:
@@ -194,21 +240,28 @@ def tensors(
   if len(cfg.rope_scaling) == 4:
     rows.append(Row('rope_freqs.weight', (), None,
                     constant=_rope_factors(cfg)))
+  if cfg.long_rope:
+    divisors = cfg.long_rope[2:]
+    for name, values in (
+        ('short', divisors[:len(divisors) // 2]),
+        ('long', divisors[len(divisors) // 2:])):
+      rows.append(Row(f'rope_factors_{name}.weight', (), None,
+                      constant=tuple(values)))
   for layer in range(cfg.layers_per_loop):
-    for norm in ('attn_norm', 'mlp_norm'):
+    for norm in cfg.norms:
       rows += _norm_rows(cfg, f'blk.{layer}.{_NAMES[norm]}',
                          f'block/vectors/{norm}', layer, offset)
-    groups = [(name,) for name in cfg.kernels]
-    if architecture.fused:
-      groups = [('q', 'k', 'v'), *(
-          group for group in groups if group[0] not in 'qkv')]
-    for group in groups:
+    apart = [(name,) for name in cfg.kernels if not any(
+        name in group for group in architecture.fused)]
+    for group in (*architecture.fused, *apart):
       rows += _linear_rows(architecture, cfg, group, layer)
   return rows
 
 
 def _norm_rows(cfg, name, leaf, layer, offset) -> list[Row]:
-  rows = [Row(f'{name}.weight', (f'{leaf}/scale',), layer, offset=offset)]
+  # Those of all heads as one are a row.
+  rows = [Row(f'{name}.weight', (f'{leaf}/scale',), layer, ('bias',),
+              offset=offset)]
   if cfg.norm == 'layer':
     rows.append(Row(f'{name}.bias', (f'{leaf}/bias',), layer))
   return rows
@@ -216,7 +269,7 @@ def _norm_rows(cfg, name, leaf, layer, offset) -> list[Row]:
 
 def _linear_rows(architecture, cfg, group, layer) -> list[Row]:
   """Weight and bias of one kernel, or of several side by side."""
-  name = 'attn_qkv' if len(group) > 1 else _NAMES[group[0]]
+  name = _FUSED_NAMES.get(group) or _NAMES[group[0]]
   heads = {'q': cfg.N, 'k': cfg.K} if architecture.permuted else {}
   permuted = tuple(heads.get(kernel, 0) for kernel in group)
   part = 'attn' if group[0] in config_lib.GROUPS['attn'] else 'mlp'

@@ -19,8 +19,9 @@ _LLAMA = dataclasses.replace(
     tiny.FAMILIES['llama'], attention_bias=False, mlp_bias=False)
 _TIED = dict(_RELAXED, rank='0', loop_norms=False)
 CFGS = {
-    **{name: dataclasses.replace(cfg, **_RELAXED)
-       for name, cfg in tiny.FAMILIES.items() if not cfg.rare},
+    **{name: dataclasses.replace(
+        cfg, **_RELAXED, **tiny.LLAMA_CPP.get(name, {}))
+       for name, cfg in tiny.FAMILIES.items()},
     'llama': dataclasses.replace(_LLAMA, **_RELAXED),
     'tied_head': dataclasses.replace(_LLAMA, **_RELAXED, tied=True),
     'serial': dataclasses.replace(
@@ -56,13 +57,19 @@ def read_by_transformers(directory):
       directory, gguf_file=gguf_form.FILE, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize('name', ['llama', 'tied_head', 'mistral'])
-def test_transformers_reads_our_logits(tmp_path, name):
-  """But for rope scaling and biases, which its reader leaves out."""
-  cfg = CFGS[name]
+@pytest.mark.parametrize('name, change', [
+    ('llama', {}), ('tied_head', {}), ('mistral', {}), ('qwen2', {}),
+    ('qwen3', dict(H=128)), ('gpt2', dict(V=50257, F=64, positions=1024)),
+    ('gemma2', dict(H=256, attention_cap=50.0, logits_cap=30.0)),
+    ('gemma3_text', dict(H=256, rope_scaling=()))])
+def test_transformers_reads_our_logits(tmp_path, name, change):
+  """But for rope scaling and some biases, which its reader leaves out, and
+  sizes that it does not read."""
+  cfg = dataclasses.replace(CFGS[name], **change)
   values = save(tmp_path / 'out', cfg)
   made = read_by_transformers(tmp_path / 'out')
-  token_BT = tiny.tokens(cfg, T=SHORT if cfg.window else 40)
+  token_BT = tiny.tokens(
+      cfg, T=SHORT if cfg.window and not cfg.pattern else 40)
   assert tiny.distance(
       tiny.torch_logits(made, token_BT),
       tiny.decoder(cfg)(values, token_BT)) < 1e-5
@@ -205,7 +212,7 @@ def test_a_window_bounds_the_context_with_a_line(tmp_path, caplog):
 
 @pytest.mark.parametrize('change', [
     dict(act='relu'), dict(norm='layer'), dict(gated=False),
-    dict(rope_fraction=0.5, H=8), dict(parallel=True)])
+    dict(rope_fraction=0.5, H=8, mlp_bias=True), dict(parallel=True)])
 def test_what_no_architecture_computes_is_refused(tmp_path, change):
   cfg = dataclasses.replace(_LLAMA, **change)
   with tiny.refused('no architecture of llama.cpp', '--form=recursive'):
@@ -221,15 +228,24 @@ def test_a_gemma_with_what_llama_cpp_leaves_out_is_refused(tmp_path):
           tiny.FAMILIES['gemma'], **change))
 
 
-def test_families_have_an_architecture_or_are_refused(tmp_path):
-  found = {name: gguf_tensors.architecture(cfg).name
-           for name, cfg in tiny.FAMILIES.items() if not cfg.rare}
-  assert found == {'llama': 'llama', 'mistral': 'llama', 'gemma': 'gemma',
-                   'gpt_neox': 'gptneox'}
-  for cfg in tiny.FAMILIES.values():
-    for name, value in cfg.rare.items():
-      with tiny.refused(name, repr(value), '--form=unrolled'):
-        save(tmp_path / 'out', cfg)
+def test_every_family_has_an_architecture():
+  found = {name: gguf_tensors.architecture(dataclasses.replace(
+      cfg, **tiny.LLAMA_CPP.get(name, {}))).name
+           for name, cfg in tiny.FAMILIES.items()}
+  others = {'mistral': 'llama', 'gpt_neox': 'gptneox', 'gemma3_text': 'gemma3'}
+  assert found == {name: others.get(name, name) for name in tiny.FAMILIES}
+
+
+@pytest.mark.parametrize('name, change', [
+    ('gemma2', {}), ('gemma2', dict(query_scale=0.0, pattern='wwg')),
+    ('gemma3_text', dict(query_scale=0.0)), ('smollm3', {}),
+    ('qwen3', dict(qk_norm='all')), ('qwen2', dict(embed_factor=2.0)),
+    ('olmo2', dict(norm_place='both')), ('phi3', dict(logits_cap=3.0)),
+    ('gpt2', dict(act='gelu'))])
+def test_what_llama_cpp_does_otherwise_is_refused(tmp_path, name, change):
+  cfg = dataclasses.replace(tiny.FAMILIES[name], **change)
+  with tiny.refused('--form=gguf', *cfg.rare, '--form=unrolled'):
+    save(tmp_path / 'out', cfg)
   assert not (tmp_path / 'out').exists()
 
 

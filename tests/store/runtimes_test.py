@@ -14,6 +14,7 @@ import tiny_tokenizers
 from recursive_tx.store import compact, gguf_form, looped
 from recursive_tx.text import tokenizer as tokenizer_lib
 
+LENGTH = 256  # The context that llama.cpp is opened for.
 _RELAXED = dict(layers_per_loop=2, loops=3, rank='q2+k9+o3+mlp4')
 _LLAMA = dataclasses.replace(tiny.FAMILIES['llama'], mlp_bias=False)
 _PLAIN = dataclasses.replace(_LLAMA, attention_bias=False)
@@ -34,11 +35,19 @@ GGUF = {
     'gpt_neox_serial': dataclasses.replace(
         tiny.FAMILIES['gpt_neox'], **_RELAXED, parallel=False, tied=True,
         attention_bias=False),
+    **{name: dataclasses.replace(
+        tiny.FAMILIES[name], **_RELAXED, **tiny.LLAMA_CPP.get(name, {}))
+       for name in ('qwen2', 'qwen3', 'olmo2', 'granite', 'smollm3', 'phi3',
+                    'gemma2', 'gemma3_text')},
+    'gpt2': dataclasses.replace(
+        tiny.FAMILIES['gpt2'], **_RELAXED, positions=LENGTH),
     'looped': _TIED,
     'looped_3': dataclasses.replace(
         _TIED, H=16, tied=True, rope_scaling=(8.0, 1.0, 4.0, 16.0))}
 # Its GELU is a table of fp16.
-ROUNDING = dict.fromkeys(('gemma', 'gpt_neox', 'gpt_neox_serial'), 5e-3)
+ROUNDING = dict.fromkeys((
+    'gemma', 'gemma2', 'gemma3_text', 'gpt2', 'gpt_neox', 'gpt_neox_serial'),
+                         5e-3)
 TEXTS = ['the cat', '  two spaces\n\nand lines\t\ttabs', "it's 1984, 3.14!",
          'über naïve — ¿qué? 日本語 🙂', '', ' ', 'def f(x):\n    return x']
 
@@ -60,7 +69,8 @@ def test_llama_cpp_computes_our_logits(name, tmp_path):
   cfg = GGUF[name]
   values = tiny.variables(cfg)
   gguf_form.save(tmp_path / 'out', cfg, values,
-                 hf_config={'max_position_embeddings': 256})
+                 hf_config={'max_position_embeddings': LENGTH})
+  cfg = cfg.opened_for(LENGTH)
   token_BT = tiny.tokens(cfg, B=4, T=24)
   found = runtimes.run(
       'llama_cpp', tmp_path / 'out', token_BT.tolist(), interpreter=interpreter,
