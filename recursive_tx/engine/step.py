@@ -309,7 +309,9 @@ def _enter(plan, weights, rows, row_B, starts_B, x_BD, cache):
   place = _place(rows, jnp.where(starts_B, row_B, nowhere))
   token_B = rows.token.at[row_B].get(mode='clip')
   if not plan.cfg.prelude:
-    new_B1D, _ = plan.apply(weights, token_B[:, None], method='enter')
+    new_B1D, _ = plan.apply(
+        weights, token_B[:, None], None, kv_cache.Cached(cache, place),
+        method='enter')
     return jnp.where(starts_B[:, None], new_B1D[:, 0], x_BD), cache
 
   def enter(index_C, carry):

@@ -65,8 +65,10 @@ def test_equals_each_request_alone(name):
   variables = tiny.variables(cfg)
   requests = requests_of(cfg.V)
   scores = Scorer(cfg, variables)(requests)
+  longest = max(len(context) + len(more) for context, more in requests) - 1
+  opened = cfg.opened_for(longest)
   log_p_Q, greedy_Q = by_hand(
-      lambda token_BT: tiny.decoder(cfg)(variables, token_BT), requests)
+      lambda token_BT: tiny.decoder(opened)(variables, token_BT), requests)
   assert scores.log_p_LQ.shape == (1, len(requests))
   np.testing.assert_allclose(scores.log_p_LQ[0], log_p_Q, rtol=1e-5)
   assert np.array_equal(scores.greedy_LQ[0], greedy_Q)

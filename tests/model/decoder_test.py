@@ -28,7 +28,8 @@ def _embedding_gradient(cfg, T):
   module = rtx.Decoder(cfg)
 
   def logit(table_VD, values, t, segment_1T):
-    params = {**values['params'], 'embed': {'embedding': table_VD}}
+    embed = {**values['params']['embed'], 'embedding': table_VD}
+    params = {**values['params'], 'embed': embed}
     token_1T = jnp.arange(T)[None]  # All distinct, so a row is a place.
     logits_1TV = module.apply({'params': params}, token_1T, segment_1T)
     return (logits_1TV[0, t] * jnp.arange(1, cfg.V + 1)).sum()
