@@ -417,6 +417,11 @@ def score(bench: Bench):
   """
   report, sizes = bench.report('score'), bench.sizes
   cfg, exact, tokenizer = bench.original[:3]
+  start = time.perf_counter()
+
+  def told(what):
+    print(f'score: {time.perf_counter() - start:.0f} s: {what}', flush=True)
+
   rows, texts = 4, {}
   for path in sorted((bench.data / 'texts').glob('*.txt')):
     token_QT = quality.pieces(
@@ -424,6 +429,7 @@ def score(bench: Bench):
     # One shape, since each is compiled for a while.
     token_QT = token_QT[:len(token_QT) // rows * rows]
     texts[path.stem] = quality.Compared(cfg, exact, token_QT, rows)
+    told(f'original read {path.stem}')
   tasks = {path.stem: quality.requests(tokenizer, path, sizes.documents)
            for path in sorted((bench.data / 'eval').glob('*.jsonl'))}
   done = {row['model'] for row in report.rows}
@@ -437,12 +443,14 @@ def score(bench: Bench):
     for text, compared in texts.items():
       row |= {f'{text} {metric}': value for metric, value in compared(
           cfg, variables).items()}
+      told(f'{name} read {text}')
     scorer = Scorer(cfg, variables)
     for task, (requests, questions) in tasks.items():
       found = scorer(requests)
       row |= {f'{task} {metric}': value for metric, value in quality.accuracies(
           zip(found.log_p_LQ[0], found.greedy_LQ[0], strict=True),
           questions).items()}
+      told(f'{name} did {task}')
     report.add(**row, seconds=time.perf_counter() - begin)
 
 
