@@ -92,6 +92,7 @@ setuptools.setup(
             _LIBTPU,  # For `plan`.
             'mypy>=1.16',
             'openai>=2.0',
+            'peft>=0.17',
             'pytest>=8',
             'pytest-xdist>=3.6',
             'ruff>=0.9',
