@@ -44,6 +44,9 @@ TASKS = {
     'text': dict(
         kind='text', train='data/text/train/**/*.txt',
         heldout='data/text/validation/**/*.txt')}
+# What a task may name besides; a config has the keys that it can be given.
+_TASK = dict(kind='', train='', heldout='', document='', key='', dataset='',
+             weight=1.0)
 BASELINES = ('full', 'reduced', 'random')
 _UNSET = -(1 << 31)  # Loops that no argument names.
 
@@ -169,7 +172,7 @@ def uptrain(
   if args.baseline == 'random':
     config.init = 'random'
 
-  config.data.tasks[args.data] = TASKS[args.data]
+  config.data.tasks[args.data] = {**_TASK, **TASKS[args.data]}
   config.data.update(batch=1024, seq_len=2048)
 
   # 2M tokens a step, and warm-up over 2.8 % of them.

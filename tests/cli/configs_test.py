@@ -17,7 +17,7 @@ import recursive_tx as rtx
 from recursive_tx import losses, machine, train
 from recursive_tx.cli.configs import typed
 from recursive_tx.configs import common
-from recursive_tx.data import DataConfig
+from recursive_tx.data import DataConfig, Task
 from recursive_tx.errors import UserError
 from recursive_tx.store import config_json
 from recursive_tx.train import optim
@@ -227,6 +227,15 @@ def test_data_is_chosen_by_name(name, arg, task, kind):
   found, = typed(get_config(name, arg)).data.tasks
   assert (found.name, found.kind) == (task, kind)
   assert found.train and found.heldout
+
+
+def test_every_field_of_a_task_can_be_named():
+  """As docs/data.md does on the command line, where a key must exist."""
+  task = get_config('gemma_2b', 'data=text').data.tasks.text
+  fields = {field.name for field in dataclasses.fields(Task)}
+  assert set(task) == fields - {'name'}
+  found, = typed(get_config('gemma_2b', 'data=text')).data.tasks
+  assert found == Task(name='text', **common.TASKS['text'])
 
 
 # Each recipe, and each way through one; all but the richest are slow.
