@@ -119,8 +119,8 @@ class Scorer:
     # Arrays are made, and results summed, while the device works on a batch.
     before = None
     score = self._score_fn(min(self.max_length, max(
-        (len(request.context) + len(request.continuation) - 1
-         for request in requests), default=1)))
+        (len(context) + len(continuation) - 1
+         for context, continuation in requests), default=1)))
     for batch in progress(shared_rows.batches(
         requests, max_length=self.max_length, tokens=self._tokens)):
       arrays = shared_rows.arrays(batch)

@@ -134,7 +134,7 @@ def test_logits_are_made_for_few_positions_at_a_time():
   batch, = shared_rows.batches(requests, max_length=99, tokens=2048)
   arrays = shared_rows.arrays(batch)._replace(owner_A=None)
   for run, most in ((scorer, 128), (one, 2)):
-    jaxpr = jax.make_jaxpr(run._score)(variables, arrays)
+    jaxpr = jax.make_jaxpr(run._score_fn(1))(variables, arrays)
     sizes = [x.aval.size for x in _inner(jaxpr.jaxpr) if hasattr(x, 'aval')]
     assert cfg.V <= max(sizes) / most <= cfg.V + cfg.D
   np.testing.assert_allclose(
