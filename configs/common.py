@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from recursive_tx import train
 from recursive_tx.config import ModelConfig
-from recursive_tx.data import DataConfig
+from recursive_tx.data import DataConfig, Task
 from recursive_tx.errors import UserError, in_range, one_of
 from recursive_tx.train.optim import OptimConfig
 
@@ -44,9 +44,6 @@ TASKS = {
     'text': dict(
         kind='text', train='data/text/train/**/*.txt',
         heldout='data/text/validation/**/*.txt')}
-# What a task may name besides; a config has the keys that it can be given.
-_TASK = dict(kind='', train='', heldout='', document='', key='', dataset='',
-             weight=1.0)
 BASELINES = ('full', 'reduced', 'random')
 _UNSET = -(1 << 31)  # Loops that no argument names.
 
@@ -104,7 +101,9 @@ def base(model: dict[str, Any], *, gaps: bool = False) -> ConfigDict:
   return config
 
 
-def section(kind: type, *, gaps: bool = False, **values: Any) -> ConfigDict:
+def section(
+    kind: type, /, *, gaps: bool = False, **values: Any
+) -> ConfigDict:
   """The fields of a dataclass: `values`, else its defaults, else a typed gap.
 
   A gap is to be filled by the config file or on the command line. With `gaps`
@@ -120,6 +119,13 @@ def section(kind: type, *, gaps: bool = False, **values: Any) -> ConfigDict:
       config[field.name] = ml_collections.config_dict.placeholder(
           typing.get_origin(field.type) or field.type)
   assert not values, f'{kind.__name__} has no {values}.'
+  return config
+
+
+def task(**values: Any) -> ConfigDict:
+  """One of `data.tasks`, with all that the command line may set of it."""
+  config = section(Task, **{'name': '', 'heldout': '', **values})
+  del config.name  # That is its key.
   return config
 
 
@@ -172,7 +178,7 @@ def uptrain(
   if args.baseline == 'random':
     config.init = 'random'
 
-  config.data.tasks[args.data] = {**_TASK, **TASKS[args.data]}
+  config.data.tasks[args.data] = task(**TASKS[args.data])
   config.data.update(batch=1024, seq_len=2048)
 
   # 2M tokens a step, and warm-up over 2.8 % of them.

@@ -30,7 +30,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   return config
 
 
-def text(directory: str) -> dict[str, str]:
+def text(directory: str) -> ConfigDict:
   """The data task of the standard library's text."""
-  return dict(kind='jsonl', train=f'{directory}/train.jsonl',
-              heldout=f'{directory}/heldout.jsonl')
+  return common.task(kind='jsonl', train=f'{directory}/train.jsonl',
+                     heldout=f'{directory}/heldout.jsonl')

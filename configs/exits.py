@@ -28,7 +28,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   """`text`: files; `exits`: their weight, which trains them and a gate."""
   args = common.parse(arg, text='', exits='', steps=3000)
   config = common.base(dict(MODEL, exit_gate=64 if args.exits else 0))
-  config.data.tasks.stories = dict(
+  config.data.tasks.stories = common.task(
       kind='text', train=args.text, document='<|endoftext|>')
   config.data.update(batch=8, seq_len=256, heldout_fraction=0.02)
   config.optim.update(steps=args.steps, lr=2e-3, warmup=100, min_ratio=0.05)

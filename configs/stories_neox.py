@@ -23,7 +23,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   """`text`: files; `steps` as optim.steps."""
   args = common.parse(arg, text='', steps=1200)
   config = common.base(MODEL)
-  config.data.tasks.stories = dict(
+  config.data.tasks.stories = common.task(
       kind='text', train=args.text, document='<|endoftext|>')
   config.data.update(batch=8, seq_len=256, heldout_fraction=0.02)
   config.optim.update(steps=args.steps, lr=2e-3, warmup=100, min_ratio=0.05)

@@ -229,11 +229,17 @@ def test_data_is_chosen_by_name(name, arg, task, kind):
   assert found.train and found.heldout
 
 
-def test_every_field_of_a_task_can_be_named():
+@pytest.mark.parametrize(('name', 'arg'), [
+    ('gemma_2b', 'data=text'), ('demo', ''), ('quickstart', ''),
+    ('exits', 'text=a.txt'), ('stories_neox', 'text=a.txt')])
+def test_every_field_of_a_task_can_be_named(name, arg):
   """As docs/data.md does on the command line, where a key must exist."""
-  task = get_config('gemma_2b', 'data=text').data.tasks.text
+  task, = get_config(name, arg).data.tasks.values()
   fields = {field.name for field in dataclasses.fields(Task)}
   assert set(task) == fields - {'name'}
+
+
+def test_a_task_is_what_its_row_says():
   found, = typed(get_config('gemma_2b', 'data=text')).data.tasks
   assert found == Task(name='text', **common.TASKS['text'])
 
