@@ -15,6 +15,7 @@ import numpy as np
 from recursive_tx import config as config_lib
 from recursive_tx import files, model
 from recursive_tx.errors import UserError
+from recursive_tx.store import check as check_lib
 from recursive_tx.store import native, opening
 from recursive_tx.text.columns import columns
 from recursive_tx.tying.relax import initialised, target, tokens
@@ -122,8 +123,7 @@ def difference(
   for directory, size in zip((source, output), sizes, strict=True):
     cfg, variables = opening.load(directory)
     token_BT = np.random.default_rng(0).integers(0, cfg.V, (1, length))
-    apply = jax.jit(model.Decoder(cfg.opened_for(length)).apply)
-    both.append(apply(variables, jnp.asarray(token_BT, jnp.int32)))
+    both.append(check_lib.logits(cfg, variables)(token_BT))
     del variables
     progress(sum(sizes), size)
   ours, theirs = (jax.nn.log_softmax(logits) for logits in both[::-1])
