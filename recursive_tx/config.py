@@ -44,8 +44,7 @@ QK_NORMS = ('none', 'head', 'all')
 # reads what is exported.
 RARE = ('norm_place', 'qk_norm', 'qkv_bias', 'query_scale', 'attention_cap',
         'logits_cap', 'residual_scale', 'logits_scale', 'pattern',
-        'window_theta', 'embed_factor', 'long_rope',
-        'positions')
+        'window_theta', 'embed_factor', 'long_rope', 'positions')
 # What a virtual layer attends to; see ModelConfig.pattern.
 KINDS = ('g', 'w', 'n')
 WINDOW = KINDS.index('w')
@@ -250,6 +249,16 @@ class ModelConfig:
     return self.query_scale or self.H**-0.5
 
   @property
+  def rotated(self) -> int:
+    """Dimensions of a head that are rotated, from its start."""
+    return int(self.H * self.rope_fraction)
+
+  def rope_divisors(self, long: bool) -> tuple[float, ...]:
+    """Of `long_rope`: what divides each pair's frequency, in long contexts."""
+    first = 2 + long * (self.rotated // 2)
+    return self.long_rope[first:first + self.rotated // 2]
+
+  @property
   def mixed_kinds(self) -> bool:
     """Whether layers differ in what they attend to."""
     return len(set(self.pattern)) > 1
@@ -411,15 +420,15 @@ def _check(cfg: ModelConfig) -> None:
     raise UserError(
         f'model.N={cfg.N} heads do not share model.K={cfg.K} key heads '
         f'evenly; K must divide N')
-  if int(cfg.H * cfg.rope_fraction) % 2:
+  if cfg.rotated % 2:
     raise UserError(
         f'model.rope_fraction={cfg.rope_fraction} of H={cfg.H} must be an '
         f'even number of dimensions')
-  pairs = int(cfg.H * cfg.rope_fraction) // 2
-  if len(cfg.long_rope) not in (0, 2 + 2 * pairs):
+  if len(cfg.long_rope) not in (0, 2 + cfg.rotated):
     raise UserError(
         f'model.long_rope has {len(cfg.long_rope)} numbers; expected'
-        f' {2 + 2 * pairs}: two, and two of each of {pairs} rotated pairs')
+        f' {2 + cfg.rotated}: two, and two of each of {cfg.rotated // 2}'
+        ' rotated pairs')
   if cfg.long_rope and cfg.rope_scaling:
     raise UserError(
         f'model.rope_scaling={cfg.rope_scaling} and model.long_rope are both'

@@ -115,8 +115,8 @@ MUTANTS = {
         ('store/families_test.py::test_logits_equal_those_of_transformers'
          '[phi3]',)),
     'long_rope_a_token_early': Mutant(
-        'model/layer.py', 'long = cfg.context > original',
-        'long = cfg.context >= original',
+        'model/layer.py', 'long = cfg.context > cfg',
+        'long = cfg.context >= cfg',
         ('store/families_test.py::'
          'test_long_rope_has_other_factors_in_short_contexts',)),
     'sizes_not_compared': Mutant(

@@ -114,7 +114,7 @@ def rope_tables(
 
 def _frequencies(cfg, kind: str):
   """Radians a position of each rotated pair; 0 where nothing is rotated."""
-  pairs = int(cfg.H * cfg.rope_fraction) // 2
+  pairs = cfg.rotated // 2
   if kind == 'n':
     return jnp.zeros(pairs)
   exponent = -(jnp.arange(pairs, dtype=jnp.float32) / pairs)
@@ -122,9 +122,8 @@ def _frequencies(cfg, kind: str):
     return cfg.window_theta ** exponent
   frequency = cfg.rope_theta ** exponent
   if cfg.long_rope:
-    original, divisors = cfg.long_rope[0], cfg.long_rope[2:]
-    long = cfg.context > original
-    frequency /= jnp.asarray(divisors[pairs:] if long else divisors[:pairs])
+    long = cfg.context > cfg.long_rope[0]
+    frequency /= jnp.asarray(cfg.rope_divisors(long))
   if len(cfg.rope_scaling) == 1:
     frequency /= cfg.rope_scaling[0]
   if len(cfg.rope_scaling) == 4:

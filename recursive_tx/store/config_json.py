@@ -48,8 +48,7 @@ _REQUIRED = {
     'tie_encoder_decoder': (False,), 'torchscript': (False,),
     'use_bfloat16': (False,)}
 # Keys whose null means something else than their absence.
-_NULL = {'sliding_window': 0, 'n_inner': '4*n_embd',
-         'num_key_value_heads': '=num_attention_heads',
+_NULL = {'sliding_window': 0, 'num_key_value_heads': '=num_attention_heads',
          'attn_logit_softcapping': 0.0, 'final_logit_softcapping': 0.0}
 # Fields that are sizes, which must be positive integers.
 _SIZED = ('V', 'D', 'F', 'N', 'K', 'H', 'layers')

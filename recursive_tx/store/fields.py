@@ -128,11 +128,11 @@ def write_scaling(cfg: ModelConfig) -> dict[str, Any] | None:
   """What `read_rope` reads from rope_scaling."""
   scaling = cfg.rope_scaling
   if cfg.long_rope:
-    original, scale, *divisors = cfg.long_rope
-    pairs = len(divisors) // 2
+    original, scale = cfg.long_rope[:2]
     return {'rope_type': 'longrope', _ORIGINAL: int(original),
-            'attention_factor': scale, 'short_factor': divisors[:pairs],
-            'long_factor': divisors[pairs:]}
+            'attention_factor': scale,
+            'short_factor': list(cfg.rope_divisors(long=False)),
+            'long_factor': list(cfg.rope_divisors(long=True))}
   if not scaling:
     return None
   if len(scaling) == 1:

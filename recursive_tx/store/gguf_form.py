@@ -129,7 +129,7 @@ def _add_sizes(writer, architecture, cfg, hf_config) -> None:
   writer.add_key_length(cfg.H)
   writer.add_value_length(cfg.H)
   if not cfg.positions:
-    writer.add_rope_dimension_count(int(cfg.H * cfg.rope_fraction))
+    writer.add_rope_dimension_count(cfg.rotated)
     writer.add_rope_freq_base(cfg.rope_theta)
   if cfg.norm == 'layer':
     writer.add_layer_norm_eps(cfg.norm_eps)

@@ -41,7 +41,8 @@ class Architecture:
   Attributes:
     name: general.architecture.
     fixed: values, or tuples of them, that fields of ModelConfig must have.
-    rare: fields of config.RARE that it has; the others must be neutral.
+    rare: fields of config.RARE that the file says; those that are not fixed
+      either must be neutral.
     permuted: dimensions i and i + H / 2 of q and k, which rotate together,
       lie side by side.
     square: its heads together are as wide as the model.
@@ -65,22 +66,20 @@ def _without(fixed: dict[str, Any], *free: str) -> dict[str, Any]:
 
 
 NANBEIGE = Architecture(
-    'nanbeige', dict(_LLAMA, attention_bias=False, mlp_bias=False, window=0),
-    permuted=True, rope_factors=True)
+    'nanbeige', _without(_BARE, 'loops'), permuted=True, rope_factors=True)
 ARCHITECTURES = (
     NANBEIGE,
     Architecture('llama', dict(_LLAMA, loops=1), permuted=True,
                  rope_factors=True),
-    Architecture('qwen2', dict(_BARE, qkv_bias=True), ('qkv_bias',),
-                 square=True),
-    Architecture('qwen3', dict(_BARE, qk_norm='head'), ('qk_norm',)),
+    Architecture('qwen2', dict(_BARE, qkv_bias=True), square=True),
+    Architecture('qwen3', dict(_BARE, qk_norm='head')),
     Architecture('olmo2', dict(_BARE, norm_place='post', qk_norm='all'),
-                 ('norm_place', 'qk_norm'), square=True),
+                 square=True),
     Architecture('granite', _BARE, (
         'query_scale', 'residual_scale', 'logits_scale', 'embed_factor'),
                  permuted=True),
     # Every fourth layer is without rotary positions, whatever the file says.
-    Architecture('smollm3', dict(_BARE, pattern='gggn'), ('pattern',),
+    Architecture('smollm3', dict(_BARE, pattern='gggn'),
                  permuted=True),
     Architecture('phi3', _without(_BARE, 'window', 'rope_fraction'),
                  ('long_rope',), square=True, fused=(_QKV, _GATE_UP)),
@@ -89,15 +88,14 @@ ARCHITECTURES = (
     # queries are scaled by H ** -0.5.
     Architecture('gemma2', dict(
         _without(_GEMMA, 'window'), norm_place='both', pattern='wg'), (
-            'norm_place', 'pattern', 'attention_cap', 'logits_cap')),
+            'attention_cap', 'logits_cap')),
     Architecture('gemma3', dict(
         _without(_GEMMA, 'window'), norm_place='both', pattern='wwwwwg',
-        qk_norm='head', window_theta=10_000.0), (
-            'norm_place', 'pattern', 'qk_norm', 'window_theta')),
+        qk_norm='head', window_theta=10_000.0)),
     Architecture('gpt2', dict(
         loops=1, norm='layer', gated=False, parallel=False, embed_scale=False,
-        act='gelu_tanh', attention_bias=True, mlp_bias=True, pattern='n'), (
-            'pattern', 'positions'), square=True, fused=(_QKV,)),
+        act='gelu_tanh', attention_bias=True, mlp_bias=True, pattern='n'),
+                 ('positions',), square=True, fused=(_QKV,)),
     # It computes the tanh form of GELU for both.
     Architecture('gptneox', dict(
         loops=1, norm='layer', gated=False, embed_scale=False, mlp_bias=True,
@@ -138,7 +136,7 @@ def _fits(architecture: Architecture, cfg) -> bool:
   square = not architecture.square or cfg.N * cfg.H == cfg.D
   square &= cfg.norm != 'layer' or cfg.K == cfg.N
   # A scale of the queries that says what it would be without it is neutral.
-  rare = set(cfg.rare) - set(architecture.rare)
+  rare = set(cfg.rare) - {*architecture.rare, *architecture.fixed}
   if math.isclose(cfg.score_scale, cfg.H**-0.5):
     rare -= {'query_scale'}
   return not rare and rope and square and all(
@@ -156,7 +154,7 @@ class Row:
       `constant` holds.
     layer: their leading index, None where they have none.
     kinds: of each leaf: 'plain'; the einsum letters of a kernel, in and out
-      with a space between; 'bias', of several heads one row.
+      with a space between; 'row', all its dimensions as one.
     permuted: of each leaf: its heads, whose halves are interleaved, or 0.
     offset: added to what is stored here.
     constant: its value, where it comes from no leaf.
@@ -218,7 +216,7 @@ def _encoded_shape(shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
   """A leaf's shape in the file."""
   if kind == 'plain':
     return shape
-  if kind == 'bias':
+  if kind == 'row':
     return (math.prod(shape),)
   inner = len(kind.split()[0])
   return math.prod(shape[inner:]), math.prod(shape[:inner])
@@ -241,12 +239,9 @@ def tensors(
     rows.append(Row('rope_freqs.weight', (), None,
                     constant=_rope_factors(cfg)))
   if cfg.long_rope:
-    divisors = cfg.long_rope[2:]
-    for name, values in (
-        ('short', divisors[:len(divisors) // 2]),
-        ('long', divisors[len(divisors) // 2:])):
-      rows.append(Row(f'rope_factors_{name}.weight', (), None,
-                      constant=tuple(values)))
+    rows += [Row(f'rope_factors_{name}.weight', (), None,
+                 constant=cfg.rope_divisors(name == 'long'))
+             for name in ('short', 'long')]
   for layer in range(cfg.layers_per_loop):
     for norm in cfg.norms:
       rows += _norm_rows(cfg, f'blk.{layer}.{_NAMES[norm]}',
@@ -260,7 +255,7 @@ def tensors(
 
 def _norm_rows(cfg, name, leaf, layer, offset) -> list[Row]:
   # Those of all heads as one are a row.
-  rows = [Row(f'{name}.weight', (f'{leaf}/scale',), layer, ('bias',),
+  rows = [Row(f'{name}.weight', (f'{leaf}/scale',), layer, ('row',),
               offset=offset)]
   if cfg.norm == 'layer':
     rows.append(Row(f'{name}.bias', (f'{leaf}/bias',), layer))
@@ -282,7 +277,7 @@ def _linear_rows(architecture, cfg, group, layer) -> list[Row]:
   if cfg.has_bias(group[0]):
     rows.append(Row(
         bias, tuple(f'block/vectors/{kernel}/bias' for kernel in group), layer,
-        ('bias',) * len(group), permuted))
+        ('row',) * len(group), permuted))
   elif architecture.complete:
     size = sum(cfg.in_out(kernel)[1] for kernel in group)
     rows.append(Row(bias, (), layer, constant=(0.0,) * size))
